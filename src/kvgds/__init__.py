@@ -1,0 +1,57 @@
+"""kvgds moves the KV cache of LLM servers between memory and storage, through NVIDIA NIXL."""
+
+from __future__ import annotations
+
+from kvgds.blocks import BlockKey, Namespace, Outcome
+from kvgds.config import EngineConfig, FileTier, load_config
+from kvgds.engine import Engine, Operation, Statistics, open_engine
+from kvgds.errors import (
+    BlockCorrupt,
+    BusyError,
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    KvgdsError,
+    PathUnavailable,
+    QueueFull,
+    StorageFull,
+    TransferError,
+    TransferTimeout,
+)
+from kvgds.memory import Cache, Region, View
+from kvgds.metrics import Event, Observer
+from kvgds.paths import PathPlan
+from kvgds.schedule import Priority
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCorrupt",
+    "BlockKey",
+    "BusyError",
+    "Cache",
+    "CapacityError",
+    "ClosedError",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "Event",
+    "FileTier",
+    "KvgdsError",
+    "Namespace",
+    "Observer",
+    "Operation",
+    "Outcome",
+    "PathPlan",
+    "PathUnavailable",
+    "Priority",
+    "QueueFull",
+    "Region",
+    "Statistics",
+    "StorageFull",
+    "TransferError",
+    "TransferTimeout",
+    "View",
+    "load_config",
+    "open_engine",
+]

@@ -1,0 +1,167 @@
+"""Settings: frozen, checked when made, units in their names, secrets out of ``repr``.
+
+Pure. A wrong setting raises :class:`~kvgds.errors.ConfigError`, which names the field,
+the value and the rule, before anything is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvgds.blocks import PAGE, Namespace
+from kvgds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
+    )
+
+    def __init__(self, /, **values: Any) -> None:  # noqa: ANN401 - pydantic's own signature
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(type(self).__name__, error) from None
+
+
+class FileTier(_Settings):
+    """Blocks as files under one directory.
+
+    Attributes:
+        root: the directory; made if it is missing (its parent must exist), mode 0700.
+        capacity_bytes: most bytes of blocks kept, stamps and padding included; the least
+            recently used go first.
+        layout: ``"slabs"``: preallocated files for one engine alone. ``"files"``: a file a
+            block, for directories that several processes or hosts share.
+        verify: ``"full"`` checks stamp and payload checksum on every load, ``"stamp"`` only
+            the stamp, and then stores write no checksum.
+        direct_io: ``"auto"`` uses O_DIRECT if a trial at open shows that it works,
+            ``"require"`` raises PathUnavailable if not, ``"never"`` goes through the page cache.
+        durable: what an acknowledged store survives: the death of the ``"process"``, or loss
+            of ``"power"`` as well (fsync before each acknowledgement).
+    """
+
+    root: Path
+    capacity_bytes: Annotated[int, Field(ge=2 * PAGE)]
+    layout: Literal["slabs", "files"] = "slabs"
+    verify: Literal["full", "stamp"] = "full"
+    direct_io: Literal["auto", "require", "never"] = "auto"
+    durable: Literal["process", "power"] = "process"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic's own signature
+        if isinstance(values, dict) and isinstance(values.get("root"), str):
+            if not values["root"]:
+                raise ValueError("root: must name a directory")
+            return {**values, "root": Path(values["root"])}
+        return values
+
+
+class EngineConfig(_Settings):
+    """All of an engine's settings.
+
+    Attributes:
+        namespace: what the blocks belong to; blocks of different namespaces never mix.
+        tiers: where blocks go.
+        path: for GPU memory; aligned host memory always goes direct.
+        bounce_bytes: budget of the bounce region, padding included.
+        timeout_s: deadline of an operation that names none.
+        drain_timeout_s: how long closing waits for what is in flight.
+        queue_ops: operations that may be queued before ``*_nowait`` raises QueueFull.
+        inflight_ops: blocks that may be in flight, per tier and direction.
+        inflight_bytes: bytes that may be in flight, per tier and direction.
+        transport_threads: NIXL agents, each with a thread of its own.
+    """
+
+    namespace: Namespace
+    tiers: tuple[FileTier, ...]
+    path: Literal["auto", "gds", "bounce"] = "auto"
+    bounce_bytes: Annotated[int, Field(ge=2 * PAGE)] = 256 << 20
+    timeout_s: Positive = 30.0
+    drain_timeout_s: Positive = 60.0
+    queue_ops: Annotated[int, Field(ge=1)] = 4096
+    inflight_ops: Annotated[int, Field(ge=1)] = 256
+    inflight_bytes: Annotated[int, Field(ge=PAGE)] = 64 << 20
+    transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+    @model_validator(mode="after")
+    def _one_tier(self) -> EngineConfig:
+        if len(self.tiers) != 1:
+            raise ValueError("tiers: must hold exactly one FileTier")
+        return self
+
+
+def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
+    """Settings from a TOML file, overridden by ``KVGDS_*`` variables.
+
+    ``KVGDS_TIMEOUT_S=5`` sets ``timeout_s``; ``KVGDS_NAMESPACE__MODEL`` sets
+    ``namespace.model``; ``KVGDS_TIERS__0__ROOT`` the first tier's root. Values are read as
+    TOML where they can be, else as strings.
+
+    Raises:
+        ConfigError: a file that can't be read, an unknown key, a wrong value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError("config", os.fspath(path), f"can't be read: {error}") from None
+    for name, text in sorted(environ.items()):
+        if name.startswith("KVGDS_"):
+            _set(tree, name.removeprefix("KVGDS_").lower().split("__"), _scalar(text), name)
+    return _from_tree(tree)
+
+
+def _set(tree: dict[str, Any], steps: list[str], value: object, name: str) -> None:
+    node: Any = tree
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        index: Any = int(step) if isinstance(node, list) and step.isdigit() else step
+        if isinstance(node, list) and index == len(node):
+            node.append({})
+        if not isinstance(node, dict | list) or (isinstance(node, list) and index not in range(len(node))):
+            raise ConfigError(name, value, "names no setting")
+        if following is None:
+            node[index] = value
+        else:
+            if isinstance(node, dict):
+                node.setdefault(index, [] if following.isdigit() else {})
+            node = node[index]
+
+
+def _scalar(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _from_tree(tree: dict[str, Any]) -> EngineConfig:
+    namespace, tiers = tree.pop("namespace", None), tree.pop("tiers", None)
+    if not isinstance(namespace, dict):
+        raise ConfigError("namespace", namespace, "must be a table with at least `model`")
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        raise ConfigError("tiers", tiers, "must be an array of tables, each with `root`")
+    try:
+        name = Namespace(**namespace)
+    except TypeError as error:
+        raise ConfigError("namespace", namespace, str(error).partition(") ")[2]) from None
+    return EngineConfig(namespace=name, tiers=tuple(FileTier(**tier) for tier in tiers), **tree)
+
+
+def _config_error(model: str, error: ValidationError) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    field = ".".join((model, *map(str, first["loc"])))
+    rule = first["msg"].removeprefix("Value error, ")
+    return ConfigError(field, first["input"] if first["loc"] else "...", rule)

@@ -1,0 +1,143 @@
+"""Every exception that kvgds raises, by whose fault it is.
+
+::
+
+    KvgdsError
+    ├── ConfigError          (ValueError)   a setting or an argument is wrong
+    ├── PathUnavailable                     the path asked for can't be had
+    ├── TransferError        (OSError)      bytes did not move
+    │   └── TransferTimeout  (TimeoutError)
+    ├── BlockCorrupt                        stored bytes are provably wrong
+    ├── CapacityError
+    │   ├── QueueFull
+    │   └── StorageFull
+    ├── BusyError                           still in use, may not be freed or opened twice
+    └── ClosedError                         the engine is closed
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+
+class KvgdsError(Exception):
+    """Root of everything that kvgds raises on purpose."""
+
+
+class ConfigError(KvgdsError, ValueError):
+    """A setting or an argument is wrong. Raised before any I/O.
+
+    Attributes:
+        field: name of the setting or argument.
+        value: what was given.
+        rule: what it has to be, in words that say what to do.
+    """
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(f"{field}={value!r}: {rule}")
+        self.field = field
+        self.value = value
+        self.rule = rule
+
+
+class PathUnavailable(KvgdsError):
+    """The path that was asked for can't be had here.
+
+    Attributes:
+        report: what was tried and what each trial found, one line each.
+    """
+
+    def __init__(self, message: str, report: tuple[str, ...] = ()) -> None:
+        super().__init__("\n".join((message, *report)))
+        self.report = report
+
+
+class TransferError(KvgdsError, OSError):
+    """Bytes did not move; the destination is to be treated as dirty.
+
+    A missing block is not an error (a load answers ``False``), and provably wrong
+    stored bytes are :class:`BlockCorrupt`.
+
+    Attributes:
+        direction: ``"load"`` or ``"store"``.
+        key: the block's key.
+        path: ``"direct"`` or ``"bounce"``.
+        backend: the transport that failed, for example ``"POSIX/io_uring"``.
+        errno: the system's error number where it could be found out, else ``None``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        direction: str = "",
+        key: bytes = b"",
+        path: str = "",
+        backend: str = "",
+        errno: int | None = None,
+    ) -> None:
+        where = f"{direction} of block {key.hex()[:32]}: " if key else ""
+        why = f" ({os.strerror(errno)})" if errno else ""
+        super().__init__(f"{where}{message}{why}")
+        self.direction = direction
+        self.key = key
+        self.path = path
+        self.backend = backend
+        self.errno = errno
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """The operation passed its deadline. Nothing of it becomes visible later.
+
+    Attributes:
+        settled: ``None`` where the caller's memory is free already (the transfer was
+            queued, or ran through the bounce region). On a direct transfer, which
+            nothing can stop, something to await: it returns when the memory is the
+            caller's again. Until then operations on that memory raise
+            :class:`BusyError`.
+    """
+
+    settled: Awaitable[None] | None = None
+
+
+class BlockCorrupt(KvgdsError):
+    """What is stored under the key is provably not what was stored there.
+
+    The block is gone from the index, its place is quarantined, and the destination of
+    the load is dirty. Loading the key again is a miss.
+
+    Attributes:
+        key: the block's key.
+        reason: which check failed.
+        place: where the bytes lie, for example ``"slab 3 slot 17"``.
+    """
+
+    def __init__(self, key: bytes, reason: str, place: str) -> None:
+        super().__init__(f"block {key.hex()[:32]} at {place}: {reason}")
+        self.key = key
+        self.reason = reason
+        self.place = place
+
+
+class CapacityError(KvgdsError):
+    """Something bounded is full."""
+
+
+class QueueFull(CapacityError):
+    """A ``*_nowait`` call found the queue at its limit. Awaiting calls wait instead."""
+
+
+class StorageFull(CapacityError):
+    """No room for the block, and nothing that may be evicted."""
+
+
+class BusyError(KvgdsError):
+    """In use: memory with a transfer in flight, or a directory another engine owns."""
+
+
+class ClosedError(KvgdsError):
+    """The engine, or the memory registered with it, has been closed."""

@@ -1,0 +1,453 @@
+"""Memory that blocks move in and out of: arenas, registered regions, views of one block.
+
+Owns what is known about an address: how long it is good for, who uses it now, how it is
+aligned. A :class:`Region` keeps the caller's buffer alive; a :class:`View` is the gather
+list of one block inside it. Everything here runs on the event loop's thread and does no
+I/O; :meth:`View.pieces` and :meth:`View.rows` are read by the transport's threads, for
+regions that their claims keep open.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import itertools
+import mmap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from kvgds.blocks import PAGE
+from kvgds.errors import BusyError, ClosedError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+_HUGE_PAGE = 2 << 20
+
+
+class Span(NamedTuple):
+    """A contiguous range of addresses."""
+
+    address: int
+    nbytes: int
+
+
+def bytes_at(address: int, nbytes: int) -> memoryview:
+    """The bytes at an address. Whoever calls this keeps the memory alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def copy_pieces(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
+    """Copy between two gather lists of the same total length, however they are cut."""
+    pieces = iter(target)
+    into = next(pieces)
+    for piece in source:
+        rest = piece
+        while len(rest):
+            if not len(into):
+                into = next(pieces)
+            n = min(len(rest), len(into))
+            into[:n] = rest[:n]
+            rest, into = rest[n:], into[n:]
+
+
+class Arena:
+    """Page-aligned, pre-touched host memory on huge pages where the kernel gives them.
+
+    Private and anonymous on purpose: a shared mapping gets no huge pages, and on 4 KiB
+    pages pinning alone costs a transfer some 70 µs a MiB.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(self._map, np.uint8)
+        start = -whole.ctypes.data % _HUGE_PAGE
+        self.bytes = memoryview(self._map)[start : start + nbytes]
+        self.span = Span(whole.ctypes.data + start, nbytes)
+        whole[start : start + nbytes : PAGE] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Strided:
+    """What every array library can say about its memory."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    itemsize: int
+    readonly: bool
+    owner: Any  # keeps the memory alive
+    data_ptr: Any  # torch only: tells whether the storage was freed or moved
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first to behind the last element."""
+        return self.itemsize + sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+
+
+def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array library's
+    if hasattr(buffer, "data_ptr") and hasattr(buffer, "element_size"):
+        strided = _describe_torch(buffer, field)
+    elif hasattr(buffer, "__cuda_array_interface__"):
+        raise ConfigError(field, type(buffer).__name__, "is GPU memory; copy it to the host first")
+    else:
+        strided = _describe_host(buffer, field)
+    if 0 in strided.shape:
+        raise ConfigError(field, strided.shape, "is empty; give memory of at least one byte")
+    if any(s < 0 for s in strided.strides):
+        raise ConfigError(field, strided.strides, "has negative strides; make it contiguous")
+    return strided
+
+
+def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torch is optional
+    if tensor.device.type != "cpu":
+        rule = f"is on {tensor.device}; copy it to the host first"
+        raise ConfigError(field, f"{tensor.dtype} tensor", rule)
+    if str(tensor.layout) != "torch.strided":
+        raise ConfigError(field, str(tensor.layout), "must be a dense tensor")
+    size = tensor.element_size()
+    strides = tuple(stride * size for stride in tensor.stride())
+    return _Strided(
+        tensor.data_ptr(), tuple(tensor.shape), strides, size, False, tensor, tensor.data_ptr
+    )
+
+
+def _describe_host(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any buffer
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        rule = "must be a torch or numpy array, an mmap, or another object with a buffer"
+        raise ConfigError(field, type(buffer).__name__, rule) from None
+    except ValueError as error:
+        raise ConfigError(field, type(buffer).__name__, f"can't be used: {error}") from None
+    if view.ndim == 0 or view.shape is None or view.strides is None:
+        raise ConfigError(field, type(buffer).__name__, "must have at least one axis")
+    address = np.asarray(view).ctypes.data if view.nbytes else 0
+    return _Strided(address, view.shape, view.strides, view.itemsize, view.readonly, view, None)
+
+
+def _contiguous(strided: _Strided) -> bool:
+    expected = strided.itemsize
+    for size, stride in zip(reversed(strided.shape), reversed(strided.strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Claims:
+    """Who uses which part of a region now: readers share, a writer is alone.
+
+    ``bisect`` over two lists sorted by start; writers never overlap each other, so at
+    most one of them can begin before a range and still reach into it.
+    """
+
+    def __init__(self) -> None:
+        self._readers: list[tuple[int, int]] = []
+        self._writers: list[tuple[int, int]] = []
+        self._widest = 0
+
+    def __len__(self) -> int:
+        return len(self._readers) + len(self._writers)
+
+    def add(self, start: int, stop: int, *, write: bool) -> None:
+        """Claim ``[start, stop)``; raise BusyError if another's claim forbids it."""
+        if self._meets(self._writers, start, stop, self._widest) or (
+            write and self._meets(self._readers, start, stop, self._widest)
+        ):
+            raise BusyError("this memory has a transfer in flight; await that first")
+        self._widest = max(self._widest, stop - start)
+        bisect.insort(self._writers if write else self._readers, (start, stop))
+
+    def remove(self, start: int, stop: int, *, write: bool) -> None:
+        """Give one claim back."""
+        claims = self._writers if write else self._readers
+        del claims[bisect.bisect_left(claims, (start, stop))]
+        if not self:
+            self._widest = 0
+
+    @staticmethod
+    def _meets(claims: list[tuple[int, int]], start: int, stop: int, widest: int) -> bool:
+        first = bisect.bisect_right(claims, (start - widest, stop))
+        for begin, end in itertools.islice(claims, first, None):
+            if begin >= stop:
+                return False
+            if end > start:
+                return True
+        return False
+
+
+class Region:
+    """Memory that an engine may read and write, kept alive until it is deregistered.
+
+    ``region[start:stop]`` is a view of that many bytes; the region itself stands for all
+    of it. Page-aligned views move without a copy, others through the bounce region.
+
+    Attributes:
+        spans: the address ranges.
+        zero_copy: whether transfers may touch this memory directly.
+        readonly: whether it may only be stored from.
+    """
+
+    def __init__(self, arrays: Sequence[_Strided], *, zero_copy: bool) -> None:
+        self.spans = tuple(Span(array.address, array.nbytes) for array in arrays)
+        self.readonly = any(array.readonly for array in arrays)
+        self.zero_copy = zero_copy
+        self.claims = Claims()
+        self.closed = False
+        self._arrays = arrays
+        self.maps = tuple(bytes_at(*span) for span in self.spans)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all spans."""
+        return sum(span.nbytes for span in self.spans)
+
+    def __getitem__(self, part: slice) -> View:
+        start, stop, step = part.indices(self.nbytes)
+        if step != 1 or start >= stop or len(self.spans) != 1:
+            raise ConfigError("view", part, f"must be a non-empty slice within {self.nbytes} bytes")
+        return View(self, _Flat(self, start, stop), start, stop, stop - start)
+
+    def check(self) -> None:
+        """Raise unless the memory is still what was registered."""
+        if self.closed:
+            raise ClosedError("this memory was deregistered; register it again")
+        for array in self._arrays:
+            if array.data_ptr is not None and array.data_ptr() != array.address:
+                rule = "its memory was freed or moved; register it again"
+                raise ConfigError("view", "tensor", rule)
+
+    def retire(self) -> None:
+        """Take no more transfers; raise BusyError while one uses the memory."""
+        if len(self.claims):
+            raise BusyError("this memory has transfers in flight; await them first")
+        self.closed = True
+
+    def release(self) -> None:
+        """Let go of the memory, once nothing names it any more."""
+        self._arrays = ()
+        self.maps = ()
+
+
+class _Gather(Protocol):
+    def pieces(self) -> list[memoryview]: ...
+    def rows(self) -> npt.NDArray[np.int64]: ...
+
+    alignment: int
+
+
+class View:
+    """One block's memory: a gather list over a region. Cheap; made anew for each call."""
+
+    __slots__ = ("_gather", "nbytes", "region", "start", "stop")
+
+    def __init__(self, region: Region, gather: _Gather, start: int, stop: int, nbytes: int) -> None:
+        self.region = region
+        self.nbytes = nbytes
+        self.start = start  # what it claims of the region, in the region's own units
+        self.stop = stop
+        self._gather = gather
+
+    def pieces(self) -> list[memoryview]:
+        """The extents' bytes, in order."""
+        return self._gather.pieces()
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """The extents as N x 2: address, bytes."""
+        return self._gather.rows()
+
+    @property
+    def alignment(self) -> int:
+        """Largest power of two, up to a page, that divides every address and length."""
+        return self._gather.alignment
+
+    def claim(self, *, write: bool) -> None:
+        """Mark the memory as used by a transfer; raise BusyError if it already is."""
+        self.region.claims.add(self.start, self.stop, write=write)
+
+    def release(self, *, write: bool) -> None:
+        """Take the mark back."""
+        self.region.claims.remove(self.start, self.stop, write=write)
+
+
+class _Flat:
+    """A gather list of one extent."""
+
+    __slots__ = ("_region", "_start", "_stop")
+
+    def __init__(self, region: Region, start: int, stop: int) -> None:
+        self._region = region
+        self._start = start
+        self._stop = stop
+
+    def pieces(self) -> list[memoryview]:
+        return [self._region.maps[0][self._start : self._stop]]
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        address = self._region.spans[0].address + self._start
+        return np.array([(address, self._stop - self._start)], np.int64)
+
+    @property
+    def alignment(self) -> int:
+        return _alignment(self._region.spans[0].address + self._start, self._stop - self._start)
+
+
+def _alignment(*numbers: int) -> int:
+    merged = PAGE
+    for number in numbers:
+        merged |= number
+    return merged & -merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Where one tensor keeps its blocks: block ``i`` has ``nbytes`` at each ``offset + i * step``."""
+
+    offsets: tuple[int, ...]
+    nbytes: int
+    step: int
+    blocks: int
+
+
+class Cache:
+    """A paged KV cache: layers of blocks. ``cache.block(i)`` gathers block ``i`` of every layer.
+
+    Attributes:
+        blocks: how many blocks there are.
+        block_bytes: payload of one block, over all layers.
+    """
+
+    def __init__(self, region: Region, layers: Sequence[_Layer]) -> None:
+        self.region = region
+        self.blocks = layers[0].blocks
+        self.block_bytes = sum(layer.nbytes * len(layer.offsets) for layer in layers)
+        self._extents = [
+            (memory, offset, layer.step, layer.nbytes)
+            for memory, layer in zip(region.maps, layers, strict=True)
+            for offset in layer.offsets
+        ]
+        bases = [
+            (span.address + offset, layer.nbytes, layer.step)
+            for span, layer in zip(region.spans, layers, strict=True)
+            for offset in layer.offsets
+        ]
+        self._base = np.array([base[:2] for base in bases], np.int64)
+        self._step = np.array([(base[2], 0) for base in bases], np.int64)
+        self._alignment = _alignment(*itertools.chain.from_iterable(bases))
+
+    def block(self, index: int) -> View:
+        """The view of block ``index``; raise ConfigError if there is none."""
+        if not 0 <= index < self.blocks:
+            raise ConfigError("block", index, f"must be 0 to {self.blocks - 1}")
+        return View(self.region, _Paged(self, index), index, index + 1, self.block_bytes)
+
+
+class _Paged:
+    """A gather list over the layers of a cache."""
+
+    __slots__ = ("_cache", "_index")
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        self._cache = cache
+        self._index = index
+
+    def pieces(self) -> list[memoryview]:
+        i = self._index
+        return [m[o + i * step : o + i * step + n] for m, o, step, n in self._cache._extents]  # noqa: SLF001 - one class in two parts
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        cache = self._cache
+        rows: npt.NDArray[np.int64] = cache._base + cache._step * self._index  # noqa: SLF001 - see pieces
+        return rows
+
+    @property
+    def alignment(self) -> int:
+        return self._cache._alignment  # noqa: SLF001 - see pieces
+
+
+def region_of(buffer: object, *, zero_copy: bool = True) -> Region:
+    """A region over one contiguous buffer.
+
+    Raises:
+        ConfigError: GPU memory, empty or non-contiguous memory, or no buffer at all.
+    """
+    strided = _describe(buffer, "buffer")
+    if not _contiguous(strided):
+        rule = "must be contiguous; pass buffer.contiguous(), or a cache to register_cache"
+        raise ConfigError("buffer", strided.shape, rule)
+    return Region([strided], zero_copy=zero_copy)
+
+
+def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
+    """A paged cache over per-layer tensors with the blocks along ``block_axis``.
+
+    Raises:
+        ConfigError: no layers, differing numbers of blocks, overlapping or read-only memory.
+    """
+    if not layers:
+        raise ConfigError("layers", [], "must hold at least one tensor")
+    arrays = [_describe(layer, f"layers[{i}]") for i, layer in enumerate(layers)]
+    geometry = [_layer(array, block_axis, f"layers[{i}]") for i, array in enumerate(arrays)]
+    for i, layer in enumerate(geometry):
+        if layer.blocks != geometry[0].blocks:
+            rule = f"must have as many blocks as layers[0], {geometry[0].blocks}"
+            raise ConfigError(f"layers[{i}]", layer.blocks, rule)
+    _check_disjoint(arrays, geometry)
+    return Cache(Region(arrays, zero_copy=True), geometry)
+
+
+def _layer(array: _Strided, block_axis: int, field: str) -> _Layer:
+    axes = len(array.shape)
+    if not -axes <= block_axis < axes:
+        raise ConfigError("block_axis", block_axis, f"must be an axis of {field}, {array.shape}")
+    dims = list(zip(array.strides, array.shape, strict=True))
+    step, blocks = dims.pop(block_axis % axes)
+    reach = array.itemsize
+    for stride, size in sorted([*dims, (step, blocks)]):
+        if size > 1 and stride < reach:
+            raise ConfigError(field, array.strides, "overlaps itself; give dense memory")
+        reach += (size - 1) * stride
+    run, dims = array.itemsize, sorted((d for d in dims if d[1] > 1), reverse=True)
+    while dims and dims[-1][0] == run:
+        run *= dims.pop()[1]
+    offsets = [0]
+    for stride, size in dims:
+        offsets = [offset + i * stride for offset in offsets for i in range(size)]
+    return _Layer(tuple(offsets), run, step, blocks)
+
+
+def _check_disjoint(arrays: Sequence[_Strided], layers: Sequence[_Layer]) -> None:
+    order = sorted(range(len(arrays)), key=lambda i: arrays[i].address)
+    group, end = [order[0]], 0
+    for i in order:
+        if arrays[i].address >= end:
+            group = []
+        group.append(i)
+        end = max(end, arrays[i].address + arrays[i].nbytes)
+        if len(group) > 1 and not _interleaved(arrays, layers, group):
+            raise ConfigError(f"layers[{i}]", "tensor", f"overlaps layers[{group[0]}]")
+
+
+def _interleaved(
+    arrays: Sequence[_Strided], layers: Sequence[_Layer], group: Sequence[int]
+) -> bool:
+    """Whether tensors whose ranges meet share no byte: blocks of one step, side by side."""
+    step = layers[group[0]].step
+    if any(layers[i].step != step for i in group):
+        return False
+    first = arrays[group[0]].address
+    runs = sorted(
+        ((arrays[i].address - first + offset) % step, layers[i].nbytes)
+        for i in group
+        for offset in layers[i].offsets
+    )
+    ends = [*(start for start, _ in runs[1:]), runs[0][0] + step]
+    return all(start + n <= end for (start, n), end in zip(runs, ends, strict=True))

@@ -1,0 +1,455 @@
+"""How one block's bytes get from its view into an image on storage, and back.
+
+Owns the two ways there are for host memory. *Direct*: storage reads and writes the
+caller's memory; only the stamp's page is leased from the bounce region. *Bounce*: the
+whole image is leased there and copied. Which of them a tier's plan allows is decided once,
+when the tier opens, from a trial with real reads and writes.
+
+A :class:`Move` is used by two threads, one after the other: the event loop's makes it and
+gets it back, a reactor's runs ``begin`` and ``end``. Its gate decides who owns the
+caller's memory when a deadline passes in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import xxhash
+
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, padded
+from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
+from kvgds.memory import Arena, copy_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path as FilePath
+
+    import numpy.typing as npt
+
+    from kvgds.blocks import BlockKey
+    from kvgds.memory import Region, View
+    from kvgds.transport import File
+
+    Rows = npt.NDArray[np.int64]
+
+_TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
+_STATX_DIOALIGN = 0x2000
+
+
+@dataclass(frozen=True, slots=True)
+class PathPlan:
+    """How bytes move between one kind of memory and one tier, and how that was decided.
+
+    Attributes:
+        tier: the tier, for example ``"slabs:/nvme/kv"``.
+        memory: ``"host"``.
+        path: ``"direct"`` for aligned registered memory (the rest bounces), or ``"bounce"``.
+        backend: what moves the bytes, for example ``"POSIX/uring"``.
+        direct_io: whether the page cache is bypassed.
+        alignment: what addresses, offsets and lengths must be multiples of, in bytes.
+        evidence: what the decision rests on.
+        refused: other ways, each with the reason against it.
+    """
+
+    tier: str
+    memory: str
+    path: str
+    backend: str
+    direct_io: bool
+    alignment: int
+    evidence: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cache = "O_DIRECT" if self.direct_io else "page cache"
+        lines = [f"{self.tier}: {self.memory} memory {self.path} via {self.backend}, {cache}"]
+        lines += [f"  because {line}" for line in self.evidence]
+        lines += [f"  not {line}" for line in self.refused]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryPlan:
+    """What a trial found out about a directory."""
+
+    direct_io: bool
+    alignment: int
+    filesystem: str
+    evidence: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+class Move:
+    """One block on its way between a view and an image; a ``transport.Transfer``.
+
+    Attributes:
+        status: set by the tier when it ends: ``"hit"``, ``"miss"``, ``"stored"`` or
+            ``"present"``; ``error`` is set instead when it failed.
+        abandoned: the caller has gone; what arrives must not be published.
+    """
+
+    __slots__ = (
+        "_gate",
+        "abandoned",
+        "algorithm",
+        "direct",
+        "error",
+        "file",
+        "generation",
+        "key",
+        "lease",
+        "lease_address",
+        "namespace",
+        "nbytes",
+        "offset",
+        "owner",
+        "path",
+        "place",
+        "regions",
+        "slot",
+        "status",
+        "view",
+        "write",
+    )
+
+    def __init__(
+        self,
+        *,
+        namespace: bytes,
+        key: BlockKey,
+        view: View,
+        write: bool,
+        path: Path,
+        full: bool,
+        owner: object = None,
+    ) -> None:
+        self.namespace = namespace
+        self.key = key
+        self.view = view
+        self.write = write
+        self.path = path
+        self.nbytes = view.nbytes
+        self.algorithm = XXH3_128 if full else NO_CHECKSUM
+        self.owner = owner
+        self.status = ""
+        self.error: Exception | None = None
+        self.abandoned = False
+        self.lease: memoryview = memoryview(b"")
+        self.lease_address = 0
+        self.regions: Sequence[Region] = ()
+        self.file: File = None  # type: ignore[assignment]  # the tier sets it before submitting
+        self.offset = 0
+        self.generation: int | None = None  # of a load: the one expected; None: any
+        self.place = ""
+        self.slot = 0  # slab tier only
+        self._gate = threading.Lock()
+
+    @property
+    def direction(self) -> Literal["load", "store"]:
+        """Seen from the caller's memory."""
+        return "store" if self.write else "load"
+
+    def lend(self, bounce: Bounce, offset: int) -> None:
+        """Give the move its lease of the bounce region."""
+        nbytes = self.path.lease_bytes(self.nbytes)
+        self.lease = bounce.arena.bytes[offset : offset + nbytes]
+        self.lease_address = bounce.arena.span.address + offset
+        direct = self.path is DIRECT
+        self.regions = (bounce.region, self.view.region) if direct else (bounce.region,)
+
+    def abandon(self) -> bool:
+        """Take the caller's memory away from the transfer. False: it is being used just now."""
+        if not self._gate.acquire(blocking=False):
+            return False
+        self.abandoned = True
+        return True
+
+    def enter(self) -> bool:
+        """Reactor: use the caller's memory from now on. False: the caller took it back."""
+        return self._gate.acquire(blocking=False)
+
+    def leave(self) -> None:
+        """Reactor: the caller's memory is not needed any more."""
+        self._gate.release()
+
+    def begin(self) -> Rows | None:
+        """Stage what is to be stored; see ``transport.Transfer``."""
+        if self.abandoned:
+            self.error = self.timeout()
+            return None
+        return self.path.begin(self)
+
+    def end(self) -> None:
+        """Check and hand over what was loaded; see ``transport.Transfer``."""
+        self.path.end(self)
+
+    def fail(self, error: Exception) -> None:
+        """Record why the bytes did not move; see ``transport.Transfer``."""
+        if isinstance(error, TransferError | BlockCorrupt):
+            self.error = error
+            return
+        number = getattr(error, "errno", None)
+        self.error = TransferError(str(error), errno=number, **self.context)
+        self.error.__cause__ = error
+
+    def timeout(self) -> TransferTimeout:
+        """The error for a deadline that passed."""
+        return TransferTimeout("passed its deadline", errno=errno.ETIMEDOUT, **self.context)
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What every error about this move says."""
+        return {"direction": self.direction, "key": self.key, "path": self.path.name}
+
+    def stamp(self, checksum: bytes) -> None:
+        """Write the stamp into the lease."""
+        stamp = Stamp(
+            self.namespace, self.key, self.generation or 0, self.nbytes, self.algorithm, checksum
+        ).encode()
+        self.lease[: len(stamp)] = stamp
+        self.lease[len(stamp) : PAGE] = bytes(PAGE - len(stamp))
+
+    def check(self, pieces: Sequence[memoryview]) -> None:
+        """Raise BlockCorrupt unless the stamp is this block's and the payload is whole."""
+        stamp = Stamp.decode(self.lease[:PAGE])
+        if stamp is None:
+            raise self.corrupt("there is no whole stamp")
+        if (stamp.namespace, stamp.key) != (self.namespace, self.key):
+            raise self.corrupt(f"the stamp is of another block, {stamp.key.hex()[:32]}")
+        if stamp.nbytes != self.nbytes:
+            raise self.corrupt(f"the stamp says {stamp.nbytes} bytes, expected {self.nbytes}")
+        if self.generation is not None and stamp.generation != self.generation:
+            raise self.corrupt(f"generation {stamp.generation}, expected {self.generation}")
+        if self.algorithm != NO_CHECKSUM and (
+            stamp.algorithm != self.algorithm or stamp.checksum != checksum_of(pieces)
+        ):
+            raise self.corrupt("the payload does not match its checksum")
+
+    def corrupt(self, reason: str) -> BlockCorrupt:
+        """The error for stored bytes that are wrong."""
+        return BlockCorrupt(self.key, reason, self.place)
+
+
+class Path(Protocol):
+    """One way between a view and an image. Both methods run on a reactor thread."""
+
+    name: str
+
+    def lease_bytes(self, nbytes: int) -> int:
+        """Bytes of the bounce region that a block of ``nbytes`` needs, whole pages."""
+
+    def begin(self, move: Move) -> Rows | None:
+        """Make ready what is to be stored; the rows to move, or None if it was abandoned."""
+
+    def end(self, move: Move) -> None:
+        """Check what was loaded and put it into the view; raises BlockCorrupt."""
+
+
+class _Direct:
+    name = "direct"
+
+    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
+        return PAGE
+
+    def begin(self, move: Move) -> Rows | None:
+        if not move.enter():
+            move.error = move.timeout()
+            return None
+        if move.write:
+            full = move.algorithm != NO_CHECKSUM
+            move.stamp(checksum_of(move.view.pieces()) if full else bytes(16))
+        extents = move.view.rows()
+        rows = np.empty((len(extents) + 1, 3), np.int64)
+        rows[0] = (move.lease_address, move.offset, PAGE)
+        rows[1:, 0] = extents[:, 0]
+        rows[1:, 2] = extents[:, 1]
+        rows[1:, 1] = np.cumsum(rows[:-1, 2]) + move.offset
+        return rows
+
+    def end(self, move: Move) -> None:
+        if not move.write:
+            move.check(move.view.pieces())
+
+
+class _Bounce:
+    name = "bounce"
+
+    def lease_bytes(self, nbytes: int) -> int:
+        return image_bytes(nbytes)
+
+    def begin(self, move: Move) -> Rows | None:
+        if move.write and not self._copy_in(move):
+            move.error = move.timeout()
+            return None
+        row = (move.lease_address, move.offset, image_bytes(move.nbytes))
+        return np.array([row], np.int64)
+
+    def _copy_in(self, move: Move) -> bool:
+        if not move.enter():
+            return False
+        payload = move.lease[PAGE:]
+        copy_pieces(move.view.pieces(), [payload])
+        move.leave()
+        payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
+        full = move.algorithm != NO_CHECKSUM
+        move.stamp(checksum_of([payload[: move.nbytes]]) if full else bytes(16))
+        return True
+
+    def end(self, move: Move) -> None:
+        if move.write:
+            return
+        payload = move.lease[PAGE : PAGE + move.nbytes]
+        move.check([payload])
+        if not move.enter():
+            move.error = move.timeout()
+            return
+        copy_pieces([payload], move.view.pieces())
+
+
+DIRECT: Path = _Direct()
+BOUNCE: Path = _Bounce()
+
+
+class Bounce:
+    """The bounce region: host memory that belongs to the engine and lies in NIXL's hands."""
+
+    def __init__(self, arena: Arena, region: Region) -> None:
+        self.arena = arena
+        self.region = region
+
+
+def path_for(view: View, alignment: int) -> Path:
+    """The path that a view takes to a tier with this alignment."""
+    direct = view.region.zero_copy and view.alignment >= alignment
+    return DIRECT if direct else BOUNCE
+
+
+_HELD_BYTES = 256 << 10
+_hold_until = 0.0
+
+
+def checksum_of(pieces: Sequence[memoryview]) -> bytes:
+    """xxh3-128 of the pieces in order.
+
+    Hashing a long piece at once lets go of the interpreter lock, which is right while the
+    event loop is idle. While it is busy in Python, taking the lock back costs up to 5 ms
+    each time, more than the hashing: then for a while pieces are hashed in short stretches
+    that keep it.
+    """
+    global _hold_until  # noqa: PLW0603 - what this process's threads do is one fact
+    if len(pieces) == 1 and len(pieces[0]) <= _HELD_BYTES:
+        return xxhash.xxh3_128_digest(pieces[0])
+    started = time.monotonic()
+    hold = started < _hold_until
+    state = xxhash.xxh3_128()
+    nbytes = 0
+    for piece in pieces:
+        nbytes += len(piece)
+        if hold and len(piece) > _HELD_BYTES:
+            for start in range(0, len(piece), _HELD_BYTES):
+                state.update(piece[start : start + _HELD_BYTES])
+        else:
+            state.update(piece)
+    now = time.monotonic()
+    if not hold and now - started > 1e-3 + nbytes * 1e-9:
+        _hold_until = now + 50e-3
+    return state.digest()
+
+
+def try_directory(
+    root: FilePath, mode: Literal["auto", "require", "never"]
+) -> DirectoryPlan:
+    """Find out by real writes and reads whether O_DIRECT works below ``root``. Blocks.
+
+    Some file systems accept O_DIRECT at open and refuse it at write, so only a round trip
+    with the sizes that will be used is proof.
+
+    Raises:
+        PathUnavailable: ``mode`` is ``"require"`` and it does not work.
+        OSError: not even plain files work there.
+    """
+    filesystem = _filesystem_of(root)
+    path = root / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        evidence = [f"{root} is on {filesystem}", *_dio_alignment(path)]
+        if mode == "never":
+            return DirectoryPlan(False, 1, filesystem, tuple(evidence), ("O_DIRECT: not wanted",))
+        refusal = _refusal(path)
+        if refusal is None:
+            evidence.append("O_DIRECT wrote and read back " + _sizes())
+            return DirectoryPlan(True, PAGE, filesystem, tuple(evidence), ())
+        if mode == "require":
+            raise PathUnavailable(
+                f"O_DIRECT does not work in {root}; use another file system or direct_io='auto'",
+                (*evidence, refusal),
+            )
+        return DirectoryPlan(False, 1, filesystem, tuple(evidence), (f"O_DIRECT: {refusal}",))
+    finally:
+        os.close(fd)
+        os.unlink(path)
+
+
+def _sizes() -> str:
+    return " and ".join(f"{n:,}" for n in _TRIAL_BYTES) + " bytes"
+
+
+def _refusal(path: FilePath) -> str | None:
+    """Why O_DIRECT doesn't work on a file, or None if it does."""
+    arena = Arena(2 * max(_TRIAL_BYTES))
+    half = max(_TRIAL_BYTES)
+    step = "open"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            for nbytes in _TRIAL_BYTES:
+                sent, got = arena.bytes[:nbytes], arena.bytes[half : half + nbytes]
+                sent[:] = secrets.token_bytes(PAGE) * (nbytes // PAGE)
+                step = f"a write of {nbytes:,} bytes"
+                if os.pwritev(fd, [sent], 0) != nbytes:
+                    return f"{step} was short"
+                step = f"a read of {nbytes:,} bytes"
+                if os.preadv(fd, [got], 0) != nbytes or sent != got:
+                    return f"{step} gave other bytes"
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return f"{step} is refused: {error.strerror}"
+        raise
+    return None
+
+
+def _filesystem_of(root: FilePath) -> str:
+    """Type of the file system below ``root``, from the longest mount point above it."""
+    best, kind = "", "an unknown file system"
+    real = os.path.realpath(root)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            point = left.split()[4].replace("\\040", " ")
+            if len(point) >= len(best) and (real + "/").startswith(point.rstrip("/") + "/"):
+                best, kind = point, right.split()[0]
+    return kind
+
+
+def _dio_alignment(path: FilePath) -> list[str]:
+    """What statx says of direct I/O, where kernel and C library can say it."""
+    statx = getattr(ctypes.CDLL(None), "statx", None)
+    page = ctypes.create_string_buffer(256)
+    if statx is None or statx(-100, os.fsencode(path), 0, _STATX_DIOALIGN, page) != 0:
+        return []
+    if not int.from_bytes(page[0:4], "little") & _STATX_DIOALIGN:
+        return []
+    memory, offset = (int.from_bytes(page[i : i + 4], "little") for i in (0x98, 0x9C))
+    if not offset:
+        return ["statx says that direct I/O is not supported"]
+    return [f"statx asks for {memory}-byte memory and {offset}-byte file alignment"]

@@ -1,0 +1,93 @@
+"""Where blocks lie: the contract that every tier fulfils, and what an engine lends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from kvgds.blocks import BlockKey
+    from kvgds.paths import Move, PathPlan
+    from kvgds.transport import Transport
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What an engine lends its tiers.
+
+    Attributes:
+        transport: moves the bytes.
+        post: runs a function on the event loop's thread; any thread may call it.
+        run: runs a function in the engine's small executor, then ``done`` on the event
+            loop's thread with the ended future. For file-system calls.
+        settle: hands moves back to the engine, each once; on the event loop's thread.
+    """
+
+    transport: Transport
+    post: Callable[..., None]
+    run: Callable[[Callable[[], Any], Callable[[Future[Any]], None]], None]
+    settle: Callable[[Sequence[Move]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    """What a tier holds and has done since it was opened.
+
+    Attributes:
+        blocks: blocks that a load would find, of this engine's namespace.
+        bytes_used: bytes of blocks, stamps and padding included, of all namespaces.
+        capacity_bytes: the limit on them.
+        evictions: blocks dropped to make room.
+        quarantined: places taken out of use because what they gave back was wrong.
+    """
+
+    name: str
+    blocks: int
+    bytes_used: int
+    capacity_bytes: int
+    evictions: int
+    quarantined: int
+
+
+class Tier(Protocol):
+    """Keeps blocks. Every method but open and close runs on the event loop's thread.
+
+    Preconditions, kept by the engine: a move's view is claimed and its lease lent; keys
+    are well-formed; after ``close`` nothing is asked any more.
+
+    The implementation settles every move that it was given exactly once, with ``status``
+    or ``error`` set; a block is visible only when it is whole; a move that is abandoned is
+    not published; it never blocks the loop.
+    """
+
+    name: str
+    plan: PathPlan
+
+    def open(self, progress: Callable[[str, int, int], None]) -> None:
+        """Make ready what lies there. Blocks: runs in the executor."""
+
+    def load(self, moves: Sequence[Move]) -> None:
+        """Bring blocks into their views: status ``"hit"`` or ``"miss"``, or an error."""
+
+    def store(self, moves: Sequence[Move]) -> None:
+        """Take blocks from their views: status ``"stored"`` or ``"present"``, or an error."""
+
+    def expire(self) -> None:
+        """Some moves were abandoned: settle those that have not been begun."""
+
+    def contains(self, key: BlockKey) -> bool:
+        """Whether a load would find the block."""
+
+    def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
+        """Drop a block, then tell on the loop whether it was there, once that is durable."""
+
+    def statistics(self) -> TierStatistics:
+        """What it holds and has done."""
+
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+
+    def close(self) -> None:
+        """Let go of everything. Blocks: runs in the executor, when idle."""

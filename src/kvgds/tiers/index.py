@@ -1,0 +1,258 @@
+"""The slab tier's durable index: which slot holds which block, in SQLite.
+
+Owns the database and one thread. Changes that arrive while a commit runs are committed
+together by the next one; whoever asked for them is told after that commit, through one
+call for the whole group. Statements are built for many rows at a time, because each step
+of SQLite lets go of the interpreter lock, and taking it back can cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sqlite3
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvgds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+_FORMAT = 1
+_APPLICATION = 0x6B766764
+_ROWS = 512  # rows a statement; SQLite's limit is 32,766 parameters
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE namespace (id INTEGER PRIMARY KEY, digest BLOB UNIQUE NOT NULL, text TEXT NOT NULL);
+CREATE TABLE slab (id INTEGER PRIMARY KEY, slot_bytes INTEGER NOT NULL, slots INTEGER NOT NULL);
+CREATE TABLE block (
+    slot INTEGER PRIMARY KEY,
+    namespace INTEGER NOT NULL,
+    key BLOB,                       -- NULL: quarantined
+    generation INTEGER NOT NULL,
+    nbytes INTEGER NOT NULL,
+    algorithm INTEGER NOT NULL,
+    used INTEGER NOT NULL           -- larger is later
+);
+"""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one commit is to change; the parts apply in the order of the fields.
+
+    Attributes:
+        drop: slots whose blocks go.
+        touch: slot to its new ``used``.
+        quarantine: slots that must never be used again.
+        put: rows of the block table.
+        add_slab: (id, slot_bytes, slots).
+        drop_slab: id.
+    """
+
+    drop: list[int] = field(default_factory=list)
+    touch: dict[int, int] = field(default_factory=dict)
+    quarantine: list[int] = field(default_factory=list)
+    put: list[tuple[int, int, bytes, int, int, int, int]] = field(default_factory=list)
+    add_slab: list[tuple[int, int, int]] = field(default_factory=list)
+    drop_slab: list[int] = field(default_factory=list)
+
+    def merge(self, other: Changes) -> None:
+        """Add another's changes; no slot is both dropped by one and put by the other."""
+        self.drop += other.drop
+        self.touch |= other.touch
+        self.quarantine += other.quarantine
+        self.put += other.put
+        self.add_slab += other.add_slab
+        self.drop_slab += other.drop_slab
+
+
+Done = "Callable[[Exception | None], None]"
+
+
+def connect(path: Path, *, power: bool = False) -> sqlite3.Connection:
+    """Open the database, making it if there is none.
+
+    Raises:
+        ConfigError: it is damaged, of another program, or of a newer format.
+    """
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        application = database.execute("PRAGMA application_id").fetchone()[0]
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        tables = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if tables and application != _APPLICATION:
+            raise ConfigError("root", str(path), "is not an index of kvgds; use another directory")
+        if version > _FORMAT:
+            raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute(f"PRAGMA synchronous={'FULL' if power else 'OFF'}")
+        if not tables:
+            database.executescript(
+                f"BEGIN; PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_FORMAT};"
+                f"{_SCHEMA} COMMIT;"
+            )
+    except sqlite3.DatabaseError as error:
+        database.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
+        raise ConfigError("root", str(path), rule) from None
+    except ConfigError:
+        database.close()
+        raise
+    return database
+
+
+class Index:
+    """Commits changes in groups. Made in any thread; ``commit`` may be called from any.
+
+    Args:
+        database: from :func:`connect`; the index's thread owns it from ``start`` on.
+        post: runs a function on the event loop's thread.
+        sync: called before a commit that puts blocks; makes their payloads durable.
+    """
+
+    def __init__(
+        self, database: sqlite3.Connection, post: Callable[..., None], sync: Callable[[], None]
+    ) -> None:
+        self._database = database
+        self._post = post
+        self._sync = sync
+        self._inbox: queue.SimpleQueue[tuple[Changes, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="kvgds-index", daemon=True)
+
+    # --- before start ---------------------------------------------------------------
+
+    def namespace(self, digest: bytes, text: str) -> int:
+        """The namespace's number."""
+        row = self._database.execute("SELECT id FROM namespace WHERE digest=?", (digest,))
+        found = row.fetchone()
+        if found is None:
+            query = "INSERT INTO namespace (digest, text) VALUES (?, ?) RETURNING id"
+            found = self._database.execute(query, (digest, text)).fetchone()
+        return int(found[0])
+
+    def count_open(self) -> int:
+        """How many times the index has been opened, this one included."""
+        query = (
+            "INSERT INTO meta VALUES ('opens', 1) "
+            "ON CONFLICT DO UPDATE SET value = value + 1 RETURNING value"
+        )
+        return int(self._database.execute(query).fetchone()[0])
+
+    def slabs(self) -> list[tuple[int, int, int]]:
+        """All slabs: id, slot bytes, slots."""
+        return self._database.execute("SELECT id, slot_bytes, slots FROM slab").fetchall()
+
+    def blocks(self) -> Iterator[list[tuple[int, int, bytes | None, int, int, int]]]:
+        """All blocks, least recently used first, in chunks.
+
+        Each row: slot, namespace, key, generation, bytes, algorithm.
+        """
+        query = "SELECT slot, namespace, key, generation, nbytes, algorithm FROM block ORDER BY used"
+        cursor = self._database.execute(query)
+        while chunk := cursor.fetchmany(20_000):
+            yield chunk
+
+    def count(self) -> int:
+        """How many blocks there are."""
+        return int(self._database.execute("SELECT count(*) FROM block").fetchone()[0])
+
+    def apply(self, changes: Changes) -> None:
+        """Commit at once, in the calling thread."""
+        if changes.put:
+            self._sync()
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            self._write(changes)
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    # --- afterwards -----------------------------------------------------------------
+
+    def commit(self, changes: Changes, done: Callable[[Exception | None], None]) -> None:
+        """Commit soon; then call ``done`` on the loop with None or what went wrong."""
+        self._inbox.put((changes, done))
+
+    def close(self) -> None:
+        """Commit what was asked for, then close the database. Blocks."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+        self._database.close()
+
+    def _main(self) -> None:
+        while True:
+            group, last = self._take()
+            if group:
+                self._commit(group)
+            if last:
+                return
+
+    def _take(self) -> tuple[list[tuple[Changes, Any]], bool]:
+        group: list[tuple[Changes, Any]] = []
+        item = self._inbox.get()
+        try:
+            while item is not None:
+                group.append(item)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return group, False
+        return group, True
+
+    def _commit(self, group: list[tuple[Changes, Any]]) -> None:
+        merged = Changes()
+        for changes, _ in group:
+            merged.merge(changes)
+        error: Exception | None = None
+        try:
+            self.apply(merged)
+        except Exception as cause:  # noqa: BLE001 - handed to whoever waits
+            error = cause
+        self._post(_tell, [(done, error) for _, done in group])
+
+    def _write(self, changes: Changes) -> None:
+        execute = self._database.execute
+        for part in _chunks(changes.drop):
+            execute(f"DELETE FROM block WHERE slot IN ({_marks(part)})", part)
+        if changes.touch:
+            execute(
+                "UPDATE block SET used = new.value FROM json_each(?) AS new "
+                "WHERE block.slot = CAST(new.key AS INTEGER)",
+                (json.dumps(changes.touch),),
+            )
+        for part in _chunks(changes.quarantine):
+            execute(f"UPDATE block SET key = NULL WHERE slot IN ({_marks(part)})", part)
+        for rows in _chunks(changes.put):
+            values = ",".join(["(?,?,?,?,?,?,?)"] * len(rows))
+            flat = [value for row in rows for value in row]
+            execute(f"INSERT OR REPLACE INTO block VALUES {values}", flat)
+        for slab in changes.add_slab:
+            execute("INSERT INTO slab VALUES (?,?,?)", slab)
+        for slab_id in changes.drop_slab:
+            execute("DELETE FROM slab WHERE id=?", (slab_id,))
+
+
+def _tell(group: Sequence[tuple[Callable[[Exception | None], None], Exception | None]]) -> None:
+    for done, error in group:
+        done(error)
+
+
+def _marks(part: Sequence[object]) -> str:
+    return ",".join("?" * len(part))
+
+
+def _chunks(rows: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(rows), _ROWS):
+        yield rows[start : start + _ROWS]

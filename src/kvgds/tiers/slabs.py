@@ -1,0 +1,734 @@
+"""Blocks in fixed slots of large preallocated files, for a directory of one engine alone.
+
+Owns the directory, its slab files and its index. A slab is cut into slots of one size
+class; which slot holds which block is known in memory, and durably in SQLite. Two orders
+make it safe to die at any point: a block enters the index only after its bytes are down,
+and a slot is used again only after its removal is committed.
+
+All state belongs to the event loop's thread. ``docs/format.md`` describes the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import sqlite3
+from collections import OrderedDict, deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
+from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
+from kvgds.paths import PathPlan, try_directory
+from kvgds.tiers import Services, TierStatistics
+from kvgds.tiers.directory import lock_root, prepare_root
+from kvgds.tiers.index import Changes, Index, connect
+from kvgds.transport import File
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from kvgds.blocks import BlockKey, Namespace
+    from kvgds.config import FileTier
+    from kvgds.paths import Move
+
+_SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
+_SLOT_MASK = (1 << _SLOT_BITS) - 1
+_SLABS = 64  # a slab is about this part of the capacity
+_EVICT = 64  # most blocks that one commit evicts ahead of need
+_TOUCHES = 1024  # how many uses may be forgotten by a crash
+_SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
+
+
+def slot_bytes_for(nbytes: int) -> int:
+    """Size of the slots that blocks of ``nbytes`` go to: their image, at most 1/64 more.
+
+    Steps of a 64th of the next lower power of two bound the number of classes.
+    """
+    image = image_bytes(nbytes)
+    step = max(PAGE, 1 << max(image.bit_length() - 7, 0))
+    return -(-image // step) * step
+
+
+def slab_name(slab_id: int, slot_bytes: int) -> str:
+    """File name of a slab; tells its geometry, so that stamps alone can rebuild an index."""
+    return f"slab-{slab_id:08d}-{slot_bytes}.kv"
+
+
+class _Slab:
+    __slots__ = ("busy", "file", "id", "path", "slots")
+
+    def __init__(self, slab_id: int, slots: int, path: Path, file: File) -> None:
+        self.id = slab_id
+        self.slots = slots
+        self.path = path
+        self.file = file
+        self.busy = 0  # slots being written, or waiting for a commit
+
+
+class _Class:
+    """The slots of one size."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots = 0
+        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
+        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
+        self.going = 0  # slots whose removal is being committed
+        self.pending = 0  # those, and slots being written
+        self.waiting: deque[Move] = deque()  # stores without a slot yet
+
+
+class Slabs:
+    """The slab layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``."""
+
+    def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
+        self.name = f"slabs:{settings.root}"
+        self.plan: PathPlan
+        self._settings = settings
+        self._namespace = namespace
+        self._services = services
+        self._blocks: dict[BlockKey, tuple[int, int, int]] = {}  # slot, generation, bytes
+        self._classes: dict[int, _Class] = {}
+        self._slabs: dict[int, _Slab] = {}
+        self._class_of: dict[int, _Class] = {}  # by slab
+        self._holds: dict[int, int] = {}  # loads in flight, by slot
+        self._orphans: set[int] = set()  # slots to be freed when their last hold ends
+        self._dirty: set[int] = set()  # slabs written since the last commit
+        self._touched: dict[int, int] = {}
+        self._clock = itertools.count(1)
+        self._next_slab = 0
+        self._growing = False
+        self._disk_full = False
+        self._under_way = 0
+        self._evictions = 0
+        self._quarantined = 0
+        self._bytes = 0
+        self._slab_bytes = 0
+        self._index: Index
+        self._namespace_id = 0
+        self._lock = -1
+
+    # --- opening and closing, in the executor ---------------------------------------
+
+    def open(self, progress: Callable[[str, int, int], None]) -> None:
+        """Take the directory and recover what it holds; see ``Tier.open``."""
+        settings = self._settings
+        prepare_root(settings.root, "slabs")
+        self._lock = lock_root(settings.root)
+        try:
+            found = try_directory(settings.root, settings.direct_io)
+            self.plan = PathPlan(
+                tier=self.name,
+                memory="host",
+                path="direct",
+                backend=self._services.transport.name,
+                direct_io=found.direct_io,
+                alignment=found.alignment,
+                evidence=found.evidence,
+                refused=found.refused,
+            )
+            self._recover(progress)
+        except BaseException:
+            self._close_files()
+            raise
+
+    def _recover(self, progress: Callable[[str, int, int], None]) -> None:
+        power = self._settings.durable == "power"
+        database = connect(self._settings.root / "index.db", power=power)
+        self._index = Index(database, self._services.post, self._sync if power else _nothing)
+        try:
+            namespace = self._namespace
+            self._namespace_id = self._index.namespace(namespace.digest, namespace.text)
+            self._clock = itertools.count((self._index.count_open() << 40) + 1)
+            lost = self._open_slabs()
+            self._load_blocks(progress, lost)
+            self._sweep()
+            self._shrink()
+        except BaseException:
+            self._index.close()
+            raise
+        self._index.start()
+
+    def _open_slabs(self) -> dict[int, int]:
+        """Open every slab of the index. For each that lost bytes, how many slots it still has."""
+        lost = {}
+        for slab_id, slot_bytes, slots in self._index.slabs():
+            path = self._settings.root / slab_name(slab_id, slot_bytes)
+            fd, whole = open_slab(path, slot_bytes * slots, direct=self.plan.direct_io)
+            if whole < slot_bytes * slots:
+                lost[slab_id] = whole // slot_bytes
+            self._add_slab(_Slab(slab_id, slots, path, File(fd)), slot_bytes)
+            self._next_slab = max(self._next_slab, slab_id + 1)
+        return lost
+
+    def _load_blocks(self, progress: Callable[[str, int, int], None], lost: dict[int, int]) -> None:
+        total, done = self._index.count(), 0
+        wrong, taken = [], set()
+        for chunk in self._index.blocks():
+            for slot, namespace, key, generation, nbytes, algorithm in chunk:
+                slab = slot >> _SLOT_BITS
+                place = slot & _SLOT_MASK
+                if slab not in self._slabs or place >= lost.get(slab, self._slabs[slab].slots):
+                    wrong.append(slot)
+                    continue
+                taken.add(slot)
+                self._adopt(slot, namespace, key, generation, nbytes, algorithm)
+            done += len(chunk)
+            progress("recovering the index", done, total)
+        for slab_id, slab in self._slabs.items():
+            base = slab_id << _SLOT_BITS
+            free = [base + i for i in range(slab.slots) if base + i not in taken]
+            self._class_of[slab_id].free.extend(free)
+        for size in self._classes.values():
+            size.free.sort(reverse=True)
+        if wrong:
+            self._index.apply(Changes(drop=wrong))
+
+    def _adopt(
+        self, slot: int, namespace: int, key: bytes | None, generation: int, nbytes: int, algorithm: int
+    ) -> None:
+        """Take one row of the index. Rows that this engine must not serve wait for eviction."""
+        if key is None:
+            self._quarantined += 1
+            return
+        size = self._class_of[slot >> _SLOT_BITS]
+        self._bytes += size.slot_bytes
+        unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
+        if namespace != self._namespace_id or unchecked:
+            size.used[slot] = None
+            return
+        size.used[slot] = key
+        self._blocks[key] = (slot, generation, nbytes)
+
+    def _sweep(self) -> None:
+        """Remove slab files that the index does not know: their making was cut short."""
+        known = {slab.path.name for slab in self._slabs.values()}
+        for name in os.listdir(self._settings.root):
+            stray = name.startswith(".trial-") or (_SLAB_NAME.fullmatch(name) and name not in known)
+            if stray:
+                os.unlink(self._settings.root / name)
+
+    def _shrink(self) -> None:
+        """Give up slabs until the capacity, which may be less than last time, holds."""
+        while self._slab_bytes > self._settings.capacity_bytes:
+            slab = self._least_wanted_slab(None)
+            if slab is None:  # pragma: no cover - nothing is in flight at open
+                return
+            self._index.apply(self._remove_slab(slab))
+            os.close(slab.file.fd)
+            os.unlink(slab.path)
+
+    def close(self) -> None:
+        """See ``Tier.close``."""
+        if self._touched:
+            self._index.commit(Changes(touch=self._touched), _ignore)
+        for slab in self._slabs.values():
+            self._services.transport.detach(slab.file).result()
+        self._index.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for slab in self._slabs.values():
+            os.close(slab.file.fd)
+        self._slabs.clear()
+        os.close(self._lock)
+
+    def _sync(self) -> None:
+        """Make the payloads of the coming commit durable; runs on the index's thread."""
+        dirty, self._dirty = self._dirty, set()
+        for slab_id in dirty:
+            slab = self._slabs.get(slab_id)
+            if slab is not None:
+                os.fdatasync(slab.file.fd)
+
+    # --- asking -----------------------------------------------------------------------
+
+    def contains(self, key: BlockKey) -> bool:
+        """See ``Tier.contains``."""
+        return key in self._blocks
+
+    def statistics(self) -> TierStatistics:
+        """See ``Tier.statistics``."""
+        return TierStatistics(
+            name=self.name,
+            blocks=len(self._blocks),
+            bytes_used=self._bytes,
+            capacity_bytes=self._settings.capacity_bytes,
+            evictions=self._evictions,
+            quarantined=self._quarantined,
+        )
+
+    def idle(self) -> bool:
+        """See ``Tier.idle``."""
+        return not self._under_way
+
+    # --- loading ----------------------------------------------------------------------
+
+    def load(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.load``."""
+        settled, going = [], []
+        for move in moves:
+            block = self._blocks.get(move.key)
+            if block is None:
+                move.status = "miss"
+            elif block[2] != move.nbytes:
+                rule = f"the block stored under this key has {block[2]} bytes; give memory of that size"
+                move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
+            else:
+                self._aim(move, block[0], block[1])
+                self._holds[block[0]] = self._holds.get(block[0], 0) + 1
+                self._touch(block[0])
+                going.append(move)
+                continue
+            settled.append(move)
+        self._under_way += len(going)
+        if going:
+            self._services.transport.submit(going, self._loaded_soon)
+        if settled:
+            self._services.settle(settled)
+
+    def _aim(self, move: Move, slot: int, generation: int) -> None:
+        slab_id, place = slot >> _SLOT_BITS, slot & _SLOT_MASK
+        move.file = self._slabs[slab_id].file
+        move.offset = place * self._class_of[slab_id].slot_bytes
+        move.generation = generation
+        move.place = f"slab {slab_id} slot {place}"
+        move.slot = slot
+
+    def _touch(self, slot: int) -> None:
+        self._class_of[slot >> _SLOT_BITS].used.move_to_end(slot)
+        self._touched[slot] = next(self._clock)
+        if len(self._touched) >= _TOUCHES:
+            self._index.commit(Changes(touch=self._touched), _ignore)
+            self._touched = {}
+
+    def _loaded_soon(self, moves: list[Move]) -> None:
+        self._services.post(self._loaded, moves)
+
+    def _loaded(self, moves: list[Move]) -> None:
+        self._under_way -= len(moves)
+        for move in moves:
+            if isinstance(move.error, BlockCorrupt):
+                self._quarantine(move)
+            elif move.error is None:
+                move.status = "hit"
+            self._unhold(move.slot)
+        self._services.settle(moves)
+        self._serve_waiting()
+
+    def _unhold(self, slot: int) -> None:
+        left = self._holds.pop(slot) - 1
+        if left:
+            self._holds[slot] = left
+        elif slot in self._orphans:
+            self._orphans.discard(slot)
+            self._free(slot)
+
+    def _quarantine(self, move: Move) -> None:
+        """Take the slot of a provably wrong block out of use, for good."""
+        block = self._blocks.get(move.key)
+        if block is None or block[:2] != (move.slot, move.generation):
+            return
+        self._forget(move.key, block[0])
+        self._quarantined += 1
+        self._index.commit(Changes(quarantine=[block[0]]), _ignore)
+
+    # --- storing ----------------------------------------------------------------------
+
+    def store(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.store``."""
+        settled, going = [], []
+        for move in moves:
+            block = self._blocks.get(move.key)
+            if block is not None and block[2] == move.nbytes:
+                move.status = "present"
+                self._touch(block[0])
+                settled.append(move)
+                continue
+            slot_bytes = slot_bytes_for(move.nbytes)
+            if slot_bytes > self._settings.capacity_bytes:
+                move.error = self._too_big(slot_bytes)
+                settled.append(move)
+                continue
+            size = self._size_class(slot_bytes)
+            if size.waiting or not size.free:
+                size.waiting.append(move)
+            else:
+                self._take_slot(move, size)
+                going.append(move)
+        self._send(going)
+        if settled:
+            self._services.settle(settled)
+        self._serve_waiting()
+
+    def _size_class(self, slot_bytes: int) -> _Class:
+        size = self._classes.get(slot_bytes)
+        if size is None:
+            size = self._classes[slot_bytes] = _Class(slot_bytes)
+        return size
+
+    def _take_slot(self, move: Move, size: _Class) -> None:
+        self._aim(move, size.free.pop(), next(self._clock))
+        self._pend(move.slot, 1)
+
+    def _pend(self, slot: int, step: int) -> None:
+        slab = slot >> _SLOT_BITS
+        self._slabs[slab].busy += step
+        self._class_of[slab].pending += step
+
+    def _send(self, moves: list[Move]) -> None:
+        if moves:
+            self._under_way += len(moves)
+            self._services.transport.submit(moves, self._written)
+
+    def _written(self, moves: list[Move]) -> None:
+        """On a reactor's thread: hand what is down to the index, the rest to the loop."""
+        good = [move for move in moves if move.error is None and not move.abandoned]
+        if len(good) < len(moves):
+            bad = [move for move in moves if move.error is not None or move.abandoned]
+            self._services.post(self._unwritten, bad)
+        if not good:
+            return
+        rows = []
+        for move in good:
+            number = move.generation or 0
+            rows.append(
+                (move.slot, self._namespace_id, move.key, number, move.nbytes, move.algorithm, number)
+            )
+            self._dirty.add(move.slot >> _SLOT_BITS)
+        self._index.commit(Changes(put=rows), partial(self._committed, good))
+
+    def _unwritten(self, moves: list[Move]) -> None:
+        self._under_way -= len(moves)
+        for move in moves:
+            self._pend(move.slot, -1)
+            self._free(move.slot)
+            if isinstance(move.error, TransferError) and move.error.errno == errno.ENOSPC:
+                move.error = self._full(str(move.error))
+        self._services.settle(moves)
+        self._serve_waiting()
+
+    def _committed(self, moves: list[Move], error: Exception | None) -> None:
+        self._under_way -= len(moves)
+        drops = []
+        for move in moves:
+            self._pend(move.slot, -1)
+            if error is not None:
+                move.error = self._commit_error(error)
+                self._free(move.slot)
+            elif move.abandoned:
+                drops.append(move.slot)
+            else:
+                old = self._blocks.get(move.key)
+                if old is not None:
+                    self._forget(move.key, old[0])
+                    drops.append(old[0])
+                self._publish(move)
+        self._drop(drops)
+        self._services.settle(moves)
+        self._serve_waiting()
+
+    def _publish(self, move: Move) -> None:
+        size = self._class_of[move.slot >> _SLOT_BITS]
+        self._blocks[move.key] = (move.slot, move.generation or 0, move.nbytes)
+        size.used[move.slot] = move.key
+        self._bytes += size.slot_bytes
+        move.status = "stored"
+
+    def _commit_error(self, error: Exception) -> Exception:
+        full = isinstance(error, sqlite3.Error) and "full" in str(error)
+        if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            return self._full(f"the index can't grow: {error}")
+        wrapped = TransferError(f"the index of {self._settings.root} failed: {error}", direction="store")
+        wrapped.__cause__ = error
+        return wrapped
+
+    def _full(self, why: str) -> StorageFull:
+        return StorageFull(f"{self._settings.root}: {why}; free space, or lower capacity_bytes")
+
+    def expire(self) -> None:
+        """See ``Tier.expire``."""
+        for size in self._classes.values():
+            gone = [move for move in size.waiting if move.abandoned]
+            if gone:
+                size.waiting = deque(move for move in size.waiting if not move.abandoned)
+                for move in gone:
+                    move.error = move.timeout()
+                self._services.settle(gone)
+
+    # --- making room ------------------------------------------------------------------
+
+    def _serve_waiting(self) -> None:
+        """Give slots to waiting stores, and see to it that there will be more."""
+        for size in list(self._classes.values()):
+            going = []
+            while size.waiting and size.free:
+                move = size.waiting.popleft()
+                self._take_slot(move, size)
+                going.append(move)
+            self._send(going)
+            if size.waiting or self._low(size):
+                self._make_room(size)
+
+    @staticmethod
+    def _low(size: _Class) -> bool:
+        """Whether to evict ahead of need; small classes use all their slots instead."""
+        return bool(size.used) and len(size.free) + size.going < min(_EVICT // 2, size.slots // 32)
+
+    def _make_room(self, size: _Class) -> None:
+        if self._growing:
+            return
+        if self._room() >= size.slot_bytes and not (self._disk_full and size.used):
+            self._grow(size)
+            return
+        needed = len(size.waiting) - size.going
+        ahead = min(_EVICT, size.slots // 16)
+        evicted = self._evict(size, max(needed, ahead))
+        wait = evicted or size.pending or size.used or self._orphans
+        if size.waiting and not wait and not self._steal(size):
+            self._refuse(size)
+
+    def _room(self) -> int:
+        return self._settings.capacity_bytes - self._slab_bytes
+
+    def _evict(self, size: _Class, wanted: int) -> int:
+        """Drop the least recently used blocks that nobody is loading; how many."""
+        slots = []
+        for slot in itertools.islice(size.used, wanted + len(self._holds)):
+            if slot not in self._holds:
+                slots.append(slot)
+                if len(slots) == wanted:
+                    break
+        for slot in slots:
+            self._forget(size.used[slot], slot)
+        self._evictions += len(slots)
+        self._drop(slots)
+        return len(slots)
+
+    def _forget(self, key: BlockKey | None, slot: int) -> None:
+        """Make a block invisible; its slot is not free yet."""
+        size = self._class_of[slot >> _SLOT_BITS]
+        del size.used[slot]
+        self._bytes -= size.slot_bytes
+        self._touched.pop(slot, None)
+        if key is not None:
+            del self._blocks[key]
+
+    def _drop(self, slots: list[int], done: Callable[[Exception | None], None] | None = None) -> None:
+        """Commit the removal of forgotten slots, then free them."""
+        if not slots:
+            return
+        for slot in slots:
+            self._class_of[slot >> _SLOT_BITS].going += 1
+            self._pend(slot, 1)
+        self._under_way += len(slots)
+        self._index.commit(Changes(drop=slots), partial(self._dropped, slots, done))
+
+    def _dropped(
+        self,
+        slots: list[int],
+        done: Callable[[Exception | None], None] | None,
+        error: Exception | None,
+    ) -> None:
+        self._under_way -= len(slots)
+        for slot in slots:
+            self._class_of[slot >> _SLOT_BITS].going -= 1
+            self._pend(slot, -1)
+            if error is None:
+                self._free(slot)  # else the index still names it: not to be used until reopened
+        if done is not None:
+            done(error)
+        self._serve_waiting()
+
+    def _free(self, slot: int) -> None:
+        if slot in self._holds:
+            self._orphans.add(slot)
+        else:
+            self._class_of[slot >> _SLOT_BITS].free.append(slot)
+
+    def _steal(self, size: _Class) -> bool:
+        """Give up another class's slab for this one. False: none can be had, ever."""
+        slab = self._least_wanted_slab(size)
+        if slab is None:
+            return any(slab.busy for slab in self._slabs.values()) or bool(self._holds)
+        changes = self._remove_slab(slab)
+        self._growing = True
+        self._under_way += 1
+        self._index.commit(changes, partial(self._unindexed, slab))
+        return True
+
+    def _least_wanted_slab(self, other_than: _Class | None) -> _Slab | None:
+        """A slab of the largest other class, one with an old block, that nobody uses now."""
+        for size in sorted(self._classes.values(), key=lambda s: -s.slots * s.slot_bytes):
+            if size is other_than:
+                continue
+            order = [slot >> _SLOT_BITS for slot in itertools.islice(size.used, 10_000)]
+            mine = [slab for slab, owner in self._class_of.items() if owner is size]
+            held = {slot >> _SLOT_BITS for slot in self._holds}
+            for slab_id in dict.fromkeys((*order, *mine)):
+                if not self._slabs[slab_id].busy and slab_id not in held:
+                    return self._slabs[slab_id]
+        return None
+
+    def _remove_slab(self, slab: _Slab) -> Changes:
+        size = self._class_of[slab.id]
+        slots = [slot for slot in size.used if slot >> _SLOT_BITS == slab.id]
+        for slot in slots:
+            self._forget(size.used[slot], slot)
+        self._evictions += len(slots)
+        size.free = [slot for slot in size.free if slot >> _SLOT_BITS != slab.id]
+        size.slots -= slab.slots
+        del self._class_of[slab.id], self._slabs[slab.id]
+        self._slab_bytes -= slab.slots * size.slot_bytes
+        return Changes(drop=slots, drop_slab=[slab.id])
+
+    def _unindexed(self, slab: _Slab, error: Exception | None) -> None:
+        if error is not None:
+            self._grown_badly(error)
+            return
+        detached = self._services.transport.detach(slab.file)
+        self._services.run(partial(_remove_file, slab, detached), self._removed)
+
+    def _removed(self, future: Future[None]) -> None:
+        self._growing = False
+        self._under_way -= 1
+        if error := future.exception():
+            self._refuse_all(error)
+        self._serve_waiting()
+
+    def _refuse(self, size: _Class) -> None:
+        self._refuse_moves(size, lambda: self._too_big(size.slot_bytes))
+
+    def _too_big(self, slot_bytes: int) -> StorageFull:
+        capacity = self._settings.capacity_bytes
+        return StorageFull(
+            f"{self.name}: no room for a block that takes {slot_bytes:,} bytes with its stamp, "
+            f"and nothing to evict; raise capacity_bytes={capacity:,}"
+        )
+
+    def _refuse_all(self, error: BaseException) -> None:
+        for size in self._classes.values():
+            self._refuse_moves(size, lambda: self._full(f"can't make room: {error}"))
+
+    def _refuse_moves(self, size: _Class, make: Callable[[], Exception]) -> None:
+        moves = list(size.waiting)
+        size.waiting.clear()
+        for move in moves:
+            move.error = make()
+        if moves:
+            self._services.settle(moves)
+
+    # --- growing ----------------------------------------------------------------------
+
+    def _grow(self, size: _Class) -> None:
+        """Make one more slab; in the executor, because allocating it may take a while."""
+        part = max(self._settings.capacity_bytes // _SLABS, size.slot_bytes)
+        slots = min(part, self._room()) // size.slot_bytes
+        slab_id = self._next_slab
+        self._next_slab += 1
+        self._growing = True
+        self._under_way += 1
+        path = self._settings.root / slab_name(slab_id, size.slot_bytes)
+        make = partial(make_slab, path, slots * size.slot_bytes, direct=self.plan.direct_io)
+        self._services.run(make, partial(self._made, size, slab_id, slots, path))
+
+    def _made(self, size: _Class, slab_id: int, slots: int, path: Path, future: Future[int]) -> None:
+        if error := future.exception():
+            self._grown_badly(error)
+            return
+        slab = _Slab(slab_id, slots, path, File(future.result()))
+        self._index.commit(
+            Changes(add_slab=[(slab_id, size.slot_bytes, slots)]),
+            partial(self._indexed, size, slab),
+        )
+
+    def _indexed(self, size: _Class, slab: _Slab, error: Exception | None) -> None:
+        if error is not None:
+            os.close(slab.file.fd)
+            self._grown_badly(error)
+            return
+        self._growing = self._disk_full = False
+        self._under_way -= 1
+        self._add_slab(slab, size.slot_bytes)
+        base = slab.id << _SLOT_BITS
+        size.free[:0] = range(base + slab.slots - 1, base - 1, -1)
+        self._serve_waiting()
+
+    def _add_slab(self, slab: _Slab, slot_bytes: int) -> None:
+        size = self._size_class(slot_bytes)
+        self._slabs[slab.id] = slab
+        self._class_of[slab.id] = size
+        size.slots += slab.slots
+        self._slab_bytes += slab.slots * slot_bytes
+
+    def _grown_badly(self, error: BaseException) -> None:
+        """The disk has no room for another slab: go on with what there is, or say so."""
+        self._growing = False
+        self._under_way -= 1
+        self._disk_full = True
+        for size in self._classes.values():
+            if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
+                continue
+            if size.used or self._steal(size):
+                continue
+            self._refuse_moves(size, lambda: self._full(f"can't make a slab: {error}"))
+
+    # --- deleting ---------------------------------------------------------------------
+
+    def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
+        """See ``Tier.delete``."""
+        block = self._blocks.get(key)
+        if block is None:
+            done(False, None)  # noqa: FBT003 - the callback's contract
+            return
+        self._forget(key, block[0])
+        self._drop([block[0]], lambda error: done(error is None, error))
+
+
+def make_slab(path: Path, nbytes: int, *, direct: bool) -> int:
+    """Make and allocate a slab file; its descriptor. Blocks."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except BaseException:
+        os.close(fd)
+        os.unlink(path)
+        raise
+    return fd
+
+
+def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
+    """Open a slab file, made whole again if it was cut or lost; how many bytes it had. Blocks."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+        try:
+            had = os.fstat(fd).st_size
+            if had < nbytes:
+                os.posix_fallocate(fd, 0, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise ConfigError("root", str(path), f"a slab can't be opened: {error}") from None
+    return fd, min(had, nbytes)
+
+
+def _remove_file(slab: _Slab, detached: Future[None]) -> None:
+    detached.result()
+    os.close(slab.file.fd)
+    os.unlink(slab.path)
+
+
+def _nothing() -> None:
+    return
+
+
+def _ignore(error: Exception | None) -> None:
+    """Uses and quarantines are remembered on a best-effort basis."""

@@ -1,0 +1,507 @@
+"""The only user of NIXL: moves rows of bytes between memory and files.
+
+Owns the NIXL agents. Each lane has one agent and one reactor thread, and every NIXL call
+on that agent runs on that thread: NIXL offers no completion callback, no cancel, and
+frees memory under a transfer that is released too early, so a handle is kept until it is
+done or has failed, whatever became of its awaiter.
+
+The interpreter lock is the resource to spare: while the event loop runs Python, each time
+the reactor lets go of the lock it may wait milliseconds for it. So whatever is queued when
+the reactor looks goes into one NIXL transfer (up to 64 rows), only the oldest transfer is
+asked how it is doing, and one call delivers all that has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import itertools
+import logging
+import mmap
+import os
+import queue
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kvgds.blocks import padded
+from kvgds.errors import ClosedError, PathUnavailable
+from kvgds.memory import Region, bytes_at
+from kvgds.schedule import coalesce
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import numpy.typing as npt
+
+    Rows = npt.NDArray[np.int64]
+
+GROUP_ROWS = 64
+_FILE_BYTES = 1 << 46  # only a bound on offsets
+GROUP_BYTES = 8 << 20
+MERGED_BYTES = 1 << 20
+_LANE_FLIGHTS = 8
+_SPIN_S = 50e-6
+_SPIN_BYTES = 256 << 10
+_SWEEP_S = 2e-3
+_ids = itertools.count(1)
+
+
+class File:
+    """An open file that transfers may name. Detach it before closing the descriptor."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+
+class Transfer(Protocol):
+    """One block on its way. Every method runs on a reactor thread.
+
+    The transport calls ``begin`` once, moves the rows, then calls ``end`` once (or
+    ``fail``, if they did not move), and then delivers the transfer.
+    """
+
+    write: bool  # from memory to the file
+    file: File
+    regions: Sequence[Region]
+    nbytes: int
+
+    def begin(self) -> Rows | None:
+        """The rows to move, N x 3: address, file offset, bytes. None: not wanted any more."""
+
+    def end(self) -> None:
+        """All rows have moved."""
+
+    def fail(self, error: Exception) -> None:
+        """The rows have not moved; the memory is dirty, but nothing touches it any more."""
+
+
+class NotMoved(Exception):
+    """NIXL failed a transfer; errno and text are those of a plain call on the same rows."""
+
+    def __init__(self, number: int | None, text: str) -> None:
+        super().__init__(text)
+        self.errno = number
+
+
+class Transport(Protocol):
+    """Moves transfers. Any thread may call any method.
+
+    Preconditions: the memory of a transfer's rows lies in its regions, and its file is
+    open. The implementation delivers every submitted transfer exactly once, on a thread
+    of its own, and never touches its memory afterwards.
+    """
+
+    name: str
+
+    def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
+        """Queue transfers; never blocks. Raises ClosedError after :meth:`close`."""
+
+    def detach(self, thing: File | Region) -> Future[None]:
+        """Forget a file or region that no transfer uses any more."""
+
+    def close(self) -> Future[None]:
+        """Take no more, finish what was submitted, then let go of everything."""
+
+    def abandon(self) -> None:
+        """Leak whatever a wedged transfer still uses, instead of freeing it under it."""
+
+
+def _import_nixl() -> Any:  # noqa: ANN401 - nixl has no types
+    """NIXL's Python API, silenced: it logs to stdout and changes logging for the process."""
+    level, raising = os.environ.get("NIXL_LOG_LEVEL"), logging.raiseExceptions
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
+    report = []
+    try:
+        for name in ("nixl_cu12", "nixl_cu13"):
+            try:
+                return importlib.import_module(f"{name}._api")
+            except ImportError as error:
+                report.append(f"{name}: {error}")
+    finally:
+        logging.raiseExceptions = raising
+        if level is None:
+            del os.environ["NIXL_LOG_LEVEL"]
+    raise PathUnavailable("NIXL can't be loaded; pip install 'nixl-cu12>=1.5.1'", tuple(report))
+
+
+class _Flight:
+    """One NIXL transfer: transfers that travel together."""
+
+    __slots__ = ("handle", "members", "nbytes", "rows")
+
+    def __init__(self, members: list[_Member], rows: list[Rows]) -> None:
+        self.members = members
+        self.rows = rows
+        self.nbytes = sum(member.transfer.nbytes for member in members)
+        self.handle: Any = None
+
+
+class _Member:
+    __slots__ = ("deliver", "rows", "transfer")
+
+    def __init__(self, transfer: Transfer, deliver: Callable[[list[Any]], None]) -> None:
+        self.transfer = transfer
+        self.deliver = deliver
+        self.rows: Rows | None = None  # set once begun
+
+
+class _Lane:
+    """One agent and its thread. All methods but submit, call and start run on that thread."""
+
+    def __init__(self, name: str, queues: Sequence[str]) -> None:
+        self.name = name
+        self.backend = ""
+        self.load = 0  # bytes queued or in flight; a hint for choosing a lane
+        self.ready: Future[None] = Future()
+        self.stopped: Future[None] = Future()
+        self._queues = queues
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting: deque[_Member] = deque()
+        self._alone: deque[_Member] = deque()
+        self._flights: deque[_Flight] = deque()
+        self._ended: list[_Member] = []
+        self._registered: dict[Region | File, Any] = {}
+        self._closing = False
+        self._moved_at = 0.0
+        self._swept_at = 0.0
+        self._agent: Any = None
+        self._nixl: Any = None
+        self._thread = threading.Thread(target=self._main, name=f"kvgds-{name}", daemon=True)
+
+    # --- called from other threads -------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(
+        self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]
+    ) -> None:
+        self.load += sum(transfer.nbytes for transfer in transfers)
+        self._inbox.put([_Member(transfer, deliver) for transfer in transfers])
+
+    def call(self, function: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        self._inbox.put((function, future))
+        return future
+
+    # --- the reactor ---------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._open()
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever opens the transport
+            self.ready.set_exception(error)
+            self.stopped.set_result(None)
+            return
+        self.ready.set_result(None)
+        while not self._closing or self._waiting or self._alone or self._flights:
+            self._receive()
+            self._launch()
+            self._poll()
+            self._report()
+        for registered in self._registered.values():
+            self._agent.deregister_memory(registered, backends=["POSIX"])
+        self._agent = None
+        self.stopped.set_result(None)
+
+    def _open(self) -> None:
+        self._nixl = nixl = _import_nixl()
+        sync = nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        report = []
+        for kind in self._queues:
+            config = nixl.nixl_agent_config(enable_prog_thread=False, backends=[], sync_mode=sync)
+            agent = nixl.nixl_agent(self.name, config)
+            try:
+                agent.create_backend("POSIX", {f"use_{kind}": "true", "ios_pool_size": "4096"})
+            except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+                report.append(f"POSIX/{kind}: {error}")
+                continue
+            self._agent, self.backend = agent, f"POSIX/{kind}"
+            return
+        raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
+
+    def _receive(self) -> None:
+        """Take what has come in; wait for it if there is nothing better to do."""
+        try:
+            item = self._inbox.get(timeout=self._pause())
+            while True:
+                if isinstance(item, list):
+                    self._waiting.extend(item)
+                else:
+                    self._call(*item)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _pause(self) -> float | None:
+        """How long to wait for news, in seconds; None: until there are some."""
+        if not self._flights:
+            return 0.0 if self._waiting or self._alone or self._closing else None
+        nbytes = sum(flight.nbytes for flight in self._flights)
+        if nbytes <= _SPIN_BYTES and time.monotonic() - self._moved_at < _SPIN_S:
+            return 0.0
+        return min(max(50e-6, nbytes * 2e-11), 300e-6)
+
+    @staticmethod
+    def _call(function: Callable[[], None], future: Future[None]) -> None:
+        wanted = future.set_running_or_notify_cancel()
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+            if wanted:
+                future.set_exception(error)
+        else:
+            if wanted:
+                future.set_result(None)
+
+    def _launch(self) -> None:
+        """Put waiting transfers in flight, together if they go the same way."""
+        while self._alone and len(self._flights) < _LANE_FLIGHTS:
+            member = self._alone.popleft()
+            assert member.rows is not None  # noqa: S101 - it has been in flight before
+            self._post(_Flight([member], [member.rows]))
+        while self._waiting and len(self._flights) < _LANE_FLIGHTS:
+            flight = self._gather()
+            if flight.members:
+                self._post(flight)
+
+    def _gather(self) -> _Flight:
+        write = self._waiting[0].transfer.write
+        members, parts, rows, nbytes = [], [], 0, 0
+        while self._waiting and self._waiting[0].transfer.write == write:
+            if members and (rows >= GROUP_ROWS or nbytes >= GROUP_BYTES):
+                break
+            member = self._waiting.popleft()
+            if self._begin(member) and member.rows is not None:
+                members.append(member)
+                parts.append(member.rows)
+                rows += len(member.rows)
+                nbytes += member.transfer.nbytes
+        return _Flight(members, parts)
+
+    def _begin(self, member: _Member) -> bool:
+        transfer = member.transfer
+        try:
+            for region in transfer.regions:
+                self._register(region)
+            self._register(transfer.file)
+            member.rows = transfer.begin()
+        except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+            transfer.fail(error)
+        if member.rows is None:
+            self._ended.append(member)
+            return False
+        return True
+
+    def _register(self, thing: Region | File) -> None:
+        if thing in self._registered:
+            return
+        if isinstance(thing, File):
+            entries, kind = [(0, _FILE_BYTES, thing.fd, "")], "FILE"
+        else:
+            entries, kind = [(span.address, span.nbytes, 0, "") for span in thing.spans], "DRAM"
+        self._registered[thing] = self._agent.register_memory(entries, kind, ["POSIX"])
+
+    def forget(self, thing: Region | File) -> None:
+        """Deregister, if it was ever used here."""
+        registered = self._registered.pop(thing, None)
+        if registered is not None:
+            self._agent.deregister_memory(registered, backends=["POSIX"])
+
+    def _post(self, flight: _Flight) -> None:
+        local, remote = _descriptors(flight)
+        agent = self._agent
+        try:
+            flight.handle = agent.initialize_xfer(
+                "WRITE" if flight.members[0].transfer.write else "READ",
+                agent.get_xfer_descs(local, "DRAM"),
+                agent.get_xfer_descs(remote, "FILE"),
+                self.name,
+                b"",
+                ["POSIX"],
+            )
+            state = agent.transfer(flight.handle)
+        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+            self._failed(flight, error)
+            return
+        self._moved_at = time.monotonic()
+        if state == "DONE":
+            self._landed(flight)
+        else:
+            self._flights.append(flight)
+
+    def _poll(self) -> None:
+        """Ask the oldest flights; now and then, when it seems stuck, ask them all."""
+        now = time.monotonic()
+        sweep = now - max(self._swept_at, self._moved_at) > _SWEEP_S
+        if sweep:
+            self._swept_at = now
+        for flight in list(self._flights):
+            if not self._check(flight) and not sweep:
+                return
+
+    def _check(self, flight: _Flight) -> bool:
+        try:
+            if self._agent.check_xfer_state(flight.handle) != "DONE":
+                return False
+        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+            self._flights.remove(flight)
+            self._failed(flight, error)
+            return True
+        self._flights.remove(flight)
+        self._moved_at = time.monotonic()
+        self._landed(flight)
+        return True
+
+    def _landed(self, flight: _Flight) -> None:
+        self._release(flight)
+        for member in flight.members:
+            try:
+                member.transfer.end()
+            except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+                member.transfer.fail(error)
+        self._ended.extend(flight.members)
+
+    def _failed(self, flight: _Flight, error: Exception) -> None:
+        """NIXL tells only that something in the flight failed: try each member by itself."""
+        self._release(flight)
+        if len(flight.members) > 1:
+            self._alone.extend(flight.members)
+            return
+        (member,) = flight.members
+        member.transfer.fail(_diagnose(member.transfer, flight.rows[0], error))
+        self._ended.append(member)
+
+    def _release(self, flight: _Flight) -> None:
+        if flight.handle is not None:
+            self._agent.release_xfer_handle(flight.handle)
+            flight.handle = None
+
+    def _report(self) -> None:
+        """Deliver what has ended, with one call for each receiver."""
+        ended, self._ended = self._ended, []
+        groups: dict[Any, list[Transfer]] = {}
+        for member in ended:
+            self.load -= member.transfer.nbytes
+            groups.setdefault(member.deliver, []).append(member.transfer)
+        for deliver, transfers in groups.items():
+            deliver(transfers)
+
+    def stop(self) -> None:
+        self._closing = True
+
+    def leak(self) -> None:
+        """Keep every object that a wedged transfer may use for as long as the process lives."""
+        for thing in (self, self._agent, *(flight.handle for flight in self._flights)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _descriptors(flight: _Flight) -> tuple[Rows, Rows]:
+    members = flight.members
+    fds = {member.transfer.file.fd for member in members}
+    rows = flight.rows[0] if len(flight.rows) == 1 else np.concatenate(flight.rows)
+    if len(fds) == 1:
+        if len(rows) > 1 and flight.nbytes < len(rows) * (MERGED_BYTES >> 1):
+            rows = coalesce(rows, MERGED_BYTES)
+        fd: Any = fds.pop()
+    else:
+        counts = [len(part) for part in flight.rows]
+        fd = np.repeat([member.transfer.file.fd for member in members], counts)
+    local, remote = np.empty((len(rows), 3), np.int64), np.empty((len(rows), 3), np.int64)
+    local[:, 0], local[:, 1], local[:, 2] = rows[:, 0], rows[:, 2], 0
+    remote[:, 0], remote[:, 1], remote[:, 2] = rows[:, 1], rows[:, 2], fd
+    return local, remote
+
+
+def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
+    """What the system says of the same rows: NIXL's errors carry no errno."""
+    fd = transfer.file.fd
+    for address, offset, nbytes in rows.tolist():
+        try:
+            if transfer.write:
+                moved = os.pwritev(fd, [bytes_at(address, nbytes)], offset)
+            else:
+                with mmap.mmap(-1, padded(nbytes)) as scratch:
+                    moved = os.preadv(fd, [memoryview(scratch)[:nbytes]], offset)
+        except OSError as cause:
+            return NotMoved(cause.errno, str(error))
+        if moved < nbytes:
+            verb = "write" if transfer.write else "read"
+            return NotMoved(errno.EIO, f"{error}: short {verb}, {moved} of {nbytes} bytes")
+    return NotMoved(None, f"{error}, but a plain call on the same range succeeds")
+
+
+class NixlTransport:
+    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents."""
+
+    def __init__(self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio")) -> None:
+        number = next(_ids)
+        self._lanes = [_Lane(f"nixl-{number}-{i}", queues) for i in range(lanes)]
+        self._closed = False
+        self.name = ""
+
+    def start(self) -> None:
+        """Make the agents; blocks for some hundred milliseconds the first time.
+
+        Raises:
+            PathUnavailable: NIXL or its plugin can't be loaded.
+        """
+        for lane in self._lanes:
+            lane.start()
+        for lane in self._lanes:
+            lane.ready.result()
+        self.name = self._lanes[0].backend
+
+    def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
+        """See :class:`Transport`."""
+        if self._closed:
+            raise ClosedError("the transport is closed")
+        if len(self._lanes) == 1:
+            self._lanes[0].submit(transfers, deliver)
+            return
+        for start in range(0, len(transfers), GROUP_ROWS // 4):
+            lane = min(self._lanes, key=lambda lane: lane.load)
+            lane.submit(transfers[start : start + GROUP_ROWS // 4], deliver)
+
+    def detach(self, thing: File | Region) -> Future[None]:
+        """See :class:`Transport`."""
+        return _all_of([lane.call(lambda lane=lane: lane.forget(thing)) for lane in self._lanes])
+
+    def close(self) -> Future[None]:
+        """See :class:`Transport`."""
+        self._closed = True
+        for lane in self._lanes:
+            lane.call(lane.stop)
+        return _all_of([lane.stopped for lane in self._lanes])
+
+    def abandon(self) -> None:
+        """See :class:`Transport`."""
+        for lane in self._lanes:
+            lane.leak()
+
+
+def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
+    """A future that ends when all have; with the first error there was."""
+    whole: Future[None] = Future()
+    left = [len(futures)]
+    lock = threading.Lock()
+
+    def ended(_: Future[None]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0] or not whole.set_running_or_notify_cancel():
+                return
+        error = next((e for f in futures if (e := f.exception())), None)
+        whole.set_exception(error) if error else whole.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return whole
