@@ -1,0 +1,80 @@
+"""What holds for every test: kvgds may not block the event loop, and GPU tests need a GPU.
+
+Time limits are in pyproject.toml, `[tool.pytest]`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from blockbuster import BlockBuster, BlockBusterFunction
+
+from kvgds.transport import _import_nixl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Only a call with a frame of this package below it is an error: a test may block as it likes.
+WATCHED = "kvgds"
+
+# blockbuster knows time.sleep, locks, sockets, sqlite and half of os. These are what else kvgds may
+# call that can wait for a disk. After `from os import fsync` it would go unseen: write os.fsync.
+OPENS = ("builtins.open", "io.open", "os.open")
+FILE_CALLS = (
+    "os.fdatasync",
+    "os.fsync",
+    "os.ftruncate",
+    "os.posix_fallocate",
+    "os.pread",
+    "os.preadv",
+    "os.pwrite",
+    "os.pwritev",
+    "sqlite3.connect",
+)
+
+
+@pytest.fixture(scope="session")
+def loop_guard() -> BlockBuster:
+    """Everything that kvgds may not call on a thread that is running an event loop."""
+    guard = BlockBuster(WATCHED)
+    for name in OPENS:
+        guard.functions[name] = BlockBusterFunction(
+            None,
+            name,
+            scanned_modules=WATCHED,
+            # An import reads files too, but once; blockbuster forgives it its own calls likewise.
+            can_block_functions=[("<frozen importlib._bootstrap>", {"_find_and_load"})],
+            # asyncio's subprocesses wrap pipes and open /dev/null; neither waits for a disk.
+            can_block_predicate=lambda file, *_, **__: isinstance(file, int) or file == os.devnull,
+        )
+    for name in FILE_CALLS:
+        guard.functions[name] = BlockBusterFunction(None, name, scanned_modules=WATCHED)
+    # Every way into a NIXL agent: each may take the agent's lock, and some hold the GIL.
+    agent = _import_nixl().nixl_agent
+    for name in ("__init__", *(name for name in vars(agent) if not name.startswith("_"))):
+        guard.functions[f"nixl_agent.{name}"] = BlockBusterFunction(
+            agent, name, scanned_modules=WATCHED
+        )
+    return guard
+
+
+@pytest.fixture(autouse=True)
+def never_block_the_loop(loop_guard: BlockBuster) -> Iterator[None]:
+    """Raise BlockingError where kvgds waits on the event loop's thread; other threads may wait."""
+    loop_guard.activate()
+    try:
+        yield
+    finally:
+        loop_guard.deactivate()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where the NVIDIA driver shows no device."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
