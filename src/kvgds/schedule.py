@@ -31,29 +31,36 @@ from __future__ import annotations
 
 import enum
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
-__all__ = ["HANDICAP_S", "PAGE", "Lane", "Pages", "Priority", "Scheduler", "Ticket", "coalesce"]
+__all__ = [
+    "HANDICAP_S",
+    "PAGE",
+    "Lane",
+    "Pages",
+    "Priority",
+    "Row",
+    "Scheduler",
+    "Ticket",
+    "coalesce",
+]
 
 T = TypeVar("T")
-Int = TypeVar("Int", bound="np.integer[Any]")
+Row: TypeAlias = tuple[int, int, int]
+"""Memory address, file offset, bytes."""
 
 PAGE: Final = 4096
 """Granularity of the bounce region: the least that direct I/O may ask for."""
 
-# Few enough that a take which finds nothing stays below a microsecond, and enough that a zone of
-# a pool with thousands of leases holds tens of runs, not hundreds.
+# Few enough that a take which finds nothing costs two microseconds, and enough that a zone of a
+# pool with thousands of leases holds tens of runs, not hundreds.
 _ZONES: Final = 64
 
 # Cancelled entries worth keeping in a heap: rebuilding a short one again and again is not free.
@@ -413,48 +420,22 @@ class Scheduler(Generic[T]):
         )
 
 
-def coalesce(rows: NDArray[Int], max_bytes: int) -> NDArray[Int]:
+def coalesce(rows: list[Row], max_bytes: int) -> list[Row]:
     """Merge neighbours that are adjacent both in memory and in their file.
 
-    ``rows`` has the columns memory address, file offset and byte count, all for one file and one
-    memory registration (a merged row may not span two); the result has the same columns and order.
-    Greedy from the first row: a merged row has at most ``max_bytes``, and a row that has more
-    already stays as it is. May return ``rows`` itself.
+    ``rows`` are (memory address, file offset, bytes), all for one file and one memory
+    registration (a merged row may not span two); the result has the same order. Greedy from
+    the first row: a merged row has at most ``max_bytes``, and one that has more stays as it is.
     """
-    if len(rows) < 2:
-        return rows
-    address, offset, size = rows.T
-    joins = address[1:] == address[:-1] + size[:-1]
-    joins &= offset[1:] == offset[:-1] + size[:-1]
-    if not joins.any():
-        return rows
-    begins = np.ones(len(rows), dtype=np.bool_)
-    np.logical_not(joins, out=begins[1:])
-    firsts = begins.nonzero()[0]
-    totals = np.add.reduceat(size, firsts)
-    if totals.max() > max_bytes:
-        firsts = _split(size, firsts, max_bytes)
-        totals = np.add.reduceat(size, firsts)
-    merged = rows[firsts]
-    merged[:, 2] = totals
+    merged = rows[:1]
+    for address, offset, nbytes in rows[1:]:
+        before, start, length = merged[-1]
+        joins = address == before + length and offset == start + length
+        if joins and length + nbytes <= max_bytes:
+            merged[-1] = (before, start, length + nbytes)
+        else:
+            merged.append((address, offset, nbytes))
     return merged
-
-
-def _split(sizes: NDArray[Int], firsts: NDArray[np.intp], max_bytes: int) -> NDArray[np.intp]:
-    """Cut the runs that begin at ``firsts`` so that each piece has at most ``max_bytes``."""
-    # Python's integers from here on: numpy would turn uint64 plus int into a float in places.
-    through: list[int] = np.cumsum(sizes).tolist()
-    stops = [*firsts[1:].tolist(), len(through)]
-    pieces: list[int] = []
-    before = 0
-    for first, stop in zip(firsts.tolist(), stops, strict=True):
-        cut = first
-        while cut < stop:
-            pieces.append(cut)
-            # A row above the limit makes no progress here, so it gets a piece to itself.
-            cut = max(bisect_right(through, before + max_bytes, cut, stop), cut + 1)
-            before = through[cut - 1]
-    return np.array(pieces, dtype=np.intp)
 
 
 def _padded(nbytes: int) -> int:
