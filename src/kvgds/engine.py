@@ -33,6 +33,7 @@ from kvgds.metrics import Event, Gauge, Metrics, Observer
 from kvgds.paths import DIRECT, Bounce, Move, path_for
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 from kvgds.tiers import Services, Tier, TierStatistics
+from kvgds.tiers.files import Files
 from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
 
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from kvgds.blocks import BlockKey
-    from kvgds.config import EngineConfig
+    from kvgds.blocks import BlockKey, Namespace
+    from kvgds.config import EngineConfig, FileTier
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
@@ -50,7 +51,11 @@ Items = "Iterable[tuple[BlockKey, Memory]]"
 
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
-_LAYOUTS = {"slabs": Slabs}
+_PENDING = Outcome(b"", "pending")
+_LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
+    "slabs": Slabs,
+    "files": Files,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,7 @@ class _Batch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, each: bool) -> None:
         self.loop = loop
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[Outcome] = []  # complete once nothing is left
         self.waiters: list[_Waiter] = []
         self.left = 0
         self.arrivals: deque[Outcome] | None = deque() if each else None
@@ -207,8 +212,6 @@ class Engine:
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Probe, recover and get ready. Called by :func:`open_engine`."""
         config = self.config
-        started = await self._in_thread(self._start, progress or _log_progress)
-        self._bounce = started
         self._scheduler = Scheduler(
             {
                 "load": Lane(config.inflight_ops, config.inflight_bytes),
@@ -216,18 +219,36 @@ class Engine:
             },
             bounce_bytes=config.bounce_bytes,
         )
+        starting = asyncio.ensure_future(self._in_thread(self._start, progress or _log_progress))
+        try:
+            self._bounce = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._closing = asyncio.ensure_future(self._unopen(starting))
+            await asyncio.shield(self._closing)
+            raise
+        except BaseException:
+            self._executor.shutdown(wait=False)
+            raise
         self.plan = (self._tier.plan,)
+
+    async def _unopen(self, starting: asyncio.Future[Bounce]) -> None:
+        """Opening was cancelled: let go of what its thread gets hold of."""
+        await asyncio.wait({starting})
+        if starting.exception() is None:
+            await self._close()
+        else:
+            self._executor.shutdown(wait=False)
 
     def _start(self, progress: Callable[[str, int, int], None]) -> Bounce:
         start = getattr(self._transport, "start", None)
         if start is not None:
             start()
         try:
+            arena = _arena(self.config.bounce_bytes)
             self._tier.open(progress)
         except BaseException:
             self._transport.close().result()
             raise
-        arena = Arena(self.config.bounce_bytes)
         return Bounce(arena, region_of(arena.bytes))
 
     async def aclose(self) -> None:
@@ -273,7 +294,11 @@ class Engine:
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:  # noqa: ANN401 - any function's
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(self._posted, function, args)
+
+    def _posted(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        function(*args)
+        self._wake_closer()  # a tier may have become idle without a move that settles
 
     def _run(self, function: Callable[[], Any], done: Callable[[ThreadFuture[Any]], None]) -> None:
         self._executor.submit(function).add_done_callback(lambda future: self._post(done, future))
@@ -423,11 +448,16 @@ class Engine:
     async def prefix(self, keys: Sequence[BlockKey]) -> int:
         """Length of the longest prefix of ``keys`` whose blocks are all stored."""
         self._check_open()
-        contains = self._tier.contains
-        for n, key in enumerate(keys):
-            if not contains(key):
-                return n
-        return len(keys)
+        for key in keys:
+            check_key(key)
+        future: asyncio.Future[int] = self._loop.create_future()
+
+        def done(length: int) -> None:
+            if not future.done():
+                future.set_result(length)
+
+        self._tier.prefix(keys, done)
+        return await future
 
     async def delete(self, key: BlockKey) -> bool:
         """Drop a block; True if it was there. Returns when that survives the process's death."""
@@ -506,7 +536,7 @@ class Engine:
         batch = _Batch(loop, each=each)
         batch.left = len(items)
         for index, (key, memory) in enumerate(items):
-            batch.outcomes.append(Outcome(key, "error"))
+            batch.outcomes.append(_PENDING)
             try:
                 self._admit(batch, index, key, memory, write, priority, now)
             except KvgdsError as error:
@@ -533,7 +563,7 @@ class Engine:
         view.region.check()
         if not write and view.region.readonly:
             raise ConfigError("memory", "read-only", "can't be loaded into; give writable memory")
-        if not write and not self._tier.contains(key):  # needs no I/O: answered at once
+        if not write and self._tier.authoritative and not self._tier.contains(key):
             self._count(write, key, view.nbytes, "none", "miss", 0.0)
             batch.settle(index, Outcome(key, "miss"))
             return
@@ -720,8 +750,12 @@ class Engine:
     ) -> None:
         self._counts[outcome] += 1
         direction = "store" if write else "load"
-        event = Event(direction, key, nbytes, self._tier.name, path, outcome, seconds)
-        self.metrics.count(event)
+        tier = self._tier.name
+        self.metrics.count(direction, tier, path, outcome, nbytes, seconds)
+        if self._observers:
+            self._notify(Event(direction, key, nbytes, tier, path, outcome, seconds))
+
+    def _notify(self, event: Event) -> None:
         for observer in list(self._observers):
             try:
                 observer.settled(event)
@@ -875,6 +909,14 @@ async def _opened(
         yield engine
     finally:
         await engine.aclose()
+
+
+def _arena(nbytes: int) -> Arena:
+    try:
+        return Arena(nbytes)
+    except (OSError, OverflowError) as error:
+        rule = f"that much memory can't be had: {error}"
+        raise ConfigError("bounce_bytes", nbytes, rule) from None
 
 
 def _value(outcome: Outcome) -> bool:

@@ -24,8 +24,6 @@ from kvgds.errors import BusyError, ClosedError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy.typing as npt
-
 _HUGE_PAGE = 2 << 20
 
 
@@ -239,9 +237,10 @@ class Region:
 
 class _Gather(Protocol):
     def pieces(self) -> list[memoryview]: ...
-    def rows(self) -> npt.NDArray[np.int64]: ...
+    def rows(self) -> list[tuple[int, int]]: ...
 
-    alignment: int
+    @property
+    def alignment(self) -> int: ...
 
 
 class View:
@@ -260,8 +259,8 @@ class View:
         """The extents' bytes, in order."""
         return self._gather.pieces()
 
-    def rows(self) -> npt.NDArray[np.int64]:
-        """The extents as N x 2: address, bytes."""
+    def rows(self) -> list[tuple[int, int]]:
+        """The extents in order, each its address and bytes."""
         return self._gather.rows()
 
     @property
@@ -291,9 +290,9 @@ class _Flat:
     def pieces(self) -> list[memoryview]:
         return [self._region.maps[0][self._start : self._stop]]
 
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> list[tuple[int, int]]:
         address = self._region.spans[0].address + self._start
-        return np.array([(address, self._stop - self._start)], np.int64)
+        return [(address, self._stop - self._start)]
 
     @property
     def alignment(self) -> int:
@@ -334,14 +333,12 @@ class Cache:
             for memory, layer in zip(region.maps, layers, strict=True)
             for offset in layer.offsets
         ]
-        bases = [
-            (span.address + offset, layer.nbytes, layer.step)
+        self._bases = [
+            (span.address + offset, layer.step, layer.nbytes)
             for span, layer in zip(region.spans, layers, strict=True)
             for offset in layer.offsets
         ]
-        self._base = np.array([base[:2] for base in bases], np.int64)
-        self._step = np.array([(base[2], 0) for base in bases], np.int64)
-        self._alignment = _alignment(*itertools.chain.from_iterable(bases))
+        self.alignment = _alignment(*itertools.chain.from_iterable(self._bases))
 
     def block(self, index: int) -> View:
         """The view of block ``index``; raise ConfigError if there is none."""
@@ -363,14 +360,13 @@ class _Paged:
         i = self._index
         return [m[o + i * step : o + i * step + n] for m, o, step, n in self._cache._extents]  # noqa: SLF001 - one class in two parts
 
-    def rows(self) -> npt.NDArray[np.int64]:
-        cache = self._cache
-        rows: npt.NDArray[np.int64] = cache._base + cache._step * self._index  # noqa: SLF001 - see pieces
-        return rows
+    def rows(self) -> list[tuple[int, int]]:
+        i = self._index
+        return [(base + i * step, n) for base, step, n in self._cache._bases]  # noqa: SLF001 - see pieces
 
     @property
     def alignment(self) -> int:
-        return self._cache._alignment  # noqa: SLF001 - see pieces
+        return self._cache.alignment
 
 
 def region_of(buffer: object, *, zero_copy: bool = True) -> Region:

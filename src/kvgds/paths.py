@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import xxhash
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, padded
@@ -32,13 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path as FilePath
 
-    import numpy.typing as npt
-
     from kvgds.blocks import BlockKey
     from kvgds.memory import Region, View
     from kvgds.transport import File
 
-    Rows = npt.NDArray[np.int64]
+    Rows = list[tuple[int, int, int]]
 
 _TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
 _STATX_DIOALIGN = 0x2000
@@ -266,12 +263,12 @@ class _Direct:
         if move.write:
             full = move.algorithm != NO_CHECKSUM
             move.stamp(checksum_of(move.view.pieces()) if full else bytes(16))
-        extents = move.view.rows()
-        rows = np.empty((len(extents) + 1, 3), np.int64)
-        rows[0] = (move.lease_address, move.offset, PAGE)
-        rows[1:, 0] = extents[:, 0]
-        rows[1:, 2] = extents[:, 1]
-        rows[1:, 1] = np.cumsum(rows[:-1, 2]) + move.offset
+        offset = move.offset
+        rows = [(move.lease_address, offset, PAGE)]
+        offset += PAGE
+        for address, nbytes in move.view.rows():
+            rows.append((address, offset, nbytes))
+            offset += nbytes
         return rows
 
     def end(self, move: Move) -> None:
@@ -290,7 +287,7 @@ class _Bounce:
             move.error = move.timeout()
             return None
         row = (move.lease_address, move.offset, image_bytes(move.nbytes))
-        return np.array([row], np.int64)
+        return [row]
 
     def _copy_in(self, move: Move) -> bool:
         if not move.enter():

@@ -27,28 +27,30 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from kvgds.blocks import padded
 from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory import Region, bytes_at
 from kvgds.schedule import coalesce
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    import numpy.typing as npt
+    from kvgds.schedule import Row
 
-    Rows = npt.NDArray[np.int64]
+    Rows = list[Row]
 
 GROUP_ROWS = 64
 _FILE_BYTES = 1 << 46  # only a bound on offsets
-GROUP_BYTES = 8 << 20
+GROUP_BYTES = 4 << 20
 MERGED_BYTES = 1 << 20
-_LANE_FLIGHTS = 8
-_SPIN_S = 50e-6
+_SIDE_FLIGHTS = 4  # more would only make them smaller, and each costs calls of its own
+_SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 2e-3
+_SLEEP_S = (100e-6, 1e-3)
+_BUSY_BYTES = 4 << 20
+_WINDOW_S = 20e-3
+_FIRST_RATE = 2e9  # bytes a second, until measured
 _ids = itertools.count(1)
 
 
@@ -74,7 +76,7 @@ class Transfer(Protocol):
     nbytes: int
 
     def begin(self) -> Rows | None:
-        """The rows to move, N x 3: address, file offset, bytes. None: not wanted any more."""
+        """The rows to move: address, file offset, bytes. None: not wanted any more."""
 
     def end(self) -> None:
         """All rows have moved."""
@@ -135,11 +137,10 @@ def _import_nixl() -> Any:  # noqa: ANN401 - nixl has no types
 class _Flight:
     """One NIXL transfer: transfers that travel together."""
 
-    __slots__ = ("handle", "members", "nbytes", "rows")
+    __slots__ = ("handle", "members", "nbytes")
 
-    def __init__(self, members: list[_Member], rows: list[Rows]) -> None:
+    def __init__(self, members: list[_Member]) -> None:
         self.members = members
-        self.rows = rows
         self.nbytes = sum(member.transfer.nbytes for member in members)
         self.handle: Any = None
 
@@ -150,7 +151,19 @@ class _Member:
     def __init__(self, transfer: Transfer, deliver: Callable[[list[Any]], None]) -> None:
         self.transfer = transfer
         self.deliver = deliver
-        self.rows: Rows | None = None  # set once begun
+        self.rows: Rows = []
+
+
+class _Side:
+    """What goes one way through a lane: loads or stores."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Member] = deque()
+        self.flights: deque[_Flight] = deque()
+
+    def ready(self) -> bool:
+        """Whether something may be launched."""
+        return bool(self.waiting) and len(self.flights) < _SIDE_FLIGHTS
 
 
 class _Lane:
@@ -164,13 +177,15 @@ class _Lane:
         self.stopped: Future[None] = Future()
         self._queues = queues
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._waiting: deque[_Member] = deque()
+        self._sides = (_Side(), _Side())  # loads, stores
+        self._rate = _FIRST_RATE
         self._alone: deque[_Member] = deque()
-        self._flights: deque[_Flight] = deque()
         self._ended: list[_Member] = []
         self._registered: dict[Region | File, Any] = {}
         self._closing = False
         self._moved_at = 0.0
+        self._window_bytes = 0
+        self._window_from = 0.0
         self._swept_at = 0.0
         self._agent: Any = None
         self._nixl: Any = None
@@ -202,7 +217,7 @@ class _Lane:
             self.stopped.set_result(None)
             return
         self.ready.set_result(None)
-        while not self._closing or self._waiting or self._alone or self._flights:
+        while not self._closing or self._alone or self._working():
             self._receive()
             self._launch()
             self._poll()
@@ -211,6 +226,9 @@ class _Lane:
             self._agent.deregister_memory(registered, backends=["POSIX"])
         self._agent = None
         self.stopped.set_result(None)
+
+    def _working(self) -> bool:
+        return any(side.waiting or side.flights for side in self._sides)
 
     def _open(self) -> None:
         self._nixl = nixl = _import_nixl()
@@ -230,11 +248,16 @@ class _Lane:
 
     def _receive(self) -> None:
         """Take what has come in; wait for it if there is nothing better to do."""
+        pause = self._pause()
+        if pause is not None and self._in_flight() > _BUSY_BYTES:
+            time.sleep(pause)  # not to be woken: storage has enough to do meanwhile
+            pause = 0.0
         try:
-            item = self._inbox.get(timeout=self._pause())
+            item = self._inbox.get(timeout=pause)
             while True:
                 if isinstance(item, list):
-                    self._waiting.extend(item)
+                    for member in item:
+                        self._sides[member.transfer.write].waiting.append(member)
                 else:
                     self._call(*item)
                 item = self._inbox.get_nowait()
@@ -242,13 +265,26 @@ class _Lane:
             return
 
     def _pause(self) -> float | None:
-        """How long to wait for news, in seconds; None: until there are some."""
-        if not self._flights:
-            return 0.0 if self._waiting or self._alone or self._closing else None
-        nbytes = sum(flight.nbytes for flight in self._flights)
-        if nbytes <= _SPIN_BYTES and time.monotonic() - self._moved_at < _SPIN_S:
+        """How long to wait for news, in seconds; None: until there are some.
+
+        An eighth of the time that what is in flight should take: storage never runs dry
+        meanwhile, and each look costs some 50 µs of CPU. Right after something has moved, more is likely within microseconds: then it is
+        cheaper to look again than to sleep. Looking must let go of the interpreter lock,
+        which a wait of a microsecond does and one of zero does not.
+        """
+        if self._alone or any(side.ready() for side in self._sides):
             return 0.0
-        return min(max(50e-6, nbytes * 2e-11), 300e-6)
+        now = time.monotonic()
+        if self._in_flight() <= _SPIN_BYTES and now - self._moved_at < _SPIN_S:
+            return 1e-6
+        nbytes = self._in_flight()
+        if not nbytes:
+            return 0.0 if self._closing else None
+        least, most = _SLEEP_S
+        return min(max(nbytes / self._rate / 8, least), most)
+
+    def _in_flight(self) -> int:
+        return sum(flight.nbytes for side in self._sides for flight in side.flights)
 
     @staticmethod
     def _call(function: Callable[[], None], future: Future[None]) -> None:
@@ -263,29 +299,24 @@ class _Lane:
                 future.set_result(None)
 
     def _launch(self) -> None:
-        """Put waiting transfers in flight, together if they go the same way."""
-        while self._alone and len(self._flights) < _LANE_FLIGHTS:
-            member = self._alone.popleft()
-            assert member.rows is not None  # noqa: S101 - it has been in flight before
-            self._post(_Flight([member], [member.rows]))
-        while self._waiting and len(self._flights) < _LANE_FLIGHTS:
-            flight = self._gather()
-            if flight.members:
-                self._post(flight)
+        """Put waiting transfers in flight, together if they go the same way; loads first."""
+        while self._alone:
+            self._post(_Flight([self._alone.popleft()]))
+        for side in self._sides:
+            while side.ready():
+                flight = self._gather(side.waiting)
+                if flight.members:
+                    self._post(flight)
 
-    def _gather(self) -> _Flight:
-        write = self._waiting[0].transfer.write
-        members, parts, rows, nbytes = [], [], 0, 0
-        while self._waiting and self._waiting[0].transfer.write == write:
-            if members and (rows >= GROUP_ROWS or nbytes >= GROUP_BYTES):
-                break
-            member = self._waiting.popleft()
-            if self._begin(member) and member.rows is not None:
+    def _gather(self, waiting: deque[_Member]) -> _Flight:
+        members, rows, nbytes = [], 0, 0
+        while waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
+            member = waiting.popleft()
+            if self._begin(member):
                 members.append(member)
-                parts.append(member.rows)
                 rows += len(member.rows)
                 nbytes += member.transfer.nbytes
-        return _Flight(members, parts)
+        return _Flight(members)
 
     def _begin(self, member: _Member) -> bool:
         transfer = member.transfer
@@ -293,12 +324,14 @@ class _Lane:
             for region in transfer.regions:
                 self._register(region)
             self._register(transfer.file)
-            member.rows = transfer.begin()
+            rows = transfer.begin()
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)
-        if member.rows is None:
+            rows = None
+        if rows is None:
             self._ended.append(member)
             return False
+        member.rows = rows
         return True
 
     def _register(self, thing: Region | File) -> None:
@@ -332,11 +365,13 @@ class _Lane:
         except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
             self._failed(flight, error)
             return
-        self._moved_at = time.monotonic()
+        now = self._moved_at = time.monotonic()
         if state == "DONE":
             self._landed(flight)
-        else:
-            self._flights.append(flight)
+            return
+        if not self._in_flight():
+            self._window_bytes, self._window_from = 0, now
+        self._sides[flight.members[0].transfer.write].flights.append(flight)
 
     def _poll(self) -> None:
         """Ask the oldest flights; now and then, when it seems stuck, ask them all."""
@@ -344,22 +379,32 @@ class _Lane:
         sweep = now - max(self._swept_at, self._moved_at) > _SWEEP_S
         if sweep:
             self._swept_at = now
-        for flight in list(self._flights):
-            if not self._check(flight) and not sweep:
-                return
+        for side in self._sides:
+            for flight in list(side.flights):
+                if not self._check(flight, side) and not sweep:
+                    break
 
-    def _check(self, flight: _Flight) -> bool:
+    def _check(self, flight: _Flight, side: _Side) -> bool:
         try:
             if self._agent.check_xfer_state(flight.handle) != "DONE":
                 return False
         except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-            self._flights.remove(flight)
+            side.flights.remove(flight)
             self._failed(flight, error)
             return True
-        self._flights.remove(flight)
-        self._moved_at = time.monotonic()
+        side.flights.remove(flight)
+        now = time.monotonic()
+        self._moved_at = now
+        self._measure(flight.nbytes, now)
         self._landed(flight)
         return True
+
+    def _measure(self, nbytes: int, now: float) -> None:
+        """Keep the rate at which storage has moved bytes lately, over stretches of busy time."""
+        self._window_bytes += nbytes
+        if now - self._window_from > _WINDOW_S:
+            self._rate = max(self._window_bytes / (now - self._window_from), 1e6)
+            self._window_bytes, self._window_from = 0, now
 
     def _landed(self, flight: _Flight) -> None:
         self._release(flight)
@@ -377,7 +422,7 @@ class _Lane:
             self._alone.extend(flight.members)
             return
         (member,) = flight.members
-        member.transfer.fail(_diagnose(member.transfer, flight.rows[0], error))
+        member.transfer.fail(_diagnose(member.transfer, member.rows, error))
         self._ended.append(member)
 
     def _release(self, flight: _Flight) -> None:
@@ -400,31 +445,31 @@ class _Lane:
 
     def leak(self) -> None:
         """Keep every object that a wedged transfer may use for as long as the process lives."""
-        for thing in (self, self._agent, *(flight.handle for flight in self._flights)):
+        for thing in (self, self._agent, *(flight.handle for side in self._sides for flight in side.flights)):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _descriptors(flight: _Flight) -> tuple[Rows, Rows]:
-    members = flight.members
-    fds = {member.transfer.file.fd for member in members}
-    rows = flight.rows[0] if len(flight.rows) == 1 else np.concatenate(flight.rows)
-    if len(fds) == 1:
-        if len(rows) > 1 and flight.nbytes < len(rows) * (MERGED_BYTES >> 1):
-            rows = coalesce(rows, MERGED_BYTES)
-        fd: Any = fds.pop()
-    else:
-        counts = [len(part) for part in flight.rows]
-        fd = np.repeat([member.transfer.file.fd for member in members], counts)
-    local, remote = np.empty((len(rows), 3), np.int64), np.empty((len(rows), 3), np.int64)
-    local[:, 0], local[:, 1], local[:, 2] = rows[:, 0], rows[:, 2], 0
-    remote[:, 0], remote[:, 1], remote[:, 2] = rows[:, 1], rows[:, 2], fd
+    """NIXL's two lists: (address, bytes, 0) and (offset, bytes, descriptor)."""
+    local, remote = [], []
+    for fd, rows in _rows_by_file(flight):
+        local += [(address, nbytes, 0) for address, _, nbytes in rows]
+        remote += [(offset, nbytes, fd) for _, offset, nbytes in rows]
     return local, remote
+
+
+def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
+    """The rows of each run of members that share a file; bounced neighbours become one row."""
+    for fd, group in itertools.groupby(flight.members, lambda member: member.transfer.file.fd):
+        parts = [member.rows for member in group]
+        rows = list(itertools.chain.from_iterable(parts))
+        yield fd, coalesce(rows, MERGED_BYTES) if 1 < len(parts) == len(rows) else rows
 
 
 def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
     """What the system says of the same rows: NIXL's errors carry no errno."""
     fd = transfer.file.fd
-    for address, offset, nbytes in rows.tolist():
+    for address, offset, nbytes in rows:
         try:
             if transfer.write:
                 moved = os.pwritev(fd, [bytes_at(address, nbytes)], offset)
@@ -473,6 +518,8 @@ class NixlTransport:
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See :class:`Transport`."""
+        if self._closed:  # a lane that ends forgets everything
+            return _all_of([lane.stopped for lane in self._lanes])
         return _all_of([lane.call(lambda lane=lane: lane.forget(thing)) for lane in self._lanes])
 
     def close(self) -> Future[None]:

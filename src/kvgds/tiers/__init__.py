@@ -22,7 +22,8 @@ class Services:
         post: runs a function on the event loop's thread; any thread may call it.
         run: runs a function in the engine's small executor, then ``done`` on the event
             loop's thread with the ended future. For file-system calls.
-        settle: hands moves back to the engine, each once; on the event loop's thread.
+        settle: hands moves back to the engine, each once; on the event loop's thread. A tier
+            that becomes idle without moves to hand back calls it with none.
     """
 
     transport: Transport
@@ -60,10 +61,15 @@ class Tier(Protocol):
     The implementation settles every move that it was given exactly once, with ``status``
     or ``error`` set; a block is visible only when it is whole; a move that is abandoned is
     not published; it never blocks the loop.
+
+    Attributes:
+        authoritative: whether ``contains`` is the whole truth. False where others may store
+            blocks too: then a load is tried even if ``contains`` says no.
     """
 
     name: str
     plan: PathPlan
+    authoritative: bool
 
     def open(self, progress: Callable[[str, int, int], None]) -> None:
         """Make ready what lies there. Blocks: runs in the executor."""
@@ -78,7 +84,10 @@ class Tier(Protocol):
         """Some moves were abandoned: settle those that have not been begun."""
 
     def contains(self, key: BlockKey) -> bool:
-        """Whether a load would find the block."""
+        """Whether a load would find the block, as far as is known without looking."""
+
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """Tell on the loop, at once or later, how many of the first keys have their blocks."""
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block, then tell on the loop whether it was there, once that is durable."""

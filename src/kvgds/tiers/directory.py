@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BusyError, ConfigError
@@ -29,14 +30,10 @@ def prepare_root(root: Path, layout: str) -> None:
         if not root.is_dir():
             raise ConfigError("root", str(root), "is not a directory; name one or remove it")
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(marker, flags), encoding="utf-8") as file:
-                found = json.load(file)
+            found = _read(marker)
         except FileNotFoundError:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(marker, flags, 0o600), "w", encoding="utf-8") as file:
-                json.dump({"format": _FORMAT, "layout": layout}, file)
-            return
+            _mark(marker, layout)
+            found = _read(marker)
     except FileNotFoundError:
         raise ConfigError("root", str(root), f"make its parent {root.parent} first") from None
     except (ValueError, OSError) as error:
@@ -45,6 +42,28 @@ def prepare_root(root: Path, layout: str) -> None:
         raise ConfigError("root", str(root), f"can't be used: {error}") from None
     if found != {"format": _FORMAT, "layout": layout}:
         raise ConfigError("root", str(root), f"holds {found}, not layout={layout!r}; use another")
+
+
+def _read(marker: Path) -> object:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(marker, flags), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _mark(marker: Path, layout: str) -> None:
+    """Make the marker, whole or not at all, unless somebody else just has."""
+    temporary = marker.with_name(f".kvgds.json-{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, "layout": layout}, file)
+    try:
+        os.link(temporary, marker)
+    except FileExistsError:
+        os.unlink(temporary)
+    except OSError:  # no hard links here
+        os.rename(temporary, marker)
+    else:
+        os.unlink(temporary)
 
 
 def lock_root(root: Path) -> int:

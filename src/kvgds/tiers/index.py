@@ -9,6 +9,7 @@ of SQLite lets go of the interpreter lock, and taking it back can cost milliseco
 from __future__ import annotations
 
 import json
+import os
 import queue
 import sqlite3
 import threading
@@ -79,6 +80,7 @@ def connect(path: Path, *, power: bool = False) -> sqlite3.Connection:
     Raises:
         ConfigError: it is damaged, of another program, or of a newer format.
     """
+    _make_private(path)
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         application = database.execute("PRAGMA application_id").fetchone()[0]
@@ -105,6 +107,15 @@ def connect(path: Path, *, power: bool = False) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _make_private(path: Path) -> None:
+    """See to it that SQLite, which follows links and asks the umask, finds a file of ours."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(path, flags, 0o600))
+    except OSError as error:
+        raise ConfigError("root", str(path), f"the index can't be opened: {error}") from None
 
 
 class Index:

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from kvgds.config import FileTier
     from kvgds.paths import Move
 
-_SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
+SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
+SLOT_MASK = (1 << SLOT_BITS) - 1
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _TOUCHES = 1024  # how many uses may be forgotten by a crash
-_SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
+SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
 
 
 def slot_bytes_for(nbytes: int) -> int:
@@ -85,6 +85,8 @@ class _Class:
 
 class Slabs:
     """The slab layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``."""
+
+    authoritative = True
 
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"slabs:{settings.root}"
@@ -171,8 +173,8 @@ class Slabs:
         wrong, taken = [], set()
         for chunk in self._index.blocks():
             for slot, namespace, key, generation, nbytes, algorithm in chunk:
-                slab = slot >> _SLOT_BITS
-                place = slot & _SLOT_MASK
+                slab = slot >> SLOT_BITS
+                place = slot & SLOT_MASK
                 if slab not in self._slabs or place >= lost.get(slab, self._slabs[slab].slots):
                     wrong.append(slot)
                     continue
@@ -181,7 +183,7 @@ class Slabs:
             done += len(chunk)
             progress("recovering the index", done, total)
         for slab_id, slab in self._slabs.items():
-            base = slab_id << _SLOT_BITS
+            base = slab_id << SLOT_BITS
             free = [base + i for i in range(slab.slots) if base + i not in taken]
             self._class_of[slab_id].free.extend(free)
         for size in self._classes.values():
@@ -196,7 +198,7 @@ class Slabs:
         if key is None:
             self._quarantined += 1
             return
-        size = self._class_of[slot >> _SLOT_BITS]
+        size = self._class_of[slot >> SLOT_BITS]
         self._bytes += size.slot_bytes
         unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
         if namespace != self._namespace_id or unchecked:
@@ -209,7 +211,7 @@ class Slabs:
         """Remove slab files that the index does not know: their making was cut short."""
         known = {slab.path.name for slab in self._slabs.values()}
         for name in os.listdir(self._settings.root):
-            stray = name.startswith(".trial-") or (_SLAB_NAME.fullmatch(name) and name not in known)
+            stray = name.startswith(".trial-") or (SLAB_NAME.fullmatch(name) and name not in known)
             if stray:
                 os.unlink(self._settings.root / name)
 
@@ -252,6 +254,11 @@ class Slabs:
         """See ``Tier.contains``."""
         return key in self._blocks
 
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """See ``Tier.prefix``."""
+        missing = (n for n, key in enumerate(keys) if key not in self._blocks)
+        done(next(missing, len(keys)))
+
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``."""
         return TierStatistics(
@@ -293,7 +300,7 @@ class Slabs:
             self._services.settle(settled)
 
     def _aim(self, move: Move, slot: int, generation: int) -> None:
-        slab_id, place = slot >> _SLOT_BITS, slot & _SLOT_MASK
+        slab_id, place = slot >> SLOT_BITS, slot & SLOT_MASK
         move.file = self._slabs[slab_id].file
         move.offset = place * self._class_of[slab_id].slot_bytes
         move.generation = generation
@@ -301,7 +308,7 @@ class Slabs:
         move.slot = slot
 
     def _touch(self, slot: int) -> None:
-        self._class_of[slot >> _SLOT_BITS].used.move_to_end(slot)
+        self._class_of[slot >> SLOT_BITS].used.move_to_end(slot)
         self._touched[slot] = next(self._clock)
         if len(self._touched) >= _TOUCHES:
             self._index.commit(Changes(touch=self._touched), _ignore)
@@ -377,7 +384,7 @@ class Slabs:
         self._pend(move.slot, 1)
 
     def _pend(self, slot: int, step: int) -> None:
-        slab = slot >> _SLOT_BITS
+        slab = slot >> SLOT_BITS
         self._slabs[slab].busy += step
         self._class_of[slab].pending += step
 
@@ -400,7 +407,7 @@ class Slabs:
             rows.append(
                 (move.slot, self._namespace_id, move.key, number, move.nbytes, move.algorithm, number)
             )
-            self._dirty.add(move.slot >> _SLOT_BITS)
+            self._dirty.add(move.slot >> SLOT_BITS)
         self._index.commit(Changes(put=rows), partial(self._committed, good))
 
     def _unwritten(self, moves: list[Move]) -> None:
@@ -434,7 +441,7 @@ class Slabs:
         self._serve_waiting()
 
     def _publish(self, move: Move) -> None:
-        size = self._class_of[move.slot >> _SLOT_BITS]
+        size = self._class_of[move.slot >> SLOT_BITS]
         self._blocks[move.key] = (move.slot, move.generation or 0, move.nbytes)
         size.used[move.slot] = move.key
         self._bytes += size.slot_bytes
@@ -512,7 +519,7 @@ class Slabs:
 
     def _forget(self, key: BlockKey | None, slot: int) -> None:
         """Make a block invisible; its slot is not free yet."""
-        size = self._class_of[slot >> _SLOT_BITS]
+        size = self._class_of[slot >> SLOT_BITS]
         del size.used[slot]
         self._bytes -= size.slot_bytes
         self._touched.pop(slot, None)
@@ -524,7 +531,7 @@ class Slabs:
         if not slots:
             return
         for slot in slots:
-            self._class_of[slot >> _SLOT_BITS].going += 1
+            self._class_of[slot >> SLOT_BITS].going += 1
             self._pend(slot, 1)
         self._under_way += len(slots)
         self._index.commit(Changes(drop=slots), partial(self._dropped, slots, done))
@@ -537,7 +544,7 @@ class Slabs:
     ) -> None:
         self._under_way -= len(slots)
         for slot in slots:
-            self._class_of[slot >> _SLOT_BITS].going -= 1
+            self._class_of[slot >> SLOT_BITS].going -= 1
             self._pend(slot, -1)
             if error is None:
                 self._free(slot)  # else the index still names it: not to be used until reopened
@@ -549,7 +556,7 @@ class Slabs:
         if slot in self._holds:
             self._orphans.add(slot)
         else:
-            self._class_of[slot >> _SLOT_BITS].free.append(slot)
+            self._class_of[slot >> SLOT_BITS].free.append(slot)
 
     def _steal(self, size: _Class) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
@@ -567,9 +574,9 @@ class Slabs:
         for size in sorted(self._classes.values(), key=lambda s: -s.slots * s.slot_bytes):
             if size is other_than:
                 continue
-            order = [slot >> _SLOT_BITS for slot in itertools.islice(size.used, 10_000)]
+            order = [slot >> SLOT_BITS for slot in itertools.islice(size.used, 10_000)]
             mine = [slab for slab, owner in self._class_of.items() if owner is size]
-            held = {slot >> _SLOT_BITS for slot in self._holds}
+            held = {slot >> SLOT_BITS for slot in self._holds}
             for slab_id in dict.fromkeys((*order, *mine)):
                 if not self._slabs[slab_id].busy and slab_id not in held:
                     return self._slabs[slab_id]
@@ -577,11 +584,11 @@ class Slabs:
 
     def _remove_slab(self, slab: _Slab) -> Changes:
         size = self._class_of[slab.id]
-        slots = [slot for slot in size.used if slot >> _SLOT_BITS == slab.id]
+        slots = [slot for slot in size.used if slot >> SLOT_BITS == slab.id]
         for slot in slots:
             self._forget(size.used[slot], slot)
         self._evictions += len(slots)
-        size.free = [slot for slot in size.free if slot >> _SLOT_BITS != slab.id]
+        size.free = [slot for slot in size.free if slot >> SLOT_BITS != slab.id]
         size.slots -= slab.slots
         del self._class_of[slab.id], self._slabs[slab.id]
         self._slab_bytes -= slab.slots * size.slot_bytes
@@ -655,7 +662,7 @@ class Slabs:
         self._growing = self._disk_full = False
         self._under_way -= 1
         self._add_slab(slab, size.slot_bytes)
-        base = slab.id << _SLOT_BITS
+        base = slab.id << SLOT_BITS
         size.free[:0] = range(base + slab.slots - 1, base - 1, -1)
         self._serve_waiting()
 

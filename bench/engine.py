@@ -1,0 +1,295 @@
+"""The engine against plain system calls, its cost to the event loop, and its small operations.
+
+    python bench/engine.py [--root DIR] [--rounds 5] [--only disk,small,loop,busy,latency,prefix]
+
+One JSON line a comparison; every speed is a ratio of medians of alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measure import Sample, alternate, emit, median, quantile, report_machine, timed
+from peers import FilePerBlock, Pool
+
+import kvgds
+from kvgds.memory import Arena
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+class Blocks:
+    """An engine with memory for ``count`` blocks, and ways to move them all."""
+
+    def __init__(self, engine: kvgds.Engine, block: int, count: int) -> None:
+        self.engine, self.block, self.count = engine, block, count
+        arena = Arena(block * count)
+        self.region = engine.register(arena.bytes)
+        self.keys = [f"{block}-{i}".encode() for i in range(count)]
+
+    def item(self, i: int) -> tuple[bytes, kvgds.View]:
+        return self.keys[i], self.region[i * self.block : (i + 1) * self.block]
+
+    async def clear(self) -> None:
+        await asyncio.gather(*(self.engine.delete(key) for key in self.keys))
+
+    async def one_by_one(self, *, store: bool, in_flight: int) -> Sample:
+        """Move every block by a call of its own, so many at a time."""
+        if store:
+            await self.clear()
+        call = self.engine.store if store else self.engine.load
+        numbers = iter(range(self.count))
+        sample = Sample(nbytes=self.block * self.count, asked=self.count)
+
+        async def work() -> None:
+            for i in numbers:
+                moved = await call(*self.item(i))
+                sample.succeeded += moved
+
+        with timed(sample):
+            await asyncio.gather(*(work() for _ in range(in_flight)))
+        return sample
+
+    async def many(self, *, store: bool, batch: int) -> Sample:
+        """Move every block in calls of ``batch`` blocks, two calls at a time."""
+        if store:
+            await self.clear()
+        call = self.engine.store_many if store else self.engine.load_many
+        starts = iter(range(0, self.count, batch))
+        sample = Sample(nbytes=self.block * self.count, asked=self.count)
+
+        async def work() -> None:
+            for start in starts:
+                stop = min(start + batch, self.count)
+                outcomes = await call([self.item(i) for i in range(start, stop)])
+                sample.succeeded += sum(o.status in ("stored", "hit") for o in outcomes)
+
+        with timed(sample):
+            await asyncio.gather(work(), work())
+        return sample
+
+
+@asynccontextmanager
+async def opened(root: Path, **tier: object) -> AsyncIterator[kvgds.Engine]:
+    """An engine on a fresh directory."""
+    root = Path(tempfile.mkdtemp(dir=root))
+    settings = {"capacity_bytes": 4 << 30} | tier
+    config = kvgds.EngineConfig(
+        namespace=kvgds.Namespace(model="bench"),
+        tiers=(kvgds.FileTier(root=root / "kv", **settings),),
+    )
+    try:
+        async with kvgds.open_engine(config) as engine:
+            yield engine
+    finally:
+        shutil.rmtree(root)
+
+
+def compare(scenario: str, runs: dict[str, list[Sample]], base: str, **more: object) -> list[dict[str, object]]:
+    """A row a contender, with ratios to the base."""
+    rate, cpu = median(runs[base], "rate"), median(runs[base], "cpu_per_gib")
+    return [
+        {
+            "scenario": scenario,
+            **more,
+            "contender": name,
+            "GB/s": round(median(samples, "rate"), 3),
+            "ratio": round(median(samples, "rate") / rate, 3),
+            "cpu_s_per_GiB": round(median(samples, "cpu_per_gib"), 3),
+            "cpu_over_base": round(median(samples, "cpu_per_gib") - cpu, 3),
+            "succeeded": sum(s.succeeded for s in samples),
+            "asked": sum(s.asked for s in samples),
+            "base": base,
+        }
+        for name, samples in runs.items()
+    ]
+
+
+async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+    """1 and 2.25 MiB blocks, 16 in flight, O_DIRECT, against a tuned thread pool."""
+    for block, count in ((MIB, 384), (9 * MIB // 4, 170)):
+        async with AsyncExitStack() as stack:
+            pool = Pool(root / f"pool-{block}", block, count, threads=16)
+            stack.callback(os.unlink, root / f"pool-{block}")
+            stack.callback(pool.close)
+            plain = Blocks(await stack.enter_async_context(opened(root, verify="stamp")), block, count)
+            full = Blocks(await stack.enter_async_context(opened(root, verify="full")), block, count)
+            for store in (True, False):
+                contenders = {
+                    "pool": pool.store if store else pool.load,
+                    "engine": lambda store=store: plain.one_by_one(store=store, in_flight=16),
+                    "engine+checksum": lambda store=store: full.one_by_one(store=store, in_flight=16),
+                }
+                runs = await alternate(contenders, rounds)
+                direction = "store" if store else "load"
+                for row in compare("disk", runs, "pool", block=block, direction=direction, in_flight=16):
+                    yield row
+
+
+async def small(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+    """64 and 256 KiB stores in slabs against one file a block."""
+    for block, count in ((64 * KIB, 4096), (256 * KIB, 1024)):
+        async with AsyncExitStack() as stack:
+            blocks = Blocks(await stack.enter_async_context(opened(root, verify="stamp")), block, count)
+            full = Blocks(await stack.enter_async_context(opened(root)), block, count)
+            contenders: dict[str, Callable[[], Awaitable[Sample]]] = {}
+            for direct in (True, False):
+                name = "file a block, " + ("O_DIRECT" if direct else "page cache")
+                where = root / f"files-{block}-{direct}"
+                stack.callback(shutil.rmtree, where)
+                contenders[name] = FilePerBlock(where, block, count, 4, direct=direct).store
+            contenders["engine"] = lambda: blocks.many(store=True, batch=64)
+            contenders["engine+checksum"] = lambda: full.many(store=True, batch=64)
+            runs = await alternate(contenders, rounds)
+            for row in compare("small", runs, "file a block, O_DIRECT", block=block, direction="store"):
+                yield row
+
+
+async def ticks(seconds: float) -> list[float]:
+    """How late a 1 ms ticker is, each time."""
+    late, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        due = time.perf_counter() + 1e-3
+        await asyncio.sleep(1e-3)
+        late.append(time.perf_counter() - due)
+    return late
+
+
+async def loop(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+    """How much later a ticker is with 32 transfers in flight, both directions busy."""
+    for block in (256 * KIB, MIB, 9 * MIB // 4):
+        async with opened(root) as engine:
+            there = Blocks(engine, block, 64)
+            await there.one_by_one(store=True, in_flight=16)
+            fresh = Blocks(engine, block, 64)
+            fresh.keys = [b"f" + key for key in fresh.keys]
+            results: dict[str, list[list[float]]] = {"idle": [], "busy": []}
+            moved = 0
+            for _ in range(rounds + 1):
+                results["idle"].append(await ticks(1.0))
+                stop, tasks = asyncio.Event(), []
+
+                async def mover(store: bool, i: int, stop: asyncio.Event = stop) -> int:
+                    done, n = 0, i
+                    while not stop.is_set():
+                        n = (n + 16) % 64
+                        if store:
+                            await engine.store(*fresh.item(n))
+                            await engine.delete(fresh.keys[n])
+                        else:
+                            await engine.load(*there.item(n))
+                        done += 1
+                    return done
+
+                tasks = [asyncio.create_task(mover(store, i)) for i in range(16) for store in (True, False)]
+                results["busy"].append(await ticks(1.0))
+                stop.set()
+                moved += sum(await asyncio.gather(*tasks))
+            p99 = {k: statistics.median(quantile(run, 0.99) for run in v[1:]) for k, v in results.items()}
+            worst = {k: statistics.median(max(run) for run in v[1:]) for k, v in results.items()}
+            yield {
+                "scenario": "loop",
+                "block": block,
+                "in_flight": 32,
+                "p99_late_ms": {k: round(v * 1e3, 3) for k, v in p99.items()},
+                "worst_late_ms": {k: round(v * 1e3, 3) for k, v in worst.items()},
+                "p99_more_ms": round((p99["busy"] - p99["idle"]) * 1e3, 3),
+                "worst_more_ms": round((worst["busy"] - worst["idle"]) * 1e3, 3),
+                "blocks_moved": moved,
+            }
+
+
+async def hog(period: float, share: float, stop: asyncio.Event) -> None:
+    """Keep the loop's thread busy in Python for a share of the time."""
+    while not stop.is_set():
+        end = time.perf_counter() + period * share
+        while time.perf_counter() < end:
+            pass
+        await asyncio.sleep(period * (1 - share))
+
+
+async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+    """Throughput left while the loop is 80 % busy in Python."""
+    for block, count, batch in ((MIB, 384, 0), (256 * KIB, 1536, 64)):
+        async with opened(root) as engine:
+            blocks = Blocks(engine, block, count)
+            await blocks.one_by_one(store=True, in_flight=16)
+            for store in (True, False):
+
+                async def idle(store: bool = store) -> Sample:
+                    if batch:
+                        return await blocks.many(store=store, batch=batch)
+                    return await blocks.one_by_one(store=store, in_flight=32)
+
+                def beside(period: float, run: Callable[[], Awaitable[Sample]] = idle) -> Callable[[], Awaitable[Sample]]:
+                    async def hogged() -> Sample:
+                        stop = asyncio.Event()
+                        task = asyncio.create_task(hog(period, 0.8, stop))
+                        sample = await run()
+                        stop.set()
+                        await task
+                        return sample
+
+                    return hogged
+
+                contenders = {"idle loop": idle}
+                for period in (1e-3, 5e-3, 20e-3):
+                    contenders[f"80 % busy, {period * 1e3:g} ms period"] = beside(period)
+                runs = await alternate(contenders, rounds)
+                direction = "store" if store else "load"
+                for row in compare("busy", runs, "idle loop", block=block, direction=direction, batch=batch):
+                    yield row
+
+
+async def latency(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+    """One awaited 4 KiB load from the page cache, engine otherwise idle."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        async with opened(Path(memory), capacity_bytes=64 * MIB) as engine:
+            blocks = Blocks(engine, 4 * KIB, 256)
+            await blocks.many(store=True, batch=64)
+            runs: list[list[float]] = []
+            for _ in range(rounds + 1):
+                runs.append([])
+                for n in range(2000):
+                    item = blocks.item(n % 256)
+                    started = time.perf_counter()
+                    await engine.load(*item)
+                    runs[-1].append(time.perf_counter() - started)
+            quantiles = {
+                f"p{q * 100:g}_us": round(statistics.median(quantile(r, q) for r in runs[1:]) * 1e6, 1)
+                for q in (0.1, 0.5, 0.9, 0.99)
+            }
+            yield {"scenario": "latency", "block": 4 * KIB, "path": "tmpfs", **quantiles}
+
+
+SCENARIOS = {"disk": disk, "small": small, "loop": loop, "busy": busy, "latency": latency}
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.root) as root:
+        emit({"machine": report_machine(Path(root))}, options.out)
+        for name in options.only.split(","):
+            async for row in SCENARIOS[name](Path(root), options.rounds):
+                emit(row, options.out)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
