@@ -97,7 +97,9 @@ async def opened(root: Path, **tier: object) -> AsyncIterator[kvgds.Engine]:
         shutil.rmtree(root)
 
 
-def compare(scenario: str, runs: dict[str, list[Sample]], base: str, **more: object) -> list[dict[str, object]]:
+def compare(
+    scenario: str, runs: dict[str, list[Sample]], base: str, **more: object
+) -> list[dict[str, object]]:
     """A row a contender, with ratios to the base."""
     rate, cpu = median(runs[base], "rate"), median(runs[base], "cpu_per_gib")
     return [
@@ -124,17 +126,25 @@ async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
             pool = Pool(root / f"pool-{block}", block, count, threads=16)
             stack.callback(os.unlink, root / f"pool-{block}")
             stack.callback(pool.close)
-            plain = Blocks(await stack.enter_async_context(opened(root, verify="stamp")), block, count)
-            full = Blocks(await stack.enter_async_context(opened(root, verify="full")), block, count)
+            plain = Blocks(
+                await stack.enter_async_context(opened(root, verify="stamp")), block, count
+            )
+            full = Blocks(
+                await stack.enter_async_context(opened(root, verify="full")), block, count
+            )
             for store in (True, False):
                 contenders = {
                     "pool": pool.store if store else pool.load,
                     "engine": lambda store=store: plain.one_by_one(store=store, in_flight=16),
-                    "engine+checksum": lambda store=store: full.one_by_one(store=store, in_flight=16),
+                    "engine+checksum": lambda store=store: full.one_by_one(
+                        store=store, in_flight=16
+                    ),
                 }
                 runs = await alternate(contenders, rounds)
                 direction = "store" if store else "load"
-                for row in compare("disk", runs, "pool", block=block, direction=direction, in_flight=16):
+                for row in compare(
+                    "disk", runs, "pool", block=block, direction=direction, in_flight=16
+                ):
                     yield row
 
 
@@ -142,7 +152,9 @@ async def small(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
     """64 and 256 KiB stores in slabs against one file a block."""
     for block, count in ((64 * KIB, 4096), (256 * KIB, 1024)):
         async with AsyncExitStack() as stack:
-            blocks = Blocks(await stack.enter_async_context(opened(root, verify="stamp")), block, count)
+            blocks = Blocks(
+                await stack.enter_async_context(opened(root, verify="stamp")), block, count
+            )
             full = Blocks(await stack.enter_async_context(opened(root)), block, count)
             contenders: dict[str, Callable[[], Awaitable[Sample]]] = {}
             for direct in (True, False):
@@ -153,7 +165,9 @@ async def small(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
             contenders["engine"] = lambda: blocks.many(store=True, batch=64)
             contenders["engine+checksum"] = lambda: full.many(store=True, batch=64)
             runs = await alternate(contenders, rounds)
-            for row in compare("small", runs, "file a block, O_DIRECT", block=block, direction="store"):
+            for row in compare(
+                "small", runs, "file a block, O_DIRECT", block=block, direction="store"
+            ):
                 yield row
 
 
@@ -193,11 +207,18 @@ async def loop(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                         done += 1
                     return done
 
-                tasks = [asyncio.create_task(mover(store, i)) for i in range(16) for store in (True, False)]
+                tasks = [
+                    asyncio.create_task(mover(store, i))
+                    for i in range(16)
+                    for store in (True, False)
+                ]
                 results["busy"].append(await ticks(1.0))
                 stop.set()
                 moved += sum(await asyncio.gather(*tasks))
-            p99 = {k: statistics.median(quantile(run, 0.99) for run in v[1:]) for k, v in results.items()}
+            p99 = {
+                k: statistics.median(quantile(run, 0.99) for run in v[1:])
+                for k, v in results.items()
+            }
             worst = {k: statistics.median(max(run) for run in v[1:]) for k, v in results.items()}
             yield {
                 "scenario": "loop",
@@ -233,7 +254,9 @@ async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                         return await blocks.many(store=store, batch=batch)
                     return await blocks.one_by_one(store=store, in_flight=32)
 
-                def beside(period: float, run: Callable[[], Awaitable[Sample]] = idle) -> Callable[[], Awaitable[Sample]]:
+                def beside(
+                    period: float, run: Callable[[], Awaitable[Sample]] = idle
+                ) -> Callable[[], Awaitable[Sample]]:
                     async def hogged() -> Sample:
                         stop = asyncio.Event()
                         task = asyncio.create_task(hog(period, 0.8, stop))
@@ -249,7 +272,9 @@ async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                     contenders[f"80 % busy, {period * 1e3:g} ms period"] = beside(period)
                 runs = await alternate(contenders, rounds)
                 direction = "store" if store else "load"
-                for row in compare("busy", runs, "idle loop", block=block, direction=direction, batch=batch):
+                for row in compare(
+                    "busy", runs, "idle loop", block=block, direction=direction, batch=batch
+                ):
                     yield row
 
 
@@ -268,7 +293,9 @@ async def latency(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                     await engine.load(*item)
                     runs[-1].append(time.perf_counter() - started)
             quantiles = {
-                f"p{q * 100:g}_us": round(statistics.median(quantile(r, q) for r in runs[1:]) * 1e6, 1)
+                f"p{q * 100:g}_us": round(
+                    statistics.median(quantile(r, q) for r in runs[1:]) * 1e6, 1
+                )
                 for q in (0.1, 0.5, 0.9, 0.99)
             }
             yield {"scenario": "latency", "block": 4 * KIB, "path": "tmpfs", **quantiles}

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvgds.memory import Arena
 from measure import Sample, timed
+
+from kvgds.memory import Arena
 
 
 class Pool:

@@ -130,7 +130,9 @@ def _set(tree: dict[str, Any], steps: list[str], value: object, name: str) -> No
         index: Any = int(step) if isinstance(node, list) and step.isdigit() else step
         if isinstance(node, list) and index == len(node):
             node.append({})
-        if not isinstance(node, dict | list) or (isinstance(node, list) and index not in range(len(node))):
+        if not isinstance(node, dict | list) or (
+            isinstance(node, list) and index not in range(len(node))
+        ):
             raise ConfigError(name, value, "names no setting")
         if following is None:
             node[index] = value

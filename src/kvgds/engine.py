@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
-import time
 from collections import deque
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
 from kvgds.errors import (
-    BusyError,
     ClosedError,
     ConfigError,
     KvgdsError,
@@ -51,6 +50,7 @@ Items = "Iterable[tuple[BlockKey, Memory]]"
 
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
+_ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _PENDING = Outcome(b"", "pending")
 _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
     "slabs": Slabs,
@@ -101,17 +101,40 @@ class _Settled:
 class _Batch:
     """One call's blocks; wakes its task once for all, or once for each group that ends."""
 
-    __slots__ = ("arrivals", "closed", "deadline", "left", "loop", "outcomes", "timer", "waiter", "waiters")
+    __slots__ = (
+        "arrivals",
+        "expired",
+        "left",
+        "loop",
+        "outcomes",
+        "priority",
+        "since",
+        "timer",
+        "waiter",
+        "waiters",
+        "write",
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, each: bool) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        blocks: int,
+        priority: Priority,
+        *,
+        write: bool,
+        each: bool,
+    ) -> None:
         self.loop = loop
-        self.outcomes: list[Outcome] = []  # complete once nothing is left
+        self.write = write
+        self.priority = priority
+        self.since = loop.time()
+        self.outcomes = [_PENDING] * blocks  # complete once nothing is left
+        self.left = blocks
         self.waiters: list[_Waiter] = []
-        self.left = 0
         self.arrivals: deque[Outcome] | None = deque() if each else None
         self.waiter: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.deadline = 0.0
+        self.expired = False
 
     def settle(self, index: int, outcome: Outcome) -> None:
         self.outcomes[index] = outcome
@@ -137,13 +160,12 @@ class _Batch:
 class _Waiter:
     """One block of one call."""
 
-    __slots__ = ("batch", "flight", "index", "overdue", "since", "view")
+    __slots__ = ("batch", "flight", "index", "overdue", "view")
 
-    def __init__(self, batch: _Batch, index: int, view: View, since: float) -> None:
+    def __init__(self, batch: _Batch, index: int, view: View) -> None:
         self.batch = batch
         self.index = index
         self.view = view
-        self.since = since
         self.flight: _Flight | None = None  # None once it has its outcome
         self.overdue: _Settled | None = None  # told of its deadline, memory still in use
 
@@ -161,6 +183,11 @@ class _Flight:
         self.ticket: Ticket[_Flight]
         self.move: Move | None = None  # set when it starts
         self.copying = False
+
+    def takes(self, waiter: _Waiter) -> bool:
+        """Whether one more may share this I/O."""
+        fits = self.leader.view.nbytes == waiter.view.nbytes
+        return fits and bool(self.waiters) and not self.copying
 
 
 class Operation:
@@ -268,10 +295,8 @@ class Engine:
             deadline = self._loop.time() + self.config.drain_timeout_s
             if not await self._drained(deadline):
                 self._transport.abandon()
-                count = len(self._running)
-                raise TransferTimeout(
-                    f"{count} transfers still in flight {self.config.drain_timeout_s} s after closing"
-                )
+                left, waited = len(self._running), self.config.drain_timeout_s
+                raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
             await self._in_thread(self._tier.close)
             await asyncio.wrap_future(self._transport.close())
         finally:
@@ -306,7 +331,7 @@ class Engine:
     # --- memory -----------------------------------------------------------------------
 
     def register(self, buffer: object) -> Region:
-        """Register one contiguous buffer: torch, numpy, mmap, bytearray, …
+        """Register one contiguous buffer, of torch, numpy, mmap, bytearray and the like.
 
         Page-aligned parts of it move without a copy, other parts through the bounce region.
 
@@ -359,8 +384,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
             StorageFull: no room. BusyError: a load into this memory is in flight.
         """
-        batch = self._submit([(key, memory)], True, priority, timeout_s)
-        await self._finish(batch)
+        batch = self._open_batch(1, priority, timeout_s, write=True)
+        await self._carry_out(batch, [(key, memory)])
         return _value(batch.outcomes[0])
 
     async def load(
@@ -382,8 +407,8 @@ class Engine:
                 memory's content is then undefined.
             BusyError: another transfer uses this memory.
         """
-        batch = self._submit([(key, memory)], False, priority, timeout_s)
-        await self._finish(batch)
+        batch = self._open_batch(1, priority, timeout_s, write=False)
+        await self._carry_out(batch, [(key, memory)])
         return _value(batch.outcomes[0])
 
     async def store_many(
@@ -394,8 +419,9 @@ class Engine:
         timeout_s: float | None = None,
     ) -> list[Outcome]:
         """Store blocks; an outcome for each, in order. One bad block fails no other."""
-        batch = self._submit(items, True, priority, timeout_s)
-        await self._finish(batch)
+        items = [(key, memory) for key, memory in items]
+        batch = self._open_batch(len(items), priority, timeout_s, write=True)
+        await self._carry_out(batch, items)
         return batch.outcomes
 
     async def load_many(
@@ -406,8 +432,9 @@ class Engine:
         timeout_s: float | None = None,
     ) -> list[Outcome]:
         """Load blocks; an outcome for each, in order. One bad block fails no other."""
-        batch = self._submit(items, False, priority, timeout_s)
-        await self._finish(batch)
+        items = [(key, memory) for key, memory in items]
+        batch = self._open_batch(len(items), priority, timeout_s, write=False)
+        await self._carry_out(batch, items)
         return batch.outcomes
 
     def store_each(
@@ -418,7 +445,7 @@ class Engine:
         timeout_s: float | None = None,
     ) -> AsyncIterator[Outcome]:
         """Store blocks; their outcomes as they end."""
-        return self._each(items, True, priority, timeout_s)
+        return self._each(items, priority, timeout_s, write=True)
 
     def load_each(
         self,
@@ -431,19 +458,19 @@ class Engine:
 
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
         """
-        return self._each(items, False, priority, timeout_s)
+        return self._each(items, priority, timeout_s, write=False)
 
     def store_nowait(
         self, key: BlockKey, memory: Memory, *, timeout_s: float | None = None
     ) -> Operation:
         """Start a store; await the result later. Raises QueueFull instead of queueing more."""
-        return self._start_now(key, memory, True, Priority.BACKGROUND, timeout_s)
+        return self._start_now(key, memory, Priority.BACKGROUND, timeout_s, write=True)
 
     def load_nowait(
         self, key: BlockKey, memory: Memory, *, timeout_s: float | None = None
     ) -> Operation:
         """Start a load; await the result later. Raises QueueFull instead of queueing more."""
-        return self._start_now(key, memory, False, Priority.DEMAND, timeout_s)
+        return self._start_now(key, memory, Priority.DEMAND, timeout_s, write=False)
 
     async def prefix(self, keys: Sequence[BlockKey]) -> int:
         """Length of the longest prefix of ``keys`` whose blocks are all stored."""
@@ -504,77 +531,96 @@ class Engine:
             raise ClosedError("the engine belongs to another event loop; open one for this loop")
 
     def _start_now(
-        self, key: BlockKey, memory: Memory, write: bool, priority: Priority, timeout_s: float | None
+        self,
+        key: BlockKey,
+        memory: Memory,
+        priority: Priority,
+        timeout_s: float | None,
+        *,
+        write: bool,
     ) -> Operation:
         self._check_open()
         if self._scheduler.queued >= self.config.queue_ops:
             raise QueueFull(f"{self._scheduler.queued} blocks are queued; await some first")
-        batch = self._submit([(key, memory)], write, priority, timeout_s)
+        batch = self._open_batch(1, priority, timeout_s, write=write)
+        self._admit(batch, 0, key, memory)
+        self._pump_soon()
 
         async def finish() -> bool:
-            await self._finish(batch)
+            await self._carry_out(batch, [])
             return _value(batch.outcomes[0])
 
         return Operation(lambda: finish().__await__())
 
-    def _submit(
+    def _open_batch(
         self,
-        items: Iterable[tuple[BlockKey, Memory]],
-        write: bool,
+        blocks: int,
         priority: Priority,
         timeout_s: float | None,
         *,
+        write: bool,
         each: bool = False,
     ) -> _Batch:
         self._check_open()
-        items = list(items)
         timeout = self.config.timeout_s if timeout_s is None else timeout_s
         if not timeout > 0:
             raise ConfigError("timeout_s", timeout_s, "must be above 0")
-        loop = self._loop
-        now = loop.time()
-        batch = _Batch(loop, each=each)
-        batch.left = len(items)
-        for index, (key, memory) in enumerate(items):
-            batch.outcomes.append(_PENDING)
-            try:
-                self._admit(batch, index, key, memory, write, priority, now)
-            except KvgdsError as error:
-                self._count(write, key, 0, "none", "error", 0.0)
-                batch.settle(index, Outcome(key, "error", error))
-        if batch.left:
-            batch.deadline = now + timeout
-            batch.timer = loop.call_at(batch.deadline, self._expire, batch)
-            self._pump_soon()
+        batch = _Batch(self._loop, blocks, priority, write=write, each=each)
+        if blocks:
+            batch.timer = self._loop.call_at(batch.since + timeout, self._expire, batch)
         return batch
 
-    def _admit(
-        self,
-        batch: _Batch,
-        index: int,
-        key: BlockKey,
-        memory: Memory,
-        write: bool,
-        priority: Priority,
-        now: float,
-    ) -> None:
+    async def _carry_out(self, batch: _Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
+        """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
+        admitted = 0
+        try:
+            for key, memory in items:
+                self._admit(batch, admitted, key, memory)
+                admitted += 1
+                if not admitted % _ADMIT_AT_ONCE:
+                    self._pump_soon()
+                    await asyncio.sleep(0)  # others use this loop too
+            self._pump_soon()
+            while batch.left:
+                await batch.news()
+        except asyncio.CancelledError as cancelled:
+            batch.left -= len(items) - admitted
+            await self._call_off(batch, cancelled)
+            raise
+
+    def _admit(self, batch: _Batch, index: int, key: BlockKey, memory: Memory) -> None:
+        """Take one block in; what is wrong with it becomes its outcome."""
+        try:
+            if batch.expired:
+                raise TransferTimeout("passed its deadline", key=key)
+            view = self._check(batch, key, memory)
+            if not batch.write and self._tier.authoritative and not self._tier.contains(key):
+                self._end_at_once(batch, index, Outcome(key, "miss"), view.nbytes)
+                return
+            waiter = _Waiter(batch, index, view)
+            view.claim(write=not batch.write)
+            try:
+                self._board(waiter, key, batch.priority)
+            except BaseException:
+                view.release(write=not batch.write)
+                raise
+            batch.waiters.append(waiter)
+        except Exception as error:  # noqa: BLE001 - it belongs to this block alone
+            self._end_at_once(batch, index, Outcome(key, "error", error), 0)
+
+    def _check(self, batch: _Batch, key: BlockKey, memory: Memory) -> View:
+        if self._closing is not None:  # it may have begun between two blocks of a batch
+            raise ClosedError("the engine is closed")
         check_key(key)
         view = self._view(memory)
         view.region.check()
-        if not write and view.region.readonly:
+        if not batch.write and view.region.readonly:
             raise ConfigError("memory", "read-only", "can't be loaded into; give writable memory")
-        if not write and self._tier.authoritative and not self._tier.contains(key):
-            self._count(write, key, view.nbytes, "none", "miss", 0.0)
-            batch.settle(index, Outcome(key, "miss"))
-            return
-        waiter = _Waiter(batch, index, view, now)
-        view.claim(write=not write)
-        try:
-            self._board(waiter, key, write, priority, now)
-        except BaseException:
-            view.release(write=not write)
-            raise
-        batch.waiters.append(waiter)
+        return view
+
+    def _end_at_once(self, batch: _Batch, index: int, outcome: Outcome, nbytes: int) -> None:
+        self._count(batch, outcome, nbytes, "none")
+        batch.settle(index, outcome)
 
     @staticmethod
     def _view(memory: Memory) -> View:
@@ -586,34 +632,34 @@ class Engine:
         region.check()
         return region[:]
 
-    def _board(
-        self, waiter: _Waiter, key: BlockKey, write: bool, priority: Priority, now: float
-    ) -> None:
+    def _board(self, waiter: _Waiter, key: BlockKey, priority: Priority) -> None:
         """Join the flight of this block, or start one."""
+        write = waiter.batch.write
         flight = self._flights.get((key, write))
-        if flight is not None and flight.waiters and not flight.copying:
-            if flight.leader.view.nbytes == waiter.view.nbytes:
-                waiter.flight = flight
-                flight.waiters.append(waiter)
-                self._counts["joined"] += 1
-                return
-        flight = _Flight(key, waiter, write=write)
-        path = path_for(waiter.view, self._tier.plan.alignment)
+        if flight is None or not flight.takes(waiter):
+            flight = self._book(waiter, key, priority)
+        else:
+            flight.waiters.append(waiter)
+            self._counts["joined"] += 1
+        waiter.flight = flight
+
+    def _book(self, waiter: _Waiter, key: BlockKey, priority: Priority) -> _Flight:
+        flight = _Flight(key, waiter, write=waiter.batch.write)
         nbytes = waiter.view.nbytes
-        lease = path.lease_bytes(nbytes)
+        lease = path_for(waiter.view, self._tier.plan.alignment).lease_bytes(nbytes)
         if lease > self.config.bounce_bytes:
             rule = f"a block of {nbytes:,} bytes needs {lease:,}; raise it, or align the memory"
             raise ConfigError("bounce_bytes", self.config.bounce_bytes, rule)
         flight.ticket = self._scheduler.submit(
             flight,
-            lane="store" if write else "load",
+            lane="store" if flight.write else "load",
             nbytes=nbytes,
             bounce_bytes=lease,
             priority=priority,
-            now=now,
+            now=self._loop.time(),
         )
-        waiter.flight = flight
-        self._flights[key, write] = flight
+        self._flights[key, flight.write] = flight
+        return flight
 
     def _close_boarding(self, flight: _Flight) -> None:
         """Nobody may join this flight any more."""
@@ -659,6 +705,7 @@ class Engine:
             path=path_for(view, self._tier.plan.alignment),
             full=self._full,
             owner=flight,
+            backend=self._tier.plan.backend,
         )
         move.lend(self._bounce, ticket.offset or 0)
         flight.move = move
@@ -668,7 +715,6 @@ class Engine:
 
     def _settle(self, moves: Sequence[Move]) -> None:
         """Moves have ended: give back what they held and tell everybody who waits."""
-        now = self._loop.time()
         for move in moves:
             flight: Any = move.owner
             self._scheduler.finish(flight.ticket)
@@ -682,7 +728,7 @@ class Engine:
             elif others and move.status == "hit":
                 self._copy(flight, move, others)
             else:
-                self._tell(flight, move, now)
+                self._tell(flight, move)
         if self._scheduler.queued:
             self._pump_soon()
         self._wake_closer()
@@ -699,7 +745,7 @@ class Engine:
             leader.view.release(write=not flight.write)
             leader.overdue.set()
 
-    def _tell(self, flight: _Flight, move: Move, now: float) -> None:
+    def _tell(self, flight: _Flight, move: Move) -> None:
         self._free_overdue(flight)
         outcome = (
             Outcome(flight.key, move.status)
@@ -707,28 +753,27 @@ class Engine:
             else Outcome(flight.key, "error", move.error)
         )
         for waiter in flight.waiters:
-            self._end(waiter, outcome, move.path.name, now)
+            self._end(waiter, outcome, move.path.name)
         flight.waiters.clear()
 
-    def _end(self, waiter: _Waiter, outcome: Outcome, path: str, now: float) -> None:
+    def _end(self, waiter: _Waiter, outcome: Outcome, path: str) -> None:
         flight = waiter.flight
         assert flight is not None  # noqa: S101 - only called for waiters without an outcome
         write = flight.write
         waiter.flight = None
         if waiter.overdue is None:
             waiter.view.release(write=not write)
-        self._count(write, outcome.key, waiter.view.nbytes, path, outcome.status, now - waiter.since)
+        self._count(waiter.batch, outcome, waiter.view.nbytes, path)
         waiter.batch.settle(waiter.index, outcome)
 
     def _rebook(self, flight: _Flight) -> None:
         """Its first waiter gave up before it moved, others still want the block."""
         waiters, flight.waiters = flight.waiters, []
-        now = self._loop.time()
         for waiter in waiters:
             try:
-                self._board(waiter, flight.key, flight.write, Priority.DEMAND, now)
+                self._board(waiter, flight.key, Priority.DEMAND)
             except KvgdsError as error:
-                self._end(waiter, Outcome(flight.key, "error", error), "none", now)
+                self._end(waiter, Outcome(flight.key, "error", error), "none")
 
     def _copy(self, flight: _Flight, move: Move, others: list[_Waiter]) -> None:
         """Give the others what the leader got, before it gets its memory back."""
@@ -740,26 +785,25 @@ class Engine:
             self._running.discard(flight)
             if error := future.exception():
                 move.error = TransferError(str(error), **move.context)
-            self._tell(flight, move, self._loop.time())
+            self._tell(flight, move)
             self._wake_closer()
 
         self._run(lambda: _copy_all(move.view, views), ended)
 
-    def _count(
-        self, write: bool, key: BlockKey, nbytes: int, path: str, outcome: str, seconds: float
-    ) -> None:
-        self._counts[outcome] += 1
-        direction = "store" if write else "load"
-        tier = self._tier.name
-        self.metrics.count(direction, tier, path, outcome, nbytes, seconds)
+    def _count(self, batch: _Batch, outcome: Outcome, nbytes: int, path: str) -> None:
+        status, tier = outcome.status, self._tier.name
+        self._counts[status] += 1
+        direction = "store" if batch.write else "load"
+        seconds = self._loop.time() - batch.since
+        self.metrics.count((direction, tier, path, status), nbytes, seconds)
         if self._observers:
-            self._notify(Event(direction, key, nbytes, tier, path, outcome, seconds))
+            self._notify(Event(direction, outcome.key, nbytes, tier, path, status, seconds))
 
     def _notify(self, event: Event) -> None:
         for observer in list(self._observers):
             try:
                 observer.settled(event)
-            except Exception:
+            except Exception:  # noqa: BLE001 - an observer's fault breaks no transfer
                 self._observers.remove(observer)
                 _log.exception("an observer raised and was removed")
 
@@ -767,6 +811,7 @@ class Engine:
 
     def _expire(self, batch: _Batch) -> None:
         """A batch's deadline has passed: nobody waits longer, whatever becomes of the I/O."""
+        batch.expired = True
         again = False
         for waiter in batch.waiters:
             if waiter.flight is not None and not self._give_up(waiter, waiter.flight):
@@ -800,18 +845,22 @@ class Engine:
         return True
 
     def _quarantine(self, flight: _Flight, move: Move) -> None:
-        """Nobody waits for this I/O, but it goes on: its lease is not free, nor may anybody join."""
+        """Nobody waits for this I/O, but it goes on: its lease is not free, nobody may join."""
         self._quarantined += len(move.lease)
         self._close_boarding(flight)
 
     def _time_out(self, waiter: _Waiter, flight: _Flight, settled: _Settled | None) -> None:
-        direction = "store" if flight.write else "load"
         path = flight.move.path.name if flight.move else "none"
         error = TransferTimeout(
-            "passed its deadline", direction=direction, key=flight.key, path=path
+            "passed its deadline",
+            direction="store" if flight.write else "load",
+            key=flight.key,
+            path=path,
+            backend=self._tier.plan.backend,
+            errno=errno.ETIMEDOUT,
         )
         error.settled = settled
-        self._end(waiter, Outcome(flight.key, "error", error), path, self._loop.time())
+        self._end(waiter, Outcome(flight.key, "error", error), path)
 
     def _leave_queue(self, waiter: _Waiter, flight: _Flight) -> bool:
         """Drop a waiter whose I/O has not started. False: it has."""
@@ -826,21 +875,12 @@ class Engine:
                 self._pump_soon()
         return True
 
-    async def _finish(self, batch: _Batch) -> None:
-        """Wait for all of a batch. Cancelled: drop what is queued, wait for the rest."""
-        try:
-            while batch.left:
-                await batch.news()
-        except asyncio.CancelledError as cancelled:
-            await self._call_off(batch, cancelled)
-            raise
-
     async def _call_off(self, batch: _Batch, cancelled: BaseException) -> None:
         for waiter in batch.waiters:
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
                 outcome = Outcome(flight.key, "error", asyncio.CancelledError())
-                self._end(waiter, outcome, "none", self._loop.time())
+                self._end(waiter, outcome, "none")
         while batch.left:
             with contextlib.suppress(asyncio.CancelledError):  # again: still not ours to leave
                 await batch.news()
@@ -850,18 +890,29 @@ class Engine:
                 raise error from cancelled
 
     async def _each(
-        self, items: Iterable[tuple[BlockKey, Memory]], write: bool, priority: Priority, timeout_s: float | None
+        self,
+        items: Iterable[tuple[BlockKey, Memory]],
+        priority: Priority,
+        timeout_s: float | None,
+        *,
+        write: bool,
     ) -> AsyncIterator[Outcome]:
-        batch = self._submit(items, write, priority, timeout_s, each=True)
-        arrivals = batch.arrivals
-        assert arrivals is not None  # noqa: S101 - asked for above
+        items = [(key, memory) for key, memory in items]
+        batch = self._open_batch(len(items), priority, timeout_s, write=write, each=True)
+        arrivals: Any = batch.arrivals
+        admitted = 0
         try:
-            while arrivals or batch.left:
+            while batch.left or arrivals:
+                for key, memory in items[admitted : admitted + _ADMIT_AT_ONCE]:
+                    self._admit(batch, admitted, key, memory)
+                    admitted += 1
+                self._pump_soon()
+                if not arrivals:
+                    await (batch.news() if admitted == len(items) else asyncio.sleep(0))
                 while arrivals:
                     yield arrivals.popleft()
-                if batch.left:
-                    await batch.news()
         except (asyncio.CancelledError, GeneratorExit) as gone:
+            batch.left -= len(items) - admitted
             await self._call_off(batch, gone)
             raise
 
@@ -875,16 +926,22 @@ class Engine:
             Gauge("kvgds_blocks", "blocks that a load would find", tier("blocks")),
             Gauge("kvgds_used_bytes", "bytes of blocks, padding included", tier("bytes_used")),
             Gauge("kvgds_capacity_bytes", "limit on them", tier("capacity_bytes")),
-            Gauge("kvgds_evictions", "blocks dropped to make room", tier("evictions"), counter=True),
+            Gauge(
+                "kvgds_evictions", "blocks dropped to make room", tier("evictions"), counter=True
+            ),
             Gauge("kvgds_quarantined", "places out of use", tier("quarantined")),
-            Gauge("kvgds_quarantined_bounce_bytes", "bounce memory of late transfers", lambda: self._quarantined),
+            Gauge(
+                "kvgds_quarantined_bounce_bytes",
+                "bounce memory of late transfers",
+                lambda: self._quarantined,
+            ),
         ]
 
 
 def open_engine(
     config: EngineConfig, *, progress: Callable[[str, int, int], None] | None = None
 ) -> AbstractAsyncContextManager[Engine]:
-    """Open an engine: ``async with open_engine(config) as engine``.
+    """Open an engine, for ``async with`` to close.
 
     Args:
         config: the settings.

@@ -111,9 +111,14 @@ def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torc
     if str(tensor.layout) != "torch.strided":
         raise ConfigError(field, str(tensor.layout), "must be a dense tensor")
     size = tensor.element_size()
-    strides = tuple(stride * size for stride in tensor.stride())
     return _Strided(
-        tensor.data_ptr(), tuple(tensor.shape), strides, size, False, tensor, tensor.data_ptr
+        address=tensor.data_ptr(),
+        shape=tuple(tensor.shape),
+        strides=tuple(stride * size for stride in tensor.stride()),
+        itemsize=size,
+        readonly=False,
+        owner=tensor,
+        data_ptr=tensor.data_ptr,
     )
 
 
@@ -308,7 +313,7 @@ def _alignment(*numbers: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Where one tensor keeps its blocks: block ``i`` has ``nbytes`` at each ``offset + i * step``."""
+    """Where one tensor keeps block ``i``: ``nbytes`` at each ``offset + i * step``."""
 
     offsets: tuple[int, ...]
     nbytes: int

@@ -24,7 +24,24 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
 
-_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
+_SECONDS = (
+    1e-4,
+    2.5e-4,
+    5e-4,
+    1e-3,
+    2.5e-3,
+    5e-3,
+    1e-2,
+    2.5e-2,
+    5e-2,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    10,
+    30,
+)
 _LABELS = ("direction", "tier", "path", "outcome")
 
 
@@ -92,30 +109,30 @@ class Metrics:
         self._rows: dict[tuple[str, str, str, str], _Row] = {}
         self.registry.register(self)
 
-    def count(
-        self, direction: str, tier: str, path: str, outcome: str, nbytes: int, seconds: float
-    ) -> None:
-        """Add one ended block."""
-        labels = (direction, tier, path, outcome)
+    def count(self, labels: tuple[str, str, str, str], nbytes: int, seconds: float) -> None:
+        """Add one ended block: direction, tier, path, outcome."""
         row = self._rows.get(labels)
         if row is None:
             row = self._rows[labels] = _Row()
-        if outcome in ("hit", "stored"):
+        if labels[3] in ("hit", "stored"):
             row.nbytes += nbytes
         row.seconds += seconds
         row.buckets[bisect.bisect_left(_SECONDS, seconds)] += 1
 
     def collect(self) -> Iterator[Metric]:
         """All metrics as they are now; called by the registry."""
+        ended = CounterMetricFamily("kvgds_operations", "blocks that ended", labels=_LABELS)
         moved = CounterMetricFamily("kvgds_bytes", "payload bytes moved", labels=_LABELS)
         taken = HistogramMetricFamily(
             "kvgds_operation_seconds", "from submission to end of one block", labels=_LABELS
         )
         for labels, row in list(self._rows.items()):
+            ended.add_metric(labels, sum(row.buckets))
             moved.add_metric(labels, row.nbytes)
             counts = itertools.accumulate(row.buckets)
             bounds = [*map(str, _SECONDS), "+Inf"]
             taken.add_metric(labels, list(zip(bounds, counts, strict=True)), row.seconds)
+        yield ended
         yield moved
         yield taken
         for gauge in self._gauges:

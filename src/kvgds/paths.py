@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import xxhash
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, padded
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
 from kvgds.memory import Arena, copy_pieces
 
@@ -78,10 +78,13 @@ class DirectoryPlan:
     """What a trial found out about a directory."""
 
     direct_io: bool
-    alignment: int
-    filesystem: str
     evidence: tuple[str, ...]
-    refused: tuple[str, ...]
+    refused: tuple[str, ...] = ()
+
+    @property
+    def alignment(self) -> int:
+        """What addresses, offsets and lengths must be multiples of, in bytes."""
+        return PAGE if self.direct_io else 1
 
 
 class Move:
@@ -97,7 +100,7 @@ class Move:
         "_gate",
         "abandoned",
         "algorithm",
-        "direct",
+        "backend",
         "error",
         "file",
         "generation",
@@ -127,6 +130,7 @@ class Move:
         path: Path,
         full: bool,
         owner: object = None,
+        backend: str = "",
     ) -> None:
         self.namespace = namespace
         self.key = key
@@ -136,6 +140,7 @@ class Move:
         self.nbytes = view.nbytes
         self.algorithm = XXH3_128 if full else NO_CHECKSUM
         self.owner = owner
+        self.backend = backend
         self.status = ""
         self.error: Exception | None = None
         self.abandoned = False
@@ -204,7 +209,12 @@ class Move:
     @property
     def context(self) -> dict[str, Any]:
         """What every error about this move says."""
-        return {"direction": self.direction, "key": self.key, "path": self.path.name}
+        return {
+            "direction": self.direction,
+            "key": self.key,
+            "path": self.path.name,
+            "backend": self.backend,
+        }
 
     def stamp(self, checksum: bytes) -> None:
         """Write the stamp into the lease."""
@@ -361,9 +371,7 @@ def checksum_of(pieces: Sequence[memoryview]) -> bytes:
     return state.digest()
 
 
-def try_directory(
-    root: FilePath, mode: Literal["auto", "require", "never"]
-) -> DirectoryPlan:
+def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> DirectoryPlan:
     """Find out by real writes and reads whether O_DIRECT works below ``root``. Blocks.
 
     Some file systems accept O_DIRECT at open and refuse it at write, so only a round trip
@@ -373,23 +381,21 @@ def try_directory(
         PathUnavailable: ``mode`` is ``"require"`` and it does not work.
         OSError: not even plain files work there.
     """
-    filesystem = _filesystem_of(root)
     path = root / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        evidence = [f"{root} is on {filesystem}", *_dio_alignment(path)]
-        if mode == "never":
-            return DirectoryPlan(False, 1, filesystem, tuple(evidence), ("O_DIRECT: not wanted",))
-        refusal = _refusal(path)
+        evidence = [f"{root} is on {filesystem_of(root)}", *_dio_alignment(path)]
+        refusal = "not wanted" if mode == "never" else _refusal(path)
         if refusal is None:
             evidence.append("O_DIRECT wrote and read back " + _sizes())
-            return DirectoryPlan(True, PAGE, filesystem, tuple(evidence), ())
+            return DirectoryPlan(direct_io=True, evidence=tuple(evidence))
         if mode == "require":
             raise PathUnavailable(
                 f"O_DIRECT does not work in {root}; use another file system or direct_io='auto'",
                 (*evidence, refusal),
             )
-        return DirectoryPlan(False, 1, filesystem, tuple(evidence), (f"O_DIRECT: {refusal}",))
+        refused = (f"O_DIRECT: {refusal}",)
+        return DirectoryPlan(direct_io=False, evidence=tuple(evidence), refused=refused)
     finally:
         os.close(fd)
         os.unlink(path)
@@ -425,7 +431,7 @@ def _refusal(path: FilePath) -> str | None:
     return None
 
 
-def _filesystem_of(root: FilePath) -> str:
+def filesystem_of(root: FilePath) -> str:
     """Type of the file system below ``root``, from the longest mount point above it."""
     best, kind = "", "an unknown file system"
     real = os.path.realpath(root)
@@ -444,9 +450,9 @@ def _dio_alignment(path: FilePath) -> list[str]:
     page = ctypes.create_string_buffer(256)
     if statx is None or statx(-100, os.fsencode(path), 0, _STATX_DIOALIGN, page) != 0:
         return []
-    if not int.from_bytes(page[0:4], "little") & _STATX_DIOALIGN:
+    if not int.from_bytes(page.raw[0:4], "little") & _STATX_DIOALIGN:
         return []
-    memory, offset = (int.from_bytes(page[i : i + 4], "little") for i in (0x98, 0x9C))
+    memory, offset = (int.from_bytes(page.raw[i : i + 4], "little") for i in (0x98, 0x9C))
     if not offset:
         return ["statx says that direct I/O is not supported"]
     return [f"statx asks for {memory}-byte memory and {offset}-byte file alignment"]

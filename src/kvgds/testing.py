@@ -243,7 +243,12 @@ class PlainTransfer:
     """
 
     def __init__(
-        self, file: File, regions: Sequence[Region], rows: Sequence[tuple[int, int, int]], *, write: bool
+        self,
+        file: File,
+        regions: Sequence[Region],
+        rows: Sequence[tuple[int, int, int]],
+        *,
+        write: bool,
     ) -> None:
         self.file = file
         self.regions = regions
@@ -386,7 +391,9 @@ class TransportContract:
             data = os.urandom(16 * mib)
             bench.arena.bytes[:] = data
             everything = [
-                PlainTransfer(file, [bench.region], [(bench.base + i * mib, i * mib, mib)], write=True)
+                PlainTransfer(
+                    file, [bench.region], [(bench.base + i * mib, i * mib, mib)], write=True
+                )
                 for i in range(16)
             ]
             bench.run(*everything)
@@ -421,7 +428,9 @@ class TransportContract:
             os.pwrite(file.fd, data, 0)
             offsets = [i * PAGE if i != 17 else 64 * PAGE for i in range(64)]
             transfers = [
-                PlainTransfer(file, [bench.region], [(bench.base + i * PAGE, offset, PAGE)], write=False)
+                PlainTransfer(
+                    file, [bench.region], [(bench.base + i * PAGE, offset, PAGE)], write=False
+                )
                 for i, offset in enumerate(offsets)
             ]
             bench.run(*transfers)
@@ -538,11 +547,17 @@ class TierContract:
 
     @contextlib.asynccontextmanager
     async def _opened(
-        self, root: Path, namespace: Namespace | None = None, **changes: Any  # noqa: ANN401 - see the hook
+        self,
+        root: Path,
+        namespace: Namespace | None = None,
+        **changes: Any,  # noqa: ANN401 - see the hook
     ) -> AsyncIterator[tuple[Engine, HeldTransport]]:
         settings = self.make_tier_settings(root, **changes)
         config = EngineConfig(
-            namespace=namespace or self.namespace, tiers=(settings,), bounce_bytes=4 << 20, timeout_s=_WAIT_S
+            namespace=namespace or self.namespace,
+            tiers=(settings,),
+            bounce_bytes=4 << 20,
+            timeout_s=_WAIT_S,
         )
         transport = HeldTransport(NixlTransport())
         engine = Engine(config, transport)
@@ -553,7 +568,9 @@ class TierContract:
             transport.release()
             await engine.aclose()
 
-    async def _get(self, root: Path, key: bytes, namespace: Namespace | None = None) -> bytes | None:
+    async def _get(
+        self, root: Path, key: bytes, namespace: Namespace | None = None
+    ) -> bytes | None:
         return await asyncio.to_thread(self.side_get, root, namespace or self.namespace, key)
 
     async def _spoil(self, root: Path, key: bytes, at: int) -> None:
@@ -647,7 +664,9 @@ class TierContract:
         async with self._opened(root) as (engine, _):
             memory = [bytearray(nbytes) for _ in keys]
             outcomes = await engine.load_many(zip(keys, memory, strict=True))
-            assert [type(outcome.error) for outcome in outcomes] == [BlockCorrupt] * 3 + [type(None)]
+            assert [type(outcome.error) for outcome in outcomes] == [BlockCorrupt] * 3 + [
+                type(None)
+            ]
             assert memory[3] == self._payload(b"sound", nbytes)
             assert await engine.prefix(keys) == 0
             assert engine.statistics().tiers[0].blocks == 1
@@ -673,7 +692,9 @@ class TierContract:
             (outcome,) = await engine.load_many([(b"stamp", bytearray(PAGE))])
             assert type(outcome.error) is BlockCorrupt
 
-    async def test_unchecked_blocks_are_not_trusted_when_all_must_be_checked(self, tmp_path: Path) -> None:
+    async def test_unchecked_blocks_are_not_trusted_when_all_must_be_checked(
+        self, tmp_path: Path
+    ) -> None:
         """What was stored without a checksum is a miss under verify="full"."""
         root = tmp_path / "kv"
         async with self._opened(root, verify="stamp") as (engine, _):
@@ -732,7 +753,10 @@ class TierContract:
     async def test_a_block_in_flight_is_not_evicted(self, tmp_path: Path) -> None:
         """However much is stored while a load has moved its bytes, they stay right."""
         nbytes = 15 * PAGE
-        async with self._opened(tmp_path / "kv", capacity_bytes=8 * 16 * PAGE) as (engine, transport):
+        async with self._opened(tmp_path / "kv", capacity_bytes=8 * 16 * PAGE) as (
+            engine,
+            transport,
+        ):
             await engine.store(b"old", self._payload(b"old", nbytes))
             transport.hold("start", lambda transfer: not transfer.write)
             loading = asyncio.ensure_future(self._load(engine, b"old", nbytes))
@@ -758,7 +782,11 @@ class TierContract:
                 await transport.wait_held(stage)
                 transport.release()
             assert await engine.store(b"sound", bytes(PAGE + 1))
-            assert [await engine.prefix([key]) for key in (b"start", b"landing", b"sound")] == [0, 0, 1]
+            assert [await engine.prefix([key]) for key in (b"start", b"landing", b"sound")] == [
+                0,
+                0,
+                1,
+            ]
         assert [await self._get(root, key) for key in (b"start", b"landing")] == [None, None]
         async with self._opened(root) as (engine, _):
             assert await engine.prefix([b"landing"]) == 0

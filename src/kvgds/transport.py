@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvgds.blocks import padded
@@ -196,9 +197,7 @@ class _Lane:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(
-        self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]
-    ) -> None:
+    def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         self.load += sum(transfer.nbytes for transfer in transfers)
         self._inbox.put([_Member(transfer, deliver) for transfer in transfers])
 
@@ -268,9 +267,10 @@ class _Lane:
         """How long to wait for news, in seconds; None: until there are some.
 
         An eighth of the time that what is in flight should take: storage never runs dry
-        meanwhile, and each look costs some 50 µs of CPU. Right after something has moved, more is likely within microseconds: then it is
-        cheaper to look again than to sleep. Looking must let go of the interpreter lock,
-        which a wait of a microsecond does and one of zero does not.
+        meanwhile, and each look costs some 50 µs of CPU. Right after something small has
+        moved, more is likely within microseconds: then it is cheaper to look again than to
+        sleep. Looking must let go of the interpreter lock, which a wait of a microsecond does
+        and one of zero does not.
         """
         if self._alone or any(side.ready() for side in self._sides):
             return 0.0
@@ -445,7 +445,11 @@ class _Lane:
 
     def leak(self) -> None:
         """Keep every object that a wedged transfer may use for as long as the process lives."""
-        for thing in (self, self._agent, *(flight.handle for side in self._sides for flight in side.flights)):
+        for thing in (
+            self,
+            self._agent,
+            *(flight.handle for side in self._sides for flight in side.flights),
+        ):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
@@ -474,8 +478,9 @@ def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
             if transfer.write:
                 moved = os.pwritev(fd, [bytes_at(address, nbytes)], offset)
             else:
-                with mmap.mmap(-1, padded(nbytes)) as scratch:
-                    moved = os.preadv(fd, [memoryview(scratch)[:nbytes]], offset)
+                # Not closed here: an error's traceback still holds on to the view of it.
+                scratch = memoryview(mmap.mmap(-1, padded(nbytes)))
+                moved = os.preadv(fd, [scratch[:nbytes]], offset)
         except OSError as cause:
             return NotMoved(cause.errno, str(error))
         if moved < nbytes:
@@ -520,7 +525,7 @@ class NixlTransport:
         """See :class:`Transport`."""
         if self._closed:  # a lane that ends forgets everything
             return _all_of([lane.stopped for lane in self._lanes])
-        return _all_of([lane.call(lambda lane=lane: lane.forget(thing)) for lane in self._lanes])
+        return _all_of([lane.call(partial(lane.forget, thing)) for lane in self._lanes])
 
     def close(self) -> Future[None]:
         """See :class:`Transport`."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvgds.paths import Move, PathPlan
     from kvgds.transport import Transport
 
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What an engine lends its tiers.

@@ -164,7 +164,9 @@ class Index:
 
         Each row: slot, namespace, key, generation, bytes, algorithm.
         """
-        query = "SELECT slot, namespace, key, generation, nbytes, algorithm FROM block ORDER BY used"
+        query = (
+            "SELECT slot, namespace, key, generation, nbytes, algorithm FROM block ORDER BY used"
+        )
         cursor = self._database.execute(query)
         while chunk := cursor.fetchmany(20_000):
             yield chunk
@@ -180,11 +182,11 @@ class Index:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             self._write(changes)
+            self._database.execute("COMMIT")
         except BaseException:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     def start(self) -> None:
         """Start the thread."""

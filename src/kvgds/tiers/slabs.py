@@ -17,7 +17,7 @@ import re
 import sqlite3
 from collections import OrderedDict, deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
@@ -28,7 +28,7 @@ from kvgds.tiers.index import Changes, Index, connect
 from kvgds.transport import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -135,8 +135,11 @@ class Slabs:
                 refused=found.refused,
             )
             self._recover(progress)
-        except BaseException:
+        except BaseException as error:
             self._close_files()
+            if isinstance(error, OSError | sqlite3.Error):
+                rule = f"can't be used: {error}"
+                raise ConfigError("root", str(settings.root), rule) from error
             raise
 
     def _recover(self, progress: Callable[[str, int, int], None]) -> None:
@@ -171,30 +174,28 @@ class Slabs:
     def _load_blocks(self, progress: Callable[[str, int, int], None], lost: dict[int, int]) -> None:
         total, done = self._index.count(), 0
         wrong, taken = [], set()
+        slots = {slab.id: lost.get(slab.id, slab.slots) for slab in self._slabs.values()}
         for chunk in self._index.blocks():
-            for slot, namespace, key, generation, nbytes, algorithm in chunk:
-                slab = slot >> SLOT_BITS
-                place = slot & SLOT_MASK
-                if slab not in self._slabs or place >= lost.get(slab, self._slabs[slab].slots):
+            for row in chunk:
+                slot = row[0]
+                if slot & SLOT_MASK < slots.get(slot >> SLOT_BITS, 0):
+                    taken.add(slot)
+                    self._adopt(row)
+                else:
                     wrong.append(slot)
-                    continue
-                taken.add(slot)
-                self._adopt(slot, namespace, key, generation, nbytes, algorithm)
             done += len(chunk)
             progress("recovering the index", done, total)
-        for slab_id, slab in self._slabs.items():
-            base = slab_id << SLOT_BITS
+        self._index.apply(Changes(drop=wrong))
+        for slab in self._slabs.values():
+            base = slab.id << SLOT_BITS
             free = [base + i for i in range(slab.slots) if base + i not in taken]
-            self._class_of[slab_id].free.extend(free)
+            self._class_of[slab.id].free.extend(free)
         for size in self._classes.values():
             size.free.sort(reverse=True)
-        if wrong:
-            self._index.apply(Changes(drop=wrong))
 
-    def _adopt(
-        self, slot: int, namespace: int, key: bytes | None, generation: int, nbytes: int, algorithm: int
-    ) -> None:
+    def _adopt(self, row: tuple[int, int, bytes | None, int, int, int]) -> None:
         """Take one row of the index. Rows that this engine must not serve wait for eviction."""
+        slot, namespace, key, generation, nbytes, algorithm = row
         if key is None:
             self._quarantined += 1
             return
@@ -204,6 +205,12 @@ class Slabs:
         if namespace != self._namespace_id or unchecked:
             size.used[slot] = None
             return
+        rival = self._blocks.get(key)
+        if rival is not None:  # its replacement was cut short before the old row went
+            if rival[1] > generation:
+                size.used[slot] = None
+                return
+            self._class_of[rival[0] >> SLOT_BITS].used[rival[0]] = None
         size.used[slot] = key
         self._blocks[key] = (slot, generation, nbytes)
 
@@ -242,7 +249,9 @@ class Slabs:
 
     def _sync(self) -> None:
         """Make the payloads of the coming commit durable; runs on the index's thread."""
-        dirty, self._dirty = self._dirty, set()
+        dirty = set()
+        while self._dirty:  # one by one: reactors add to it meanwhile
+            dirty.add(self._dirty.pop())
         for slab_id in dirty:
             slab = self._slabs.get(slab_id)
             if slab is not None:
@@ -284,7 +293,7 @@ class Slabs:
             if block is None:
                 move.status = "miss"
             elif block[2] != move.nbytes:
-                rule = f"the block stored under this key has {block[2]} bytes; give memory of that size"
+                rule = f"the stored block has {block[2]} bytes; give memory of that size"
                 move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
             else:
                 self._aim(move, block[0], block[1])
@@ -405,7 +414,15 @@ class Slabs:
         for move in good:
             number = move.generation or 0
             rows.append(
-                (move.slot, self._namespace_id, move.key, number, move.nbytes, move.algorithm, number)
+                (
+                    move.slot,
+                    self._namespace_id,
+                    move.key,
+                    number,
+                    move.nbytes,
+                    move.algorithm,
+                    number,
+                )
             )
             self._dirty.add(move.slot >> SLOT_BITS)
         self._index.commit(Changes(put=rows), partial(self._committed, good))
@@ -414,7 +431,8 @@ class Slabs:
         self._under_way -= len(moves)
         for move in moves:
             self._pend(move.slot, -1)
-            self._free(move.slot)
+            # To be used again last: if the place is bad, the next store must not meet it.
+            self._class_of[move.slot >> SLOT_BITS].free.insert(0, move.slot)
             if isinstance(move.error, TransferError) and move.error.errno == errno.ENOSPC:
                 move.error = self._full(str(move.error))
         self._services.settle(moves)
@@ -451,7 +469,9 @@ class Slabs:
         full = isinstance(error, sqlite3.Error) and "full" in str(error)
         if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
             return self._full(f"the index can't grow: {error}")
-        wrapped = TransferError(f"the index of {self._settings.root} failed: {error}", direction="store")
+        wrapped = TransferError(
+            f"the index of {self._settings.root} failed: {error}", direction="store"
+        )
         wrapped.__cause__ = error
         return wrapped
 
@@ -526,7 +546,9 @@ class Slabs:
         if key is not None:
             del self._blocks[key]
 
-    def _drop(self, slots: list[int], done: Callable[[Exception | None], None] | None = None) -> None:
+    def _drop(
+        self, slots: list[int], done: Callable[[Exception | None], None] | None = None
+    ) -> None:
         """Commit the removal of forgotten slots, then free them."""
         if not slots:
             return
@@ -644,7 +666,9 @@ class Slabs:
         make = partial(make_slab, path, slots * size.slot_bytes, direct=self.plan.direct_io)
         self._services.run(make, partial(self._made, size, slab_id, slots, path))
 
-    def _made(self, size: _Class, slab_id: int, slots: int, path: Path, future: Future[int]) -> None:
+    def _made(
+        self, size: _Class, slab_id: int, slots: int, path: Path, future: Future[int]
+    ) -> None:
         if error := future.exception():
             self._grown_badly(error)
             return

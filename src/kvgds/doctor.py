@@ -1,0 +1,340 @@
+"""What kvgds finds on this machine: how bytes would move, what is missing, and what to do.
+
+Everything is tried rather than guessed: NIXL's plugin is loaded, huge pages are asked for,
+and in each directory an engine of its own, in a folder that goes away again, stores blocks
+and loads them back. An engine that has the directory is not disturbed. Everything blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import importlib.metadata
+import os
+import platform
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvgds.blocks import PAGE, Namespace
+from kvgds.config import EngineConfig, FileTier
+from kvgds.engine import open_engine
+from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
+from kvgds.memory import Arena
+from kvgds.paths import filesystem_of
+from kvgds.transport import NixlTransport
+from kvgds.upkeep import layout_of, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvgds.engine import Engine
+    from kvgds.paths import PathPlan
+
+_TRIAL_BYTES = (1 << 20, PAGE)  # by the direct path
+_BOUNCED_BYTES = 10_001
+_CAPACITY = 64 << 20
+_ARENA = 8 << 20
+_HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
+_NIXL = ("nixl-cu12", "nixl-cu13")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A way that can't be gone: which, why, and what would open it."""
+
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(slots=True)
+class Part:
+    """One thing that was looked at.
+
+    Attributes:
+        ok: whether kvgds can do its work with it.
+        summary: what it is.
+        evidence: what that rests on.
+        refused: better ways that were tried, and why not those.
+    """
+
+    ok: bool = True
+    summary: str = ""
+    evidence: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+
+    def fail(self, what: str, why: str, fix: str) -> None:
+        """Note why it does not work."""
+        self.ok = False
+        self.summary = why
+        self.refused.append(Refusal(what, why, fix))
+
+
+@dataclass(slots=True)
+class RootPart(Part):
+    """A directory for blocks.
+
+    Attributes:
+        root: the directory.
+        layout: what it holds, or would.
+        in_use: another engine has it, so that nothing was written there.
+        path: ``"direct"`` once blocks were stored and loaded, else "".
+        backend: what moved them.
+        direct_io: whether the page cache was bypassed.
+        alignment: what memory has to be aligned to for that.
+        filesystem: type of the file system.
+        free_bytes: free there.
+    """
+
+    root: str = ""
+    layout: str = ""
+    in_use: bool = False
+    path: str = ""
+    backend: str = ""
+    direct_io: bool = False
+    alignment: int = 0
+    filesystem: str = ""
+    free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All that was found."""
+
+    ok: bool
+    versions: dict[str, str]
+    nixl: Part
+    huge_pages: Part
+    gpu: Part
+    roots: tuple[RootPart, ...]
+
+
+def diagnose(tiers: Sequence[FileTier]) -> Diagnosis:
+    """Look at this machine and at the directories of these tiers."""
+    nixl = _nixl()
+    roots = tuple(_root(tier, works=nixl.ok) for tier in tiers)
+    ok = nixl.ok and all(root.ok for root in roots)
+    return Diagnosis(ok, versions(), nixl, _huge_pages(), _gpu(), roots)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters; "" for what is not installed."""
+    nixl = next(filter(None, map(_version, _NIXL)), "")
+    return {
+        "kvgds": _version("kvgds"),
+        "nixl": nixl,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _nixl() -> Part:
+    """Which queue NIXL's POSIX plugin gets, and why not a better one."""
+    part = Part()
+    for queue in ("uring", "aio"):
+        transport = NixlTransport(queues=(queue,))
+        try:
+            transport.start()
+        except PathUnavailable as error:
+            why = "; ".join(error.report) or str(error)
+            part.refused.append(Refusal(f"POSIX/{queue}", why, _queue_fix(queue)))
+            continue
+        transport.close().result()
+        part.summary = transport.name
+        part.evidence.append(f"an agent with {transport.name} was made")
+        return part
+    if not versions()["nixl"]:
+        part.refused.clear()
+        part.fail("NIXL", "NIXL is not installed", f"pip install {_NIXL[0]}")
+    part.ok = False
+    part.summary = part.summary or "NIXL's POSIX plugin can't be used"
+    return part
+
+
+def _queue_fix(queue: str) -> str:
+    if queue == "aio":
+        return "raise the limit: sysctl fs.aio-max-nr=1048576"
+    if _text("/proc/sys/kernel/io_uring_disabled") not in ("", "0"):
+        return "allow it: sysctl kernel.io_uring_disabled=0"
+    return "use Linux 5.13 or newer, and a container whose seccomp profile allows io_uring_setup"
+
+
+def _huge_pages() -> Part:
+    """Whether memory made by kvgds gets huge pages, from asking for some."""
+    part = Part(summary="used")
+    setting = _text(_HUGE).partition("[")[2].partition("]")[0] or "absent"
+    part.evidence.append(f"{_HUGE} says {setting}")
+    arena = Arena(_ARENA)
+    nbytes = _huge_bytes(arena.span.address)
+    part.evidence.append(f"{nbytes >> 20} of {_ARENA >> 20} MiB came on huge pages")
+    if nbytes < _ARENA // 2:
+        fix = f"echo madvise > {_HUGE}" if setting in ("never", "absent") else "free some memory"
+        why = "4 KiB pages make direct transfers slower"
+        part.summary = "not used"
+        part.refused.append(Refusal("huge pages", why, fix))
+    return part
+
+
+def _huge_bytes(address: int) -> int:
+    """Bytes on huge pages in the mapping at an address."""
+    inside = False
+    for line in _text("/proc/self/smaps").splitlines():
+        first, _, rest = line.partition(" ")
+        start, dash, end = first.partition("-")
+        if dash:
+            inside = int(start, 16) <= address < int(end, 16)
+        elif inside and first == "AnonHugePages:":
+            return int(rest.split()[0]) << 10
+    return 0
+
+
+def _gpu() -> Part:
+    """What there is of GPUs. This version does not use them."""
+    part = Part(summary="no NVIDIA GPU found; this version moves host memory only")
+    gpus = Path("/proc/driver/nvidia/gpus")
+    found = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    if not found:
+        return part
+    part.summary = f"{found} found, not used: this version moves host memory only"
+    driver = _text("/proc/driver/nvidia/version").partition("\n")[0]
+    part.evidence.append(f"driver: {driver}")
+    if not _text("/proc/driver/nvidia-fs/version"):
+        fix = "install nvidia-fs (GPUDirect Storage), for versions that will use it"
+        part.refused.append(Refusal("GDS", "the module nvidia_fs is not loaded", fix))
+    return part
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+# --- directories --------------------------------------------------------------------------
+
+
+def _root(tier: FileTier, *, works: bool) -> RootPart:
+    part = RootPart(root=str(tier.root), layout=tier.layout)
+    try:
+        tier = _look(tier, part)
+        if part.ok and not part.in_use and works:
+            _try(tier, part)
+    except KvgdsError as error:
+        report = error.report if isinstance(error, PathUnavailable) else ()
+        part.evidence += report
+        fix = error.rule if isinstance(error, ConfigError) else "see what was tried"
+        part.fail("directory", str(error).partition("\n")[0], fix)
+    except OSError as error:
+        part.fail("directory", _reason(error), "make it a directory that you can write to")
+    return part
+
+
+def _reason(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _look(tier: FileTier, part: RootPart) -> FileTier:
+    """What can be seen without writing. The tier, with the layout that is really there."""
+    place = tier.root if tier.root.exists() else tier.root.parent
+    room = os.statvfs(place)
+    part.free_bytes = room.f_bavail * room.f_frsize
+    part.filesystem = filesystem_of(place)
+    if place != tier.root:
+        part.evidence.append("it does not exist yet; an engine makes it")
+        return tier
+    if not (tier.root / "kvgds.json").exists() and tier.root.is_dir():
+        part.evidence.append("it holds no blocks yet")
+        return tier
+    part.layout = layout_of(tier.root)
+    if part.layout == "slabs":
+        part.in_use = _in_use(tier.root)
+    if part.in_use:
+        owner = _text(str(tier.root / "lock")) or "unknown"
+        part.summary = f"in use by process {owner}, so nothing was tried there"
+    there = listing(tier.root)
+    blocks = sum(use.blocks for use in there.namespaces)
+    part.evidence.append(f"it holds {blocks:,} blocks in {len(there.namespaces)} namespaces")
+    if there.quarantined:
+        why = f"{there.quarantined:,} places are out of use since they gave back wrong bytes"
+        part.refused.append(Refusal("quarantine", why, "kvgds fsck --repair"))
+    return tier.model_copy(update={"layout": part.layout})
+
+
+def _in_use(root: Path) -> bool:
+    """Whether an engine has a slab directory. Shares the lock for a moment to find out."""
+    try:
+        fd = os.open(root / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _try(tier: FileTier, part: RootPart) -> None:
+    """Store and load with an engine in a folder of its own on the same file system."""
+    place = tier.root if tier.root.exists() else tier.root.parent
+    folder = place / f".kvgds-doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    trial = tier.model_copy(update={"root": folder, "capacity_bytes": _CAPACITY})
+    config = EngineConfig(
+        namespace=Namespace("kvgds-doctor"), tiers=(trial,), bounce_bytes=4 << 20, timeout_s=15
+    )
+    folder.mkdir(mode=0o700)
+    try:
+        plan = asyncio.run(_round_trips(config))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    part.path, part.backend = plan.path, plan.backend
+    part.direct_io, part.alignment = plan.direct_io, plan.alignment
+    part.summary = str(plan).partition("\n")[0].partition(": ")[2].replace(str(folder), part.root)
+    part.evidence += [line.replace(str(folder), part.root) for line in plan.evidence]
+    sizes = ", ".join(f"{nbytes:,}" for nbytes in _TRIAL_BYTES)
+    part.evidence.append(
+        f"blocks of {sizes} bytes went direct, {_BOUNCED_BYTES:,} bounced, and back"
+    )
+    for line in plan.refused:
+        what, _, why = line.partition(": ")
+        fix = "use a local file system such as ext4 or XFS, or accept the page cache"
+        part.refused.append(Refusal(what, why.replace(str(folder), part.root), fix))
+
+
+async def _round_trips(config: EngineConfig) -> PathPlan:
+    async with open_engine(config) as engine:
+        for nbytes in _TRIAL_BYTES:
+            arena = Arena(2 * nbytes)
+            arena.bytes[:nbytes] = secrets.token_bytes(nbytes)
+            memory = engine.register(arena.bytes)
+            await _round_trip(engine, memory[:nbytes], memory[nbytes:])
+            _compare(arena.bytes[:nbytes], arena.bytes[nbytes:])
+        sent, got = secrets.token_bytes(_BOUNCED_BYTES), bytearray(_BOUNCED_BYTES)
+        await _round_trip(engine, sent, got)
+        _compare(sent, got)
+        return engine.plan[0]
+
+
+async def _round_trip(engine: Engine, source: object, target: object) -> None:
+    key = secrets.token_bytes(8)
+    await engine.store(key, source)
+    if not await engine.load(key, target):
+        raise PathUnavailable("a block was not there after it had been stored")
+
+
+def _compare(sent: bytes | memoryview, got: bytearray | memoryview) -> None:
+    if sent != got:
+        raise PathUnavailable(f"{len(sent):,} bytes came back different from what was stored")
