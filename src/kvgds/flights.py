@@ -1,0 +1,570 @@
+"""Blocks under way: who waits for which, what shares one I/O, and whose memory it is meanwhile.
+
+Owns the event loop's side of every operation. A call is a *batch* of *waiters*, one a block;
+waiters for the same block share a *flight*, one I/O; the scheduler says when a flight starts, the
+tier where its bytes lie. It does no I/O and takes no lock: ended moves come back in groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kvgds.blocks import Outcome, check_key
+from kvgds.errors import ClosedError, ConfigError, KvgdsError, TransferError, TransferTimeout
+from kvgds.memory import Cache, Region, View, copy_pieces, region_of
+from kvgds.metrics import Event, Metrics, Observer
+from kvgds.paths import DIRECT, Bounce, Move, path_for
+from kvgds.schedule import Lane, Priority, Scheduler, Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+    from concurrent.futures import Future as ThreadFuture
+
+    from kvgds.blocks import BlockKey
+    from kvgds.config import EngineConfig
+    from kvgds.tiers import Tier
+
+Memory = Any  # a View, a Region, or any object with a buffer
+
+_log = logging.getLogger("kvgds")
+_COPY_RETRY_S = 1e-3
+_ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
+_PENDING = Outcome(b"", "pending")
+
+
+class Settled:
+    """Returns, to however many await it, once the memory is the caller's again."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return asyncio.shield(self._future).__await__()
+
+    def set(self) -> None:
+        """The memory is free."""
+        self._future.set_result(None)
+
+
+class Batch:
+    """One call's blocks; wakes its task once for all, or once for each group that ends."""
+
+    __slots__ = (
+        "arrivals",
+        "expired",
+        "left",
+        "loop",
+        "outcomes",
+        "priority",
+        "since",
+        "timer",
+        "waiter",
+        "waiters",
+        "write",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        blocks: int,
+        priority: Priority,
+        *,
+        write: bool,
+        each: bool,
+    ) -> None:
+        self.loop = loop
+        self.write = write
+        self.priority = priority
+        self.since = loop.time()
+        self.outcomes = [_PENDING] * blocks  # complete once nothing is left
+        self.left = blocks
+        self.waiters: list[Waiter] = []
+        self.arrivals: deque[Outcome] | None = deque() if each else None
+        self.waiter: asyncio.Future[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.expired = False
+
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """One block has ended."""
+        self.outcomes[index] = outcome
+        self.left -= 1
+        if self.arrivals is not None:
+            self.arrivals.append(outcome)
+        elif self.left:
+            return
+        if not self.left and self.timer is not None:
+            self.timer.cancel()
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def news(self) -> None:
+        """Wait until something has ended that the task has not seen."""
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+
+class Waiter:
+    """One block of one call."""
+
+    __slots__ = ("batch", "flight", "index", "overdue", "view")
+
+    def __init__(self, batch: Batch, index: int, view: View) -> None:
+        self.batch = batch
+        self.index = index
+        self.view = view
+        self.flight: Flight | None = None  # None once it has its outcome
+        self.overdue: Settled | None = None  # told of its deadline, memory still in use
+
+
+class Flight:
+    """One I/O on one block, and everybody who waits for it."""
+
+    __slots__ = ("copying", "key", "leader", "move", "ticket", "waiters", "write")
+
+    def __init__(self, key: BlockKey, leader: Waiter, *, write: bool) -> None:
+        self.key = key
+        self.write = write
+        self.leader = leader  # whose memory moves, even if it waits no longer
+        self.waiters = [leader]
+        self.ticket: Ticket[Flight]
+        self.move: Move | None = None  # set when it starts
+        self.copying = False
+
+    def takes(self, waiter: Waiter) -> bool:
+        """Whether one more may share this I/O."""
+        fits = self.leader.view.nbytes == waiter.view.nbytes
+        return fits and bool(self.waiters) and not self.copying
+
+
+class Flights:
+    """All operations of one engine.
+
+    Attributes:
+        tier: set once it is open; likewise ``bounce``.
+        counts: blocks that ended, by outcome, and those that joined another's I/O.
+        closed: set once no new block may come in.
+        quarantined: bytes of bounce memory that transfers past their deadline still own.
+    """
+
+    tier: Tier
+    bounce: Bounce
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        metrics: Metrics,
+        run: Callable[[Callable[[], Any], Callable[[ThreadFuture[Any]], None]], None],
+    ) -> None:
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._metrics = metrics
+        self._run = run
+        self._digest = config.namespace.digest
+        self._full = config.tiers[0].verify == "full"
+        lane = Lane(config.inflight_ops, config.inflight_bytes)
+        self.scheduler: Scheduler[Flight] = Scheduler(
+            {"load": lane, "store": lane}, bounce_bytes=config.bounce_bytes
+        )
+        self._flights: dict[tuple[BlockKey, bool], Flight] = {}
+        self.running: set[Flight] = set()
+        self.observers: list[Observer] = []
+        self.counts = dict.fromkeys(("hit", "miss", "stored", "present", "error", "joined"), 0)
+        self.quarantined = 0
+        self.closed = False
+        self._pumping = False
+        self._idle: asyncio.Future[None] | None = None
+
+    async def drained(self, deadline: float) -> bool:
+        """Wait until nothing is under way; False if that takes longer."""
+        while self.running or self.scheduler.queued or not self.tier.idle():
+            self._idle = self._loop.create_future()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._idle
+            except TimeoutError:
+                return False
+            finally:
+                self._idle = None
+        return True
+
+    # --- submitting -------------------------------------------------------------------
+
+    def open_batch(
+        self,
+        blocks: int,
+        priority: Priority,
+        timeout_s: float | None,
+        *,
+        write: bool,
+        each: bool = False,
+    ) -> Batch:
+        """Begin a call of so many blocks: its deadline runs from now."""
+        timeout = self._config.timeout_s if timeout_s is None else timeout_s
+        if not timeout > 0:
+            raise ConfigError("timeout_s", timeout_s, "must be above 0")
+        batch = Batch(self._loop, blocks, priority, write=write, each=each)
+        if blocks:
+            batch.timer = self._loop.call_at(batch.since + timeout, self._expire, batch)
+        return batch
+
+    async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
+        """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
+        admitted = 0
+        try:
+            for key, memory in items:
+                self.admit(batch, admitted, key, memory)
+                admitted += 1
+                if not admitted % _ADMIT_AT_ONCE:
+                    self.pump_soon()
+                    await asyncio.sleep(0)  # others use this loop too
+            self.pump_soon()
+            while batch.left:
+                await batch.news()
+        except asyncio.CancelledError as cancelled:
+            batch.left -= len(items) - admitted
+            await self._call_off(batch, cancelled)
+            raise
+
+    def admit(self, batch: Batch, index: int, key: BlockKey, memory: Memory) -> None:
+        """Take one block in; what is wrong with it becomes its outcome."""
+        try:
+            if batch.expired:
+                raise TransferTimeout("passed its deadline", key=key)
+            view = self._check(batch, key, memory)
+            if not batch.write and self.tier.authoritative and not self.tier.contains(key):
+                self._end_at_once(batch, index, Outcome(key, "miss"), view.nbytes)
+                return
+            waiter = Waiter(batch, index, view)
+            view.claim(write=not batch.write)
+            try:
+                self._board(waiter, key, batch.priority)
+            except BaseException:
+                view.release(write=not batch.write)
+                raise
+            batch.waiters.append(waiter)
+        except Exception as error:  # noqa: BLE001 - it belongs to this block alone
+            self._end_at_once(batch, index, Outcome(key, "error", error), 0)
+
+    def _check(self, batch: Batch, key: BlockKey, memory: Memory) -> View:
+        if self.closed:  # it may have begun between two blocks of a batch
+            raise ClosedError("the engine is closed")
+        check_key(key)
+        view = self._view(memory)
+        view.region.check()
+        if not batch.write and view.region.readonly:
+            raise ConfigError("memory", "read-only", "can't be loaded into; give writable memory")
+        return view
+
+    def _end_at_once(self, batch: Batch, index: int, outcome: Outcome, nbytes: int) -> None:
+        self._count(batch, outcome, nbytes, "none")
+        batch.settle(index, outcome)
+
+    @staticmethod
+    def _view(memory: Memory) -> View:
+        if isinstance(memory, View):
+            return memory
+        if isinstance(memory, Cache):
+            raise ConfigError("memory", "Cache", "give one block of it: cache.block(i)")
+        region = memory if isinstance(memory, Region) else region_of(memory, zero_copy=False)
+        region.check()
+        return region[:]
+
+    def _board(self, waiter: Waiter, key: BlockKey, priority: Priority) -> None:
+        """Join the flight of this block, or start one."""
+        write = waiter.batch.write
+        flight = self._flights.get((key, write))
+        if flight is None or not flight.takes(waiter):
+            flight = self._book(waiter, key, priority)
+        else:
+            flight.waiters.append(waiter)
+            self.counts["joined"] += 1
+        waiter.flight = flight
+
+    def _book(self, waiter: Waiter, key: BlockKey, priority: Priority) -> Flight:
+        flight = Flight(key, waiter, write=waiter.batch.write)
+        nbytes = waiter.view.nbytes
+        lease = path_for(waiter.view, self.tier.plan.alignment).lease_bytes(nbytes)
+        if lease > self._config.bounce_bytes:
+            rule = f"a block of {nbytes:,} bytes needs {lease:,}; raise it, or align the memory"
+            raise ConfigError("bounce_bytes", self._config.bounce_bytes, rule)
+        flight.ticket = self.scheduler.submit(
+            flight,
+            lane="store" if flight.write else "load",
+            nbytes=nbytes,
+            bounce_bytes=lease,
+            priority=priority,
+            now=self._loop.time(),
+        )
+        self._flights[key, flight.write] = flight
+        return flight
+
+    def _close_boarding(self, flight: Flight) -> None:
+        """Nobody may join this flight any more."""
+        if self._flights.get((flight.key, flight.write)) is flight:
+            del self._flights[flight.key, flight.write]
+
+    # --- pumping ----------------------------------------------------------------------
+
+    def pump_soon(self) -> None:
+        """Pump now if nothing is going on, else once for all that this turn of the loop asks."""
+        if self._pumping:
+            return
+        if not self.running:
+            self._pump()
+        else:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        tickets = self.scheduler.take()
+        if not tickets:
+            return
+        loads: list[Move] = []
+        stores: list[Move] = []
+        for ticket in tickets:
+            flight = ticket.op
+            move = self._make_move(flight, ticket)
+            (stores if flight.write else loads).append(move)
+            self.running.add(flight)
+        if loads:
+            self.tier.load(loads)
+        if stores:
+            self.tier.store(stores)
+
+    def _make_move(self, flight: Flight, ticket: Ticket[Flight]) -> Move:
+        view = flight.leader.view
+        move = Move(
+            namespace=self._digest,
+            key=flight.key,
+            view=view,
+            write=flight.write,
+            path=path_for(view, self.tier.plan.alignment),
+            full=self._full,
+            owner=flight,
+            backend=self.tier.plan.backend,
+        )
+        move.lend(self.bounce, ticket.offset or 0)
+        flight.move = move
+        return move
+
+    # --- settling ---------------------------------------------------------------------
+
+    def settle(self, moves: Sequence[Move]) -> None:
+        """Moves have ended: give back what they held and tell everybody who waits."""
+        for move in moves:
+            flight: Any = move.owner
+            self.scheduler.finish(flight.ticket)
+            self.running.discard(flight)
+            self._close_boarding(flight)
+            others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
+            if move.abandoned:
+                self.quarantined -= len(move.lease)
+                self._free_overdue(flight)
+                self._rebook(flight)
+            elif others and move.status == "hit":
+                self._copy(flight, move, others)
+            else:
+                self._tell(flight, move)
+        if self.scheduler.queued:
+            self.pump_soon()
+        self.wake_closer()
+
+    def wake_closer(self) -> None:
+        """Something has ended: whoever waits for the end of everything may look again."""
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    @staticmethod
+    def _free_overdue(flight: Flight) -> None:
+        """Give a leader that passed its deadline its memory back."""
+        leader = flight.leader
+        if leader.overdue is not None:
+            leader.view.release(write=not flight.write)
+            leader.overdue.set()
+
+    def _tell(self, flight: Flight, move: Move) -> None:
+        self._free_overdue(flight)
+        outcome = (
+            Outcome(flight.key, move.status)
+            if move.error is None
+            else Outcome(flight.key, "error", move.error)
+        )
+        for waiter in flight.waiters:
+            self._end(waiter, outcome, move.path.name)
+        flight.waiters.clear()
+
+    def _end(self, waiter: Waiter, outcome: Outcome, path: str) -> None:
+        flight = waiter.flight
+        assert flight is not None  # noqa: S101 - only called for waiters without an outcome
+        write = flight.write
+        waiter.flight = None
+        if waiter.overdue is None:
+            waiter.view.release(write=not write)
+        self._count(waiter.batch, outcome, waiter.view.nbytes, path)
+        waiter.batch.settle(waiter.index, outcome)
+
+    def _rebook(self, flight: Flight) -> None:
+        """Its first waiter gave up before it moved, others still want the block."""
+        waiters, flight.waiters = flight.waiters, []
+        for waiter in waiters:
+            try:
+                self._board(waiter, flight.key, Priority.DEMAND)
+            except KvgdsError as error:
+                self._end(waiter, Outcome(flight.key, "error", error), "none")
+
+    def _copy(self, flight: Flight, move: Move, others: list[Waiter]) -> None:
+        """Give the others what the leader got, before it gets its memory back."""
+        flight.copying = True
+        self.running.add(flight)
+        views = [waiter.view for waiter in others]
+
+        def ended(future: ThreadFuture[None]) -> None:
+            self.running.discard(flight)
+            if error := future.exception():
+                move.error = TransferError(str(error), **move.context)
+            self._tell(flight, move)
+            self.wake_closer()
+
+        self._run(lambda: _copy_all(move.view, views), ended)
+
+    def _count(self, batch: Batch, outcome: Outcome, nbytes: int, path: str) -> None:
+        status, tier = outcome.status, self.tier.name
+        self.counts[status] += 1
+        direction = "store" if batch.write else "load"
+        seconds = self._loop.time() - batch.since
+        self._metrics.count((direction, tier, path, status), nbytes, seconds)
+        if self.observers:
+            self._notify(Event(direction, outcome.key, nbytes, tier, path, status, seconds))
+
+    def _notify(self, event: Event) -> None:
+        for observer in list(self.observers):
+            try:
+                observer.settled(event)
+            except Exception:  # noqa: BLE001 - an observer's fault breaks no transfer
+                self.observers.remove(observer)
+                _log.exception("an observer raised and was removed")
+
+    # --- deadlines and cancellation -----------------------------------------------------
+
+    def _expire(self, batch: Batch) -> None:
+        """A batch's deadline has passed: nobody waits longer, whatever becomes of the I/O."""
+        batch.expired = True
+        again = False
+        for waiter in batch.waiters:
+            if waiter.flight is not None and not self._give_up(waiter, waiter.flight):
+                again = True
+        if again:  # a reactor is copying right now; that takes moments
+            batch.timer = self._loop.call_later(_COPY_RETRY_S, self._expire, batch)
+        self.tier.expire()
+        self.wake_closer()
+
+    def _give_up(self, waiter: Waiter, flight: Flight) -> bool:
+        """End one waiter with TransferTimeout. False: try again in a moment."""
+        if self._leave_queue(waiter, flight):
+            self._time_out(waiter, flight, None)
+            return True
+        if flight.copying:
+            return False
+        move = flight.move
+        assert move is not None  # noqa: S101 - it has left the queue
+        if waiter is flight.leader:
+            if move.abandon():
+                self._quarantine(flight, move)
+            elif move.path is DIRECT:
+                waiter.overdue = Settled(self._loop)
+            else:
+                return False
+        flight.waiters.remove(waiter)
+        self._time_out(waiter, flight, waiter.overdue)
+        if not flight.waiters and not move.abandoned:
+            move.abandoned = True  # nobody is left to be told: publish nothing
+            self._quarantine(flight, move)
+        return True
+
+    def _quarantine(self, flight: Flight, move: Move) -> None:
+        """Nobody waits for this I/O, but it goes on: its lease is not free, nobody may join."""
+        self.quarantined += len(move.lease)
+        self._close_boarding(flight)
+
+    def _time_out(self, waiter: Waiter, flight: Flight, settled: Settled | None) -> None:
+        path = flight.move.path.name if flight.move else "none"
+        error = TransferTimeout(
+            "passed its deadline",
+            direction="store" if flight.write else "load",
+            key=flight.key,
+            path=path,
+            backend=self.tier.plan.backend,
+            errno=errno.ETIMEDOUT,
+        )
+        error.settled = settled
+        self._end(waiter, Outcome(flight.key, "error", error), path)
+
+    def _leave_queue(self, waiter: Waiter, flight: Flight) -> bool:
+        """Drop a waiter whose I/O has not started. False: it has."""
+        if flight.ticket.state != "queued":
+            return False
+        flight.waiters.remove(waiter)
+        if waiter is flight.leader:
+            self.scheduler.cancel(flight.ticket)
+            self._close_boarding(flight)
+            self._rebook(flight)
+            if flight.waiters or self.scheduler.queued:
+                self.pump_soon()
+        return True
+
+    async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
+        for waiter in batch.waiters:
+            flight = waiter.flight
+            if flight is not None and self._leave_queue(waiter, flight):
+                outcome = Outcome(flight.key, "error", asyncio.CancelledError())
+                self._end(waiter, outcome, "none")
+        while batch.left:
+            with contextlib.suppress(asyncio.CancelledError):  # again: still not ours to leave
+                await batch.news()
+        for outcome in batch.outcomes:
+            error = outcome.error
+            if isinstance(error, TransferTimeout) and error.settled is not None:
+                raise error from cancelled
+
+    async def each(
+        self,
+        items: Iterable[tuple[BlockKey, Memory]],
+        priority: Priority,
+        timeout_s: float | None,
+        *,
+        write: bool,
+    ) -> AsyncIterator[Outcome]:
+        """Carry out a call and give its outcomes as they come."""
+        items = [(key, memory) for key, memory in items]
+        batch = self.open_batch(len(items), priority, timeout_s, write=write, each=True)
+        arrivals: Any = batch.arrivals
+        admitted = 0
+        try:
+            while batch.left or arrivals:
+                for key, memory in items[admitted : admitted + _ADMIT_AT_ONCE]:
+                    self.admit(batch, admitted, key, memory)
+                    admitted += 1
+                self.pump_soon()
+                if not arrivals:
+                    await (batch.news() if admitted == len(items) else asyncio.sleep(0))
+                while arrivals:
+                    yield arrivals.popleft()
+        except (asyncio.CancelledError, GeneratorExit) as gone:
+            batch.left -= len(items) - admitted
+            await self._call_off(batch, gone)
+            raise
+
+
+def _copy_all(source: View, targets: list[View]) -> None:
+    pieces = source.pieces()
+    for target in targets:
+        copy_pieces(pieces, target.pieces())
