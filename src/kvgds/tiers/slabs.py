@@ -13,18 +13,29 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import re
 import sqlite3
-from collections import OrderedDict, deque
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
+from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
 from kvgds.paths import PathPlan, try_directory
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.space import (
+    SLAB_NAME,
+    SLOT_BITS,
+    SLOT_MASK,
+    SizeClass,
+    Slab,
+    make_slab,
+    open_slab,
+    remove_slab,
+    slab_name,
+    slot_bytes_for,
+)
 from kvgds.transport import File
 
 if TYPE_CHECKING:
@@ -36,51 +47,9 @@ if TYPE_CHECKING:
     from kvgds.config import FileTier
     from kvgds.paths import Move
 
-SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
-SLOT_MASK = (1 << SLOT_BITS) - 1
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _TOUCHES = 1024  # how many uses may be forgotten by a crash
-SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
-
-
-def slot_bytes_for(nbytes: int) -> int:
-    """Size of the slots that blocks of ``nbytes`` go to: their image, at most 1/64 more.
-
-    Steps of a 64th of the next lower power of two bound the number of classes.
-    """
-    image = image_bytes(nbytes)
-    step = max(PAGE, 1 << max(image.bit_length() - 7, 0))
-    return -(-image // step) * step
-
-
-def slab_name(slab_id: int, slot_bytes: int) -> str:
-    """File name of a slab; tells its geometry, so that stamps alone can rebuild an index."""
-    return f"slab-{slab_id:08d}-{slot_bytes}.kv"
-
-
-class _Slab:
-    __slots__ = ("busy", "file", "id", "path", "slots")
-
-    def __init__(self, slab_id: int, slots: int, path: Path, file: File) -> None:
-        self.id = slab_id
-        self.slots = slots
-        self.path = path
-        self.file = file
-        self.busy = 0  # slots being written, or waiting for a commit
-
-
-class _Class:
-    """The slots of one size."""
-
-    def __init__(self, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.slots = 0
-        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
-        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
-        self.going = 0  # slots whose removal is being committed
-        self.pending = 0  # those, and slots being written
-        self.waiting: deque[Move] = deque()  # stores without a slot yet
 
 
 class Slabs:
@@ -95,9 +64,9 @@ class Slabs:
         self._namespace = namespace
         self._services = services
         self._blocks: dict[BlockKey, tuple[int, int, int]] = {}  # slot, generation, bytes
-        self._classes: dict[int, _Class] = {}
-        self._slabs: dict[int, _Slab] = {}
-        self._class_of: dict[int, _Class] = {}  # by slab
+        self._classes: dict[int, SizeClass] = {}
+        self._slabs: dict[int, Slab] = {}
+        self._class_of: dict[int, SizeClass] = {}  # by slab
         self._holds: dict[int, int] = {}  # loads in flight, by slot
         self._orphans: set[int] = set()  # slots to be freed when their last hold ends
         self._dirty: set[int] = set()  # slabs written since the last commit
@@ -167,7 +136,7 @@ class Slabs:
             fd, whole = open_slab(path, slot_bytes * slots, direct=self.plan.direct_io)
             if whole < slot_bytes * slots:
                 lost[slab_id] = whole // slot_bytes
-            self._add_slab(_Slab(slab_id, slots, path, File(fd)), slot_bytes)
+            self._add_slab(Slab(slab_id, slots, path, File(fd)), slot_bytes)
             self._next_slab = max(self._next_slab, slab_id + 1)
         return lost
 
@@ -382,13 +351,13 @@ class Slabs:
             self._services.settle(settled)
         self._serve_waiting()
 
-    def _size_class(self, slot_bytes: int) -> _Class:
+    def _size_class(self, slot_bytes: int) -> SizeClass:
         size = self._classes.get(slot_bytes)
         if size is None:
-            size = self._classes[slot_bytes] = _Class(slot_bytes)
+            size = self._classes[slot_bytes] = SizeClass(slot_bytes)
         return size
 
-    def _take_slot(self, move: Move, size: _Class) -> None:
+    def _take_slot(self, move: Move, size: SizeClass) -> None:
         self._aim(move, size.free.pop(), next(self._clock))
         self._pend(move.slot, 1)
 
@@ -503,11 +472,11 @@ class Slabs:
                 self._make_room(size)
 
     @staticmethod
-    def _low(size: _Class) -> bool:
+    def _low(size: SizeClass) -> bool:
         """Whether to evict ahead of need; small classes use all their slots instead."""
         return bool(size.used) and len(size.free) + size.going < min(_EVICT // 2, size.slots // 32)
 
-    def _make_room(self, size: _Class) -> None:
+    def _make_room(self, size: SizeClass) -> None:
         if self._growing:
             return
         if self._room() >= size.slot_bytes and not (self._disk_full and size.used):
@@ -523,7 +492,7 @@ class Slabs:
     def _room(self) -> int:
         return self._settings.capacity_bytes - self._slab_bytes
 
-    def _evict(self, size: _Class, wanted: int) -> int:
+    def _evict(self, size: SizeClass, wanted: int) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
         slots = []
         for slot in itertools.islice(size.used, wanted + len(self._holds)):
@@ -574,13 +543,15 @@ class Slabs:
             done(error)
         self._serve_waiting()
 
-    def _free(self, slot: int) -> None:
+    def _free(self, slot: int, *, last: bool = False) -> None:
+        """Make a slot free, to be used next or last of all."""
         if slot in self._holds:
             self._orphans.add(slot)
-        else:
-            self._class_of[slot >> SLOT_BITS].free.append(slot)
+            return
+        free = self._class_of[slot >> SLOT_BITS].free
+        free.insert(0 if last else len(free), slot)
 
-    def _steal(self, size: _Class) -> bool:
+    def _steal(self, size: SizeClass) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
         slab = self._least_wanted_slab(size)
         if slab is None:
@@ -591,7 +562,7 @@ class Slabs:
         self._index.commit(changes, partial(self._unindexed, slab))
         return True
 
-    def _least_wanted_slab(self, other_than: _Class | None) -> _Slab | None:
+    def _least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
         """A slab of the largest other class, one with an old block, that nobody uses now."""
         for size in sorted(self._classes.values(), key=lambda s: -s.slots * s.slot_bytes):
             if size is other_than:
@@ -604,7 +575,7 @@ class Slabs:
                     return self._slabs[slab_id]
         return None
 
-    def _remove_slab(self, slab: _Slab) -> Changes:
+    def _remove_slab(self, slab: Slab) -> Changes:
         size = self._class_of[slab.id]
         slots = [slot for slot in size.used if slot >> SLOT_BITS == slab.id]
         for slot in slots:
@@ -616,12 +587,12 @@ class Slabs:
         self._slab_bytes -= slab.slots * size.slot_bytes
         return Changes(drop=slots, drop_slab=[slab.id])
 
-    def _unindexed(self, slab: _Slab, error: Exception | None) -> None:
+    def _unindexed(self, slab: Slab, error: Exception | None) -> None:
         if error is not None:
             self._grown_badly(error)
             return
         detached = self._services.transport.detach(slab.file)
-        self._services.run(partial(_remove_file, slab, detached), self._removed)
+        self._services.run(partial(remove_slab, slab, detached), self._removed)
 
     def _removed(self, future: Future[None]) -> None:
         self._growing = False
@@ -630,7 +601,7 @@ class Slabs:
             self._refuse_all(error)
         self._serve_waiting()
 
-    def _refuse(self, size: _Class) -> None:
+    def _refuse(self, size: SizeClass) -> None:
         self._refuse_moves(size, lambda: self._too_big(size.slot_bytes))
 
     def _too_big(self, slot_bytes: int) -> StorageFull:
@@ -644,7 +615,7 @@ class Slabs:
         for size in self._classes.values():
             self._refuse_moves(size, lambda: self._full(f"can't make room: {error}"))
 
-    def _refuse_moves(self, size: _Class, make: Callable[[], Exception]) -> None:
+    def _refuse_moves(self, size: SizeClass, make: Callable[[], Exception]) -> None:
         moves = list(size.waiting)
         size.waiting.clear()
         for move in moves:
@@ -654,7 +625,7 @@ class Slabs:
 
     # --- growing ----------------------------------------------------------------------
 
-    def _grow(self, size: _Class) -> None:
+    def _grow(self, size: SizeClass) -> None:
         """Make one more slab; in the executor, because allocating it may take a while."""
         part = max(self._settings.capacity_bytes // _SLABS, size.slot_bytes)
         slots = min(part, self._room()) // size.slot_bytes
@@ -667,18 +638,18 @@ class Slabs:
         self._services.run(make, partial(self._made, size, slab_id, slots, path))
 
     def _made(
-        self, size: _Class, slab_id: int, slots: int, path: Path, future: Future[int]
+        self, size: SizeClass, slab_id: int, slots: int, path: Path, future: Future[int]
     ) -> None:
         if error := future.exception():
             self._grown_badly(error)
             return
-        slab = _Slab(slab_id, slots, path, File(future.result()))
+        slab = Slab(slab_id, slots, path, File(future.result()))
         self._index.commit(
             Changes(add_slab=[(slab_id, size.slot_bytes, slots)]),
             partial(self._indexed, size, slab),
         )
 
-    def _indexed(self, size: _Class, slab: _Slab, error: Exception | None) -> None:
+    def _indexed(self, size: SizeClass, slab: Slab, error: Exception | None) -> None:
         if error is not None:
             os.close(slab.file.fd)
             self._grown_badly(error)
@@ -690,7 +661,7 @@ class Slabs:
         size.free[:0] = range(base + slab.slots - 1, base - 1, -1)
         self._serve_waiting()
 
-    def _add_slab(self, slab: _Slab, slot_bytes: int) -> None:
+    def _add_slab(self, slab: Slab, slot_bytes: int) -> None:
         size = self._size_class(slot_bytes)
         self._slabs[slab.id] = slab
         self._class_of[slab.id] = size
@@ -719,42 +690,6 @@ class Slabs:
             return
         self._forget(key, block[0])
         self._drop([block[0]], lambda error: done(error is None, error))
-
-
-def make_slab(path: Path, nbytes: int, *, direct: bool) -> int:
-    """Make and allocate a slab file; its descriptor. Blocks."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except BaseException:
-        os.close(fd)
-        os.unlink(path)
-        raise
-    return fd
-
-
-def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
-    """Open a slab file, made whole again if it was cut or lost; how many bytes it had. Blocks."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
-        try:
-            had = os.fstat(fd).st_size
-            if had < nbytes:
-                os.posix_fallocate(fd, 0, nbytes)
-        except BaseException:
-            os.close(fd)
-            raise
-    except OSError as error:
-        raise ConfigError("root", str(path), f"a slab can't be opened: {error}") from None
-    return fd, min(had, nbytes)
-
-
-def _remove_file(slab: _Slab, detached: Future[None]) -> None:
-    detached.result()
-    os.close(slab.file.fd)
-    os.unlink(slab.path)
 
 
 def _nothing() -> None:

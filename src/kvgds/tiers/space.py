@@ -1,0 +1,101 @@
+"""A slab directory's space: slab files, the slots in them, and their size classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
+
+from kvgds.blocks import PAGE, image_bytes
+from kvgds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from kvgds.blocks import BlockKey
+    from kvgds.paths import Move
+    from kvgds.transport import File
+
+SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
+SLOT_MASK = (1 << SLOT_BITS) - 1
+SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
+
+
+def slot_bytes_for(nbytes: int) -> int:
+    """Size of the slots that blocks of ``nbytes`` go to: their image, at most 1/64 more.
+
+    Steps of a 64th of the next lower power of two bound the number of classes.
+    """
+    image = image_bytes(nbytes)
+    step = max(PAGE, 1 << max(image.bit_length() - 7, 0))
+    return -(-image // step) * step
+
+
+def slab_name(slab_id: int, slot_bytes: int) -> str:
+    """File name of a slab; tells its geometry, so that stamps alone can rebuild an index."""
+    return f"slab-{slab_id:08d}-{slot_bytes}.kv"
+
+
+class Slab:
+    """One slab file and how many of its slots are in use just now."""
+
+    __slots__ = ("busy", "file", "id", "path", "slots")
+
+    def __init__(self, slab_id: int, slots: int, path: Path, file: File) -> None:
+        self.id = slab_id
+        self.slots = slots
+        self.path = path
+        self.file = file
+        self.busy = 0  # slots being written, or waiting for a commit
+
+
+class SizeClass:
+    """The slots of one size."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots = 0
+        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
+        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
+        self.going = 0  # slots whose removal is being committed
+        self.pending = 0  # those, and slots being written
+        self.waiting: deque[Move] = deque()  # stores without a slot yet
+
+
+def make_slab(path: Path, nbytes: int, *, direct: bool) -> int:
+    """Make and allocate a slab file; its descriptor. Blocks."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except BaseException:
+        os.close(fd)
+        os.unlink(path)
+        raise
+    return fd
+
+
+def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
+    """Open a slab file, made whole again if it was cut or lost; how many bytes it had. Blocks."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+        try:
+            had = os.fstat(fd).st_size
+            if had < nbytes:
+                os.posix_fallocate(fd, 0, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise ConfigError("root", str(path), f"a slab can't be opened: {error}") from None
+    return fd, min(had, nbytes)
+
+
+def remove_slab(slab: Slab, detached: Future[None]) -> None:
+    """Delete a slab file once NIXL has forgotten its descriptor. Blocks."""
+    detached.result()
+    os.close(slab.file.fd)
+    os.unlink(slab.path)
