@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds.blocks import Outcome, check_key
 from kvgds.errors import ClosedError, ConfigError, KvgdsError, TransferError, TransferTimeout
-from kvgds.memory import Cache, Region, View, copy_pieces, region_of
+from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import DIRECT, Bounce, Move, path_for
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
@@ -34,6 +34,7 @@ Memory = Any  # a View, a Region, or any object with a buffer
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
+_SETTLE_AT_ONCE = 8
 _PENDING = Outcome(b"", "pending")
 
 
@@ -178,6 +179,7 @@ class Flights:
         self.observers: list[Observer] = []
         self.counts = dict.fromkeys(("hit", "miss", "stored", "present", "error", "joined"), 0)
         self.quarantined = 0
+        self.territory = Territory()
         self.closed = False
         self._pumping = False
         self._idle: asyncio.Future[None] | None = None
@@ -267,13 +269,12 @@ class Flights:
         self._count(batch, outcome, nbytes, "none")
         batch.settle(index, outcome)
 
-    @staticmethod
-    def _view(memory: Memory) -> View:
+    def _view(self, memory: Memory) -> View:
         if isinstance(memory, View):
             return memory
         if isinstance(memory, Cache):
             raise ConfigError("memory", "Cache", "give one block of it: cache.block(i)")
-        region = memory if isinstance(memory, Region) else region_of(memory, zero_copy=False)
+        region = memory if isinstance(memory, Region) else self.territory.borrow(memory)
         region.check()
         return region[:]
 
@@ -359,24 +360,32 @@ class Flights:
     # --- settling ---------------------------------------------------------------------
 
     def settle(self, moves: Sequence[Move]) -> None:
-        """Moves have ended: give back what they held and tell everybody who waits."""
-        for move in moves:
-            flight: Any = move.owner
-            self.scheduler.finish(flight.ticket)
-            self.running.discard(flight)
-            self._close_boarding(flight)
-            others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
-            if move.abandoned:
-                self.quarantined -= len(move.lease)
-                self._free_overdue(flight)
-                self._rebook(flight)
-            elif others and move.status == "hit":
-                self._copy(flight, move, others)
-            else:
-                self._tell(flight, move)
+        """Moves have ended: give back what they held and tell everybody who waits.
+
+        A few in each turn of the loop: every one wakes a task, and others are waiting too.
+        """
+        for move in moves[:_SETTLE_AT_ONCE]:
+            self._settle(move)
+        if len(moves) > _SETTLE_AT_ONCE:
+            self._loop.call_soon(self.settle, moves[_SETTLE_AT_ONCE:])
         if self.scheduler.queued:
             self.pump_soon()
         self.wake_closer()
+
+    def _settle(self, move: Move) -> None:
+        flight: Any = move.owner
+        self.scheduler.finish(flight.ticket)
+        self.running.discard(flight)
+        self._close_boarding(flight)
+        others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
+        if move.abandoned:
+            self.quarantined -= len(move.lease)
+            self._free_overdue(flight)
+            self._rebook(flight)
+        elif others and move.status == "hit":
+            self._copy(flight, move, others)
+        else:
+            self._tell(flight, move)
 
     def wake_closer(self) -> None:
         """Something has ended: whoever waits for the end of everything may look again."""

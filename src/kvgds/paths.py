@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import xxhash
 
+from kvgds import courtesy
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
 from kvgds.memory import Arena, copy_pieces
@@ -340,34 +341,26 @@ def path_for(view: View, alignment: int) -> Path:
 
 
 _HELD_BYTES = 256 << 10
-_hold_until = 0.0
 
 
 def checksum_of(pieces: Sequence[memoryview]) -> bytes:
     """xxh3-128 of the pieces in order.
 
-    Hashing a long piece at once lets go of the interpreter lock, which is right while the
-    event loop is idle. While it is busy in Python, taking the lock back costs up to 5 ms
-    each time, more than the hashing: then for a while pieces are hashed in short stretches
-    that keep it.
+    Hashing a long piece at once lets go of the interpreter lock, so that the event loop runs
+    meanwhile. While the loop is busy, long pieces are hashed in stretches that keep it.
     """
-    global _hold_until  # noqa: PLW0603 - what this process's threads do is one fact
     if len(pieces) == 1 and len(pieces[0]) <= _HELD_BYTES:
         return xxhash.xxh3_128_digest(pieces[0])
+    hold = courtesy.loop_is_busy()
     started = time.monotonic()
-    hold = started < _hold_until
     state = xxhash.xxh3_128()
-    nbytes = 0
     for piece in pieces:
-        nbytes += len(piece)
-        if hold and len(piece) > _HELD_BYTES:
-            for start in range(0, len(piece), _HELD_BYTES):
-                state.update(piece[start : start + _HELD_BYTES])
-        else:
-            state.update(piece)
-    now = time.monotonic()
-    if not hold and now - started > 1e-3 + nbytes * 1e-9:
-        _hold_until = now + 50e-3
+        step = _HELD_BYTES if hold else len(piece)
+        for start in range(0, len(piece), step):
+            state.update(piece[start : start + step])
+    if not hold:
+        nbytes = sum(map(len, pieces))
+        courtesy.waited(time.monotonic() - started - nbytes * 1e-9)
     return state.digest()
 
 

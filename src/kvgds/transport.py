@@ -29,6 +29,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvgds.blocks import padded
+from kvgds.courtesy import breathe
 from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory import Region, bytes_at
 from kvgds.schedule import coalesce
@@ -309,7 +310,9 @@ class _Lane:
         members, rows, nbytes = [], 0, 0
         while waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
             member = waiting.popleft()
-            if self._begin(member):
+            begun = self._begin(member)
+            breathe()
+            if begun:
                 members.append(member)
                 rows += len(member.rows)
                 nbytes += member.transfer.nbytes
@@ -410,6 +413,7 @@ class _Lane:
                 member.transfer.end()
             except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
                 member.transfer.fail(error)
+            breathe()
         self._ended.extend(flight.members)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
