@@ -10,6 +10,7 @@ All state belongs to the event loop's thread. ``docs/format.md`` describes the f
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -184,11 +185,11 @@ class Slabs:
         self._blocks[key] = (slot, generation, nbytes)
 
     def _sweep(self) -> None:
-        """Remove slab files that the index does not know: their making was cut short."""
+        """Remove what was cut short: temporaries, and slab files that the index does not know."""
         known = {slab.path.name for slab in self._slabs.values()}
         for name in os.listdir(self._settings.root):
-            stray = name.startswith(".trial-") or (SLAB_NAME.fullmatch(name) and name not in known)
-            if stray:
+            stray = name.startswith((".trial-", ".kvgds.json-"))
+            if stray or (SLAB_NAME.fullmatch(name) and name not in known):
                 os.unlink(self._settings.root / name)
 
     def _shrink(self) -> None:
@@ -207,14 +208,17 @@ class Slabs:
             self._index.commit(Changes(touch=self._touched), _ignore)
         for slab in self._slabs.values():
             self._services.transport.detach(slab.file).result()
-        self._index.close()
-        self._close_files()
+        try:
+            self._index.close()
+        finally:
+            self._close_files()
 
     def _close_files(self) -> None:
-        for slab in self._slabs.values():
-            os.close(slab.file.fd)
-        self._slabs.clear()
-        os.close(self._lock)
+        with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
+            stack.callback(os.close, self._lock)
+            for slab in self._slabs.values():
+                stack.callback(os.close, slab.file.fd)
+            self._slabs.clear()
 
     def _sync(self) -> None:
         """Make the payloads of the coming commit durable; runs on the index's thread."""
@@ -400,8 +404,7 @@ class Slabs:
         self._under_way -= len(moves)
         for move in moves:
             self._pend(move.slot, -1)
-            # To be used again last: if the place is bad, the next store must not meet it.
-            self._class_of[move.slot >> SLOT_BITS].free.insert(0, move.slot)
+            self._free(move.slot, last=True)  # if the place is bad, the next must not meet it
             if isinstance(move.error, TransferError) and move.error.errno == errno.ENOSPC:
                 move.error = self._full(str(move.error))
         self._services.settle(moves)
@@ -634,7 +637,13 @@ class Slabs:
         self._growing = True
         self._under_way += 1
         path = self._settings.root / slab_name(slab_id, size.slot_bytes)
-        make = partial(make_slab, path, slots * size.slot_bytes, direct=self.plan.direct_io)
+        make = partial(
+            make_slab,
+            path,
+            slots * size.slot_bytes,
+            direct=self.plan.direct_io,
+            sync=self._settings.durable == "power",
+        )
         self._services.run(make, partial(self._made, size, slab_id, slots, path))
 
     def _made(

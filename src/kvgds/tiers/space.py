@@ -64,12 +64,23 @@ class SizeClass:
         self.waiting: deque[Move] = deque()  # stores without a slot yet
 
 
-def make_slab(path: Path, nbytes: int, *, direct: bool) -> int:
-    """Make and allocate a slab file; its descriptor. Blocks."""
+def make_slab(path: Path, nbytes: int, *, direct: bool, sync: bool) -> int:
+    """Make and allocate a slab file, if asked so that it outlives loss of power. Blocks.
+
+    Returns:
+        Its descriptor.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
     try:
         os.posix_fallocate(fd, 0, nbytes)
+        if sync:
+            os.fsync(fd)
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         os.close(fd)
         os.unlink(path)
