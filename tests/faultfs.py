@@ -116,7 +116,9 @@ class Rule:
         return request.offset < end and self.offset < request.offset + max(request.length, 1)
 
     def _names(self, path: str) -> bool:
-        return fnmatch.fnmatchcase(path, self.match) or fnmatch.fnmatchcase(path.rpartition("/")[2], self.match)
+        return fnmatch.fnmatchcase(path, self.match) or fnmatch.fnmatchcase(
+            path.rpartition("/")[2], self.match
+        )
 
 
 class Nodes:
@@ -182,7 +184,9 @@ class Operations:
     def describe(self, request: Request) -> None:
         """Fill in what rules look at."""
         if request.op in ("read", "write"):
-            _, request.offset, request.length, _, _, request.flags, _ = IO_IN.unpack_from(request.body)
+            _, request.offset, request.length, _, _, request.flags, _ = IO_IN.unpack_from(
+                request.body
+            )
         elif request.op == "fallocate":
             _, request.offset, request.length, _, _ = FALLOCATE_IN.unpack_from(request.body)
         elif request.op == "setattr" and request.unpack("I")[0] & 8:
@@ -265,7 +269,9 @@ class Operations:
         return self.nodes.lookup(request.node, name)
 
     def open(self, request: Request) -> Reply:
-        handle = os.open(self.nodes.link(request.node), backing_flags(request.flags) & ~(os.O_CREAT | os.O_EXCL))
+        handle = os.open(
+            self.nodes.link(request.node), backing_flags(request.flags) & ~(os.O_CREAT | os.O_EXCL)
+        )
         return struct.pack("<QII", handle, 0, 0)
 
     def create(self, request: Request) -> Reply:
@@ -301,7 +307,9 @@ class Operations:
     def statfs(self, request: Request) -> Reply:
         found = os.fstatvfs(self.nodes.fd(request.node))
         counts = (found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree)
-        return struct.pack("<5Q10I", *counts, found.f_bsize, found.f_namemax, found.f_frsize, *[0] * 7)
+        return struct.pack(
+            "<5Q10I", *counts, found.f_bsize, found.f_namemax, found.f_frsize, *[0] * 7
+        )
 
     def opendir(self, _: Request) -> Reply:
         return struct.pack("<QII", next(self._counter), 0, 0)
@@ -522,14 +530,29 @@ def attributes(found: os.stat_result) -> bytes:
     times = [found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns]
     seconds, rest = [ns // 10**9 for ns in times], [ns % 10**9 for ns in times]
     owner = (found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_rdev)
-    return ATTR.pack(found.st_ino, found.st_size, found.st_blocks, *seconds, *rest, *owner, found.st_blksize, 0)
+    return ATTR.pack(
+        found.st_ino, found.st_size, found.st_blocks, *seconds, *rest, *owner, found.st_blksize, 0
+    )
 
 
 def init_reply(body: bytes) -> bytes:
     """A fuse_init_out: no bound on requests in the background, or held ones would keep the others from us."""
     readahead, offered = struct.unpack_from("<8xII", body)
     flags = offered & INIT_FLAGS
-    return struct.pack("<IIIIHHIIHH8I", 7, 31, readahead, flags, 65535, 65535, MAX_IO, 1, MAX_IO // 4096, 0, *[0] * 8)
+    return struct.pack(
+        "<IIIIHHIIHH8I",
+        7,
+        31,
+        readahead,
+        flags,
+        65535,
+        65535,
+        MAX_IO,
+        1,
+        MAX_IO // 4096,
+        0,
+        *[0] * 8,
+    )
 
 
 def backing_flags(flags: int) -> int:
@@ -570,7 +593,11 @@ def mount(root: str) -> int:
         os.mknod("/dev/fuse", 0o600 | stat.S_IFCHR, os.makedev(10, 229))
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    check(libc.mount(b"faultfs", os.fsencode(root), b"fuse.faultfs", MS_NOSUID_NODEV, options.encode()))
+    check(
+        libc.mount(
+            b"faultfs", os.fsencode(root), b"fuse.faultfs", MS_NOSUID_NODEV, options.encode()
+        )
+    )
     return fuse
 
 

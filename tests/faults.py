@@ -104,11 +104,16 @@ class FaultyDisk:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self.clear()
-            _unmount(self.root)  # while the server lives, so that what mmap left dirty gets to the backing
+            _unmount(
+                self.root
+            )  # while the server lives, so that what mmap left dirty gets to the backing
         finally:
             self._stop()
 
@@ -174,7 +179,11 @@ class FaultyDisk:
     def seen(self, op: Op | None = None, match: str = "*") -> list[Seen]:
         """Requests so far, oldest first (the last 65536; look-ups and attribute reads are not recorded)."""
         journal = [Seen(*entry) for entry in self._ask("journal")]
-        return [seen for seen in journal if op in (None, seen.op) and fnmatch.fnmatchcase(seen.path, match)]
+        return [
+            seen
+            for seen in journal
+            if op in (None, seen.op) and fnmatch.fnmatchcase(seen.path, match)
+        ]
 
     def _rule(self, action: str, op: str, value: float, where: Where) -> None:
         self._ask("rule", action=action, op=op, value=value, **where)
@@ -219,7 +228,9 @@ def _ext4(root: Path, size: int) -> Iterator[None]:
     with image.open("xb") as file:
         file.truncate(size)
     # No journal and no blocks kept back for root: nearly all of `size` is for files.
-    subprocess.run([mkfs, "-q", "-m", "0", "-O", "^has_journal", str(image)], check=True, capture_output=True)
+    subprocess.run(
+        [mkfs, "-q", "-m", "0", "-O", "^has_journal", str(image)], check=True, capture_output=True
+    )
     with _loop_device(image) as device:
         _mount_or_skip(device, root, "ext4", "")
         try:
@@ -235,7 +246,9 @@ def _loop_device(image: Path) -> Iterator[str]:
         try:
             yield node
         finally:
-            fcntl.ioctl(device, LOOP_CLR_FD)  # takes effect with the last user, if a lazy unmount left one
+            fcntl.ioctl(
+                device, LOOP_CLR_FD
+            )  # takes effect with the last user, if a lazy unmount left one
             os.close(device)
 
 
@@ -276,11 +289,24 @@ def read_only(directory: Path) -> Iterator[None]:
         _unmount(directory)
 
 
-def _mount_or_skip(source: str, target: Path, kind: str | None, options: str, flags: int = 0) -> None:
+def _mount_or_skip(
+    source: str, target: Path, kind: str | None, options: str, flags: int = 0
+) -> None:
     raw_kind = kind.encode() if kind else None
-    if libc.mount(os.fsencode(source), os.fsencode(target), raw_kind, ctypes.c_ulong(flags), options.encode()) != 0:
+    if (
+        libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            raw_kind,
+            ctypes.c_ulong(flags),
+            options.encode(),
+        )
+        != 0
+    ):
         reason = os.strerror(ctypes.get_errno())
-        pytest.skip(f"mounting {kind or 'a bind mount'} needs root and a kernel that has it: {reason}")
+        pytest.skip(
+            f"mounting {kind or 'a bind mount'} needs root and a kernel that has it: {reason}"
+        )
 
 
 def _unmount(target: Path) -> None:

@@ -46,13 +46,17 @@ class Mover:
     """A NIXL agent, memory of SLOTS blocks, and one thread that posts: io_uring cancels what a thread leaves behind."""
 
     def __init__(self, queue: str) -> None:
-        config = nixl_agent_config(backends=[], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
+        config = nixl_agent_config(
+            backends=[], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        )
         self.agent = nixl_agent(queue, config)
         self.agent.create_backend("POSIX", {queue: "true", "ios_pool_size": "64"})
         self.thread = ThreadPoolExecutor(1)
         self.memory = mmap.mmap(-1, SLOTS * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.agent.register_memory([(self.address, SLOTS * BLOCK, 0, "")], "DRAM", backends=["POSIX"])
+        self.agent.register_memory(
+            [(self.address, SLOTS * BLOCK, 0, "")], "DRAM", backends=["POSIX"]
+        )
         self.handles: list[Any] = []
         self.files: list[tuple[int, Any]] = []
 
@@ -61,7 +65,9 @@ class Mover:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
         if size:
             os.posix_fallocate(file, 0, size)
-        self.files.append((file, self.agent.register_memory([(0, 1 << 40, file, "")], "FILE", backends=["POSIX"])))
+        self.files.append(
+            (file, self.agent.register_memory([(0, 1 << 40, file, "")], "FILE", backends=["POSIX"]))
+        )
         return file
 
     def post(self, direction: str, file: int, slots: range, at: int = 0) -> Any:
@@ -95,7 +101,9 @@ class Mover:
 
     def fill(self, seed: bytes) -> bytes:
         """Fill the memory with a pattern of its own for every slot."""
-        pattern = b"".join((seed + bytes([slot]) + b"?" * 7)[:8] * (BLOCK // 8) for slot in range(SLOTS))
+        pattern = b"".join(
+            (seed + bytes([slot]) + b"?" * 7)[:8] * (BLOCK // 8) for slot in range(SLOTS)
+        )
         self.memory[:] = pattern
         return pattern
 
@@ -184,7 +192,9 @@ def test_an_error_strikes_only_its_range(disk: FaultyDisk, mover: Mover) -> None
 
 
 @pytest.mark.parametrize("direction", ["READ", "WRITE"])
-def test_a_hung_transfer_is_in_progress_until_released(disk: FaultyDisk, mover: Mover, direction: str) -> None:
+def test_a_hung_transfer_is_in_progress_until_released(
+    disk: FaultyDisk, mover: Mover, direction: str
+) -> None:
     """Within the file and with O_DIRECT the post returns at once, and more can be posted; all wait for the disk."""
     file = mover.open(disk.root / "a.slab")
     disk.hang("read")
@@ -240,7 +250,9 @@ def test_a_vanished_disk_fails_what_it_held(disk: FaultyDisk, mover: Mover) -> N
 
 
 @pytest.mark.parametrize("op", ["read", "write"])
-def test_a_short_transfer_is_an_error(disk: FaultyDisk, mover: Mover, op: Literal["read", "write"]) -> None:
+def test_a_short_transfer_is_an_error(
+    disk: FaultyDisk, mover: Mover, op: Literal["read", "write"]
+) -> None:
     """NIXL takes fewer bytes than asked for a failure."""
     file = mover.open(disk.root / "a.slab")
     disk.short(op, 4096)
@@ -256,7 +268,9 @@ def test_a_dropped_write_is_done_and_not_there(disk: FaultyDisk, mover: Mover) -
     disk.drop("write", offset=BLOCK, length=1)
     mover.move("WRITE", file, range(2))
 
-    assert mover.memory[:BLOCK] + bytes(BLOCK) == (disk.backing / "a.slab").read_bytes()[: 2 * BLOCK]
+    assert (
+        mover.memory[:BLOCK] + bytes(BLOCK) == (disk.backing / "a.slab").read_bytes()[: 2 * BLOCK]
+    )
 
 
 def test_a_delayed_read_takes_its_time(disk: FaultyDisk, mover: Mover) -> None:
@@ -270,7 +284,9 @@ def test_a_delayed_read_takes_its_time(disk: FaultyDisk, mover: Mover) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-def test_a_small_disk_runs_full(tmp_path: Path, bare_mover: Mover, kind: Literal["tmpfs", "ext4"]) -> None:
+def test_a_small_disk_runs_full(
+    tmp_path: Path, bare_mover: Mover, kind: Literal["tmpfs", "ext4"]
+) -> None:
     """ENOSPC, for NIXL and for plain writes; freed space can be used again."""
     with small_disk(tmp_path, 4 << 20, kind) as root:
         (root / "filler").write_bytes(bytes(7 << 19))
@@ -338,7 +354,11 @@ def test_requests_are_seen_in_order(disk: FaultyDisk) -> None:
         os.fsync(file.fileno())
     (disk.root / "a.tmp").rename(disk.root / "a")
 
-    steps = [(seen.op, seen.path, seen.length) for seen in disk.seen() if seen.op in ("write", "fsync", "rename")]
+    steps = [
+        (seen.op, seen.path, seen.length)
+        for seen in disk.seen()
+        if seen.op in ("write", "fsync", "rename")
+    ]
     assert steps == [("write", "a.tmp", 5), ("fsync", "a.tmp", 0), ("rename", "a", 0)]
     assert disk.seen("write", match="*.tmp")[0].offset == 0
 
@@ -373,7 +393,9 @@ def test_sqlite_in_wal_mode(disk: FaultyDisk) -> None:
 
 
 def _python(*arguments: str) -> str:
-    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_flock_excludes(disk: FaultyDisk) -> None:
@@ -423,7 +445,9 @@ def test_leaving_frees_who_is_held(tmp_path: Path) -> None:
     done = threading.Event()
 
     def read() -> None:
-        with contextlib.suppress(OSError):  # the bytes come, but the disk may be gone before the close
+        with contextlib.suppress(
+            OSError
+        ):  # the bytes come, but the disk may be gone before the close
             (left.root / "a").read_bytes()
         done.set()
 
