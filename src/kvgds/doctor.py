@@ -14,6 +14,7 @@ import os
 import platform
 import secrets
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ _TRIAL_BYTES = (1 << 20, PAGE)  # by the direct path
 _BOUNCED_BYTES = 10_001
 _CAPACITY = 64 << 20
 _ARENA = 8 << 20
+_FOLDER = ".kvgds-doctor-"
+_STALE_S = 3600
 _HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
 _NIXL = ("nixl-cu12", "nixl-cu13")
 
@@ -56,12 +59,14 @@ class Part:
 
     Attributes:
         ok: whether kvgds can do its work with it.
+        used: whether it makes use of it.
         summary: what it is.
         evidence: what that rests on.
         refused: better ways that were tried, and why not those.
     """
 
     ok: bool = True
+    used: bool = True
     summary: str = ""
     evidence: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -194,13 +199,13 @@ def _huge_bytes(address: int) -> int:
         if dash:
             inside = int(start, 16) <= address < int(end, 16)
         elif inside and first == "AnonHugePages:":
-            return int(rest.split()[0]) << 10
+            return min(int(rest.split()[0]) << 10, _ARENA)
     return 0
 
 
 def _gpu() -> Part:
     """What there is of GPUs. This version does not use them."""
-    part = Part(summary="no NVIDIA GPU found; this version moves host memory only")
+    part = Part(used=False, summary="no NVIDIA GPU found; this version moves host memory only")
     gpus = Path("/proc/driver/nvidia/gpus")
     found = len(list(gpus.iterdir())) if gpus.is_dir() else 0
     if not found:
@@ -247,14 +252,16 @@ def _reason(error: OSError) -> str:
 
 def _look(tier: FileTier, part: RootPart) -> FileTier:
     """What can be seen without writing. The tier, with the layout that is really there."""
-    place = tier.root if tier.root.exists() else tier.root.parent
+    place = tier.root if os.path.lexists(tier.root) else tier.root.parent
+    if not place.is_dir():
+        raise ConfigError("root", str(tier.root), f"{place} is not a directory; make it one")
     room = os.statvfs(place)
     part.free_bytes = room.f_bavail * room.f_frsize
     part.filesystem = filesystem_of(place)
     if place != tier.root:
         part.evidence.append("it does not exist yet; an engine makes it")
         return tier
-    if not (tier.root / "kvgds.json").exists() and tier.root.is_dir():
+    if not os.path.lexists(tier.root / "kvgds.json"):
         part.evidence.append("it holds no blocks yet")
         return tier
     part.layout = layout_of(tier.root)
@@ -290,7 +297,10 @@ def _in_use(root: Path) -> bool:
 def _try(tier: FileTier, part: RootPart) -> None:
     """Store and load with an engine in a folder of its own on the same file system."""
     place = tier.root if tier.root.exists() else tier.root.parent
-    folder = place / f".kvgds-doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    for stale in place.glob(f"{_FOLDER}*"):
+        if time.time() - stale.lstat().st_mtime > _STALE_S:
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = place / f"{_FOLDER}{secrets.token_hex(8)}"
     trial = tier.model_copy(update={"root": folder, "capacity_bytes": _CAPACITY})
     config = EngineConfig(
         namespace=Namespace("kvgds-doctor"), tiers=(trial,), bounce_bytes=4 << 20, timeout_s=15

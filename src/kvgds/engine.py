@@ -23,7 +23,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights import Batch, Flights, Memory
-from kvgds.memory import Arena, Cache, Region, cache_of, region_of
+from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Gauge, Metrics, Observer
 from kvgds.paths import Bounce
 from kvgds.schedule import Priority
@@ -171,8 +171,10 @@ class Engine:
                 self._transport.abandon()
                 left, waited = len(self._flights.running), self.config.drain_timeout_s
                 raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
-            await self._in_thread(self._tier.close)
-            await asyncio.wrap_future(self._transport.close())
+            try:
+                await self._in_thread(self._tier.close)
+            finally:
+                await asyncio.wrap_future(self._transport.close())
         finally:
             self._executor.shutdown(wait=False)
 
@@ -198,10 +200,10 @@ class Engine:
         Page-aligned parts of it move without a copy, other parts through the bounce region.
 
         Raises:
-            ConfigError: not contiguous, empty, GPU memory, or no buffer.
+            ConfigError: not contiguous, empty, GPU memory, part of a cache, or no buffer.
         """
         self._check_open()
-        return region_of(buffer)
+        return self._flights.territory.register(buffer)
 
     def register_cache(self, layers: Sequence[object], block_axis: int = 0) -> Cache:
         """Register a paged KV cache: one or more tensors a layer, blocks along one axis.
@@ -209,10 +211,11 @@ class Engine:
         ``cache.block(i)`` is block ``i`` of every tensor, in the order given here.
 
         Raises:
-            ConfigError: tensors that differ in their number of blocks, overlap, or are empty.
+            ConfigError: tensors that differ in their number of blocks, overlap, are empty, or
+                are registered already.
         """
         self._check_open()
-        return cache_of(layers, block_axis)
+        return self._flights.territory.register_cache(layers, block_axis)
 
     async def deregister(self, memory: Region | Cache) -> None:
         """Forget registered memory; it may be freed afterwards.
@@ -362,7 +365,7 @@ class Engine:
             if error is None:
                 future.set_result(there)
             else:
-                future.set_exception(TransferError(f"delete: {error}", key=key))
+                future.set_exception(TransferError(str(error), direction="delete", key=key))
 
         self._tier.delete(key, done)
         return await future

@@ -13,6 +13,7 @@ import bisect
 import ctypes
 import itertools
 import mmap
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from kvgds.blocks import PAGE
 from kvgds.errors import BusyError, ClosedError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _HUGE_PAGE = 2 << 20
 
@@ -80,7 +81,12 @@ class _Strided:
     itemsize: int
     readonly: bool
     owner: Any  # keeps the memory alive
-    data_ptr: Any  # torch only: tells whether the storage was freed or moved
+    data_ptr: Any  # torch only
+
+    @property
+    def moved(self) -> bool:
+        """Whether torch has freed or moved the memory."""
+        return self.data_ptr is not None and self.data_ptr() != self.address
 
     @property
     def nbytes(self) -> int:
@@ -199,11 +205,14 @@ class Region:
         readonly: whether it may only be stored from.
     """
 
-    def __init__(self, arrays: Sequence[_Strided], *, zero_copy: bool) -> None:
+    def __init__(
+        self, arrays: Sequence[_Strided], *, zero_copy: bool, claims: Claims | None = None
+    ) -> None:
         self.spans = tuple(Span(array.address, array.nbytes) for array in arrays)
         self.readonly = any(array.readonly for array in arrays)
         self.zero_copy = zero_copy
-        self.claims = Claims()
+        self.claims = Claims() if claims is None else claims
+        self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
         self.maps = tuple(bytes_at(*span) for span in self.spans)
@@ -217,20 +226,25 @@ class Region:
         start, stop, step = part.indices(self.nbytes)
         if step != 1 or start >= stop or len(self.spans) != 1:
             raise ConfigError("view", part, f"must be a non-empty slice within {self.nbytes} bytes")
-        return View(self, _Flat(self, start, stop), start, stop, stop - start)
+        base = self.spans[0].address
+        return View(self, _Flat(self, start, stop), base + start, base + stop, stop - start)
 
     def check(self) -> None:
         """Raise unless the memory is still what was registered."""
         if self.closed:
             raise ClosedError("this memory was deregistered; register it again")
-        for array in self._arrays:
-            if array.data_ptr is not None and array.data_ptr() != array.address:
-                rule = "its memory was freed or moved; register it again"
-                raise ConfigError("view", "tensor", rule)
+        if not self.live:
+            rule = "its memory was freed or moved; register it again"
+            raise ConfigError("view", "tensor", rule)
+
+    @property
+    def live(self) -> bool:
+        """Whether it still stands for memory."""
+        return not self.closed and not any(array.moved for array in self._arrays)
 
     def retire(self) -> None:
         """Take no more transfers; raise BusyError while one uses the memory."""
-        if len(self.claims):
+        if self.uses:
             raise BusyError("this memory has transfers in flight; await them first")
         self.closed = True
 
@@ -256,7 +270,7 @@ class View:
     def __init__(self, region: Region, gather: _Gather, start: int, stop: int, nbytes: int) -> None:
         self.region = region
         self.nbytes = nbytes
-        self.start = start  # what it claims of the region, in the region's own units
+        self.start = start  # what it claims: addresses, or in a cache, blocks
         self.stop = stop
         self._gather = gather
 
@@ -276,10 +290,12 @@ class View:
     def claim(self, *, write: bool) -> None:
         """Mark the memory as used by a transfer; raise BusyError if it already is."""
         self.region.claims.add(self.start, self.stop, write=write)
+        self.region.uses += 1
 
     def release(self, *, write: bool) -> None:
         """Take the mark back."""
         self.region.claims.remove(self.start, self.stop, write=write)
+        self.region.uses -= 1
 
 
 class _Flat:
@@ -374,7 +390,54 @@ class _Paged:
         return self._cache.alignment
 
 
-def region_of(buffer: object, *, zero_copy: bool = True) -> Region:
+class Territory:
+    """All the memory that one engine was given, so that two names for one byte don't clash.
+
+    Flat memory is claimed by address, however often it was registered. A block of a cache is
+    claimed by its number, because it lies in hundreds of places; so the memory of a cache may
+    have no other name.
+    """
+
+    def __init__(self) -> None:
+        self._claims = Claims()
+        self._flat: weakref.WeakSet[Region] = weakref.WeakSet()
+        self._paged: weakref.WeakSet[Region] = weakref.WeakSet()
+
+    def register(self, buffer: object) -> Region:
+        """A region over one contiguous buffer; see :func:`region_of`."""
+        region = region_of(buffer, claims=self._claims)
+        _check_apart("buffer", region, self._paged)
+        self._flat.add(region)
+        return region
+
+    def register_cache(self, layers: Sequence[object], block_axis: int) -> Cache:
+        """A paged cache; see :func:`cache_of`."""
+        cache = cache_of(layers, block_axis)
+        _check_apart("layers", cache.region, (*self._flat, *self._paged))
+        self._paged.add(cache.region)
+        return cache
+
+    def borrow(self, buffer: object) -> Region:
+        """A region for one operation on memory that nobody registered."""
+        region = region_of(buffer, zero_copy=False, claims=self._claims)
+        _check_apart("memory", region, self._paged)
+        return region
+
+
+def _check_apart(field: str, region: Region, others: Iterable[Region]) -> None:
+    for other in others:
+        if other.live and any(_meets(span, other.spans) for span in region.spans):
+            rule = "is registered already under another name; use that, or deregister it first"
+            raise ConfigError(field, f"{region.nbytes:,} bytes", rule)
+
+
+def _meets(span: Span, others: Sequence[Span]) -> bool:
+    """Whether a range shares a byte with one of several."""
+    start, stop = span.address, span.address + span.nbytes
+    return any(address < stop and start < address + nbytes for address, nbytes in others)
+
+
+def region_of(buffer: object, *, zero_copy: bool = True, claims: Claims | None = None) -> Region:
     """A region over one contiguous buffer.
 
     Raises:
@@ -384,7 +447,7 @@ def region_of(buffer: object, *, zero_copy: bool = True) -> Region:
     if not _contiguous(strided):
         rule = "must be contiguous; pass buffer.contiguous(), or a cache to register_cache"
         raise ConfigError("buffer", strided.shape, rule)
-    return Region([strided], zero_copy=zero_copy)
+    return Region([strided], zero_copy=zero_copy, claims=claims)
 
 
 def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
@@ -426,29 +489,38 @@ def _layer(array: _Strided, block_axis: int, field: str) -> _Layer:
 
 
 def _check_disjoint(arrays: Sequence[_Strided], layers: Sequence[_Layer]) -> None:
-    order = sorted(range(len(arrays)), key=lambda i: arrays[i].address)
-    group, end = [order[0]], 0
-    for i in order:
-        if arrays[i].address >= end:
-            group = []
-        group.append(i)
-        end = max(end, arrays[i].address + arrays[i].nbytes)
-        if len(group) > 1 and not _interleaved(arrays, layers, group):
-            raise ConfigError(f"layers[{i}]", "tensor", f"overlaps layers[{group[0]}]")
-
-
-def _interleaved(
-    arrays: Sequence[_Strided], layers: Sequence[_Layer], group: Sequence[int]
-) -> bool:
-    """Whether tensors whose ranges meet share no byte: blocks of one step, side by side."""
-    step = layers[group[0]].step
-    if any(layers[i].step != step for i in group):
-        return False
-    first = arrays[group[0]].address
     runs = sorted(
-        ((arrays[i].address - first + offset) % step, layers[i].nbytes)
-        for i in group
-        for offset in layers[i].offsets
+        (array.address + offset, i)
+        for i, (array, layer) in enumerate(zip(arrays, layers, strict=True))
+        for offset in layer.offsets
     )
-    ends = [*(start for start, _ in runs[1:]), runs[0][0] + step]
-    return all(start + n <= end for (start, n), end in zip(runs, ends, strict=True))
+    for band in _bands(runs, layers):
+        if len(band) > 1 and not _interleaved(band, layers):
+            low, high = min(i for _, i in band), max(i for _, i in band)
+            raise ConfigError(f"layers[{high}]", "tensor", f"overlaps layers[{low}]")
+
+
+def _bands(
+    runs: Sequence[tuple[int, int]], layers: Sequence[_Layer]
+) -> Iterator[list[tuple[int, int]]]:
+    """Group runs, each one extent of every block of a layer, whose ranges meet."""
+    band: list[tuple[int, int]] = []
+    end = 0
+    for start, i in runs:
+        if band and start >= end:
+            yield band
+            band = []
+        band.append((start, i))
+        end = max(end, start + (layers[i].blocks - 1) * layers[i].step + layers[i].nbytes)
+    yield band
+
+
+def _interleaved(band: Sequence[tuple[int, int]], layers: Sequence[_Layer]) -> bool:
+    """Whether runs whose ranges meet share no byte: of one step, side by side in each."""
+    first, i = band[0]
+    step = layers[i].step
+    if layers[i].blocks == 1 or any(layers[i].step != step for _, i in band):
+        return False
+    parts = sorted(((start - first) % step, layers[i].nbytes) for start, i in band)
+    ends = [*(start for start, _ in parts[1:]), parts[0][0] + step]
+    return all(start + n <= end for (start, n), end in zip(parts, ends, strict=True))

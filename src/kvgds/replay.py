@@ -66,7 +66,8 @@ def requests_of(trace: Path, limit: int | None = None) -> Iterator[tuple[int, ..
     """
     try:
         with open(trace, encoding="utf-8") as lines:
-            for number, line in enumerate(itertools.islice(lines, limit), 1):
+            numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            for number, line in itertools.islice(numbered, limit):
                 yield _ids_of(line, f"{trace}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("trace", os.fspath(trace), f"can't be read: {error}") from None
@@ -196,7 +197,7 @@ class Result:
         asked: blocks of all requests: those found and those not.
         hits: blocks loaded and right.
         misses: blocks that were not there, or had gone when they were to be loaded.
-        stored: blocks written; the rest of the misses another request wrote meanwhile.
+        stored: blocks written; two requests that wrote one block together both count it.
         bytes_verified: bytes compared with what they have to be.
         load_gb_s: bytes loaded over the time in which loads were under way.
         errors: blocks that failed or were wrong.
@@ -291,7 +292,7 @@ async def replay(
         bounce_bytes=64 << 20,
     )
     async with open_engine(config) as engine:
-        run = _Run(engine, settings.block_bytes, part_blocks, settings.in_flight)
+        run = Run(engine, settings.block_bytes, part_blocks, settings.in_flight)
         started = time.perf_counter()
         await run.all(requests_of(trace, settings.limit), lambda n: progress("requests", n, total))
         return run.result(time.perf_counter() - started)
@@ -311,14 +312,14 @@ def _part_blocks(settings: Settings) -> int:
     return max(1, min(_PART_BLOCKS, _POOL_BYTES // (2 * in_flight * size)))
 
 
-class _Buffers(NamedTuple):
+class Buffers(NamedTuple):
     """Memory of one request under way."""
 
     load: int  # offsets in the pool
     store: int
 
 
-class _Run:
+class Run:
     """One replay over an open engine."""
 
     def __init__(self, engine: Engine, block_bytes: int, part_blocks: int, in_flight: int) -> None:
@@ -331,7 +332,7 @@ class _Run:
         self._arena = Arena(2 * in_flight * part_bytes)
         self._region: Region = engine.register(self._arena.bytes)
         self._free = [
-            _Buffers(2 * i * part_bytes, (2 * i + 1) * part_bytes) for i in range(in_flight)
+            Buffers(2 * i * part_bytes, (2 * i + 1) * part_bytes) for i in range(in_flight)
         ]
 
     async def all(self, requests: Iterator[tuple[int, ...]], told: Callable[[int], None]) -> None:
@@ -353,15 +354,16 @@ class _Run:
     async def _work(
         self,
         queue: asyncio.Queue[tuple[int, ...] | None],
-        buffers: _Buffers,
+        buffers: Buffers,
         told: Callable[[int], None],
     ) -> None:
         while (ids := await queue.get()) is not None:
-            await self._serve(ids, buffers)
+            await self.serve(ids, buffers)
             self._counts.requests += 1
             told(self._counts.requests)
 
-    async def _serve(self, ids: tuple[int, ...], buffers: _Buffers) -> None:
+    async def serve(self, ids: tuple[int, ...], buffers: Buffers) -> None:
+        """Do what a server would for one request."""
         counts = self._counts
         counts.asked += len(ids)
         keys = [key_of(block_id) for block_id in ids]
@@ -369,16 +371,16 @@ class _Run:
             n = await self._engine.prefix(keys)
         rest: list[int] = []
         for part in self._parts(ids[:n]):
-            rest += await self._load(part, buffers.load)
+            rest += await self.load(part, buffers.load)
         for part in self._parts((*rest, *ids[n:])):
-            await self._store(part, buffers.store)
+            await self.store(part, buffers.store)
 
     def _parts(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
         for start in range(0, len(ids), self._part):
             yield ids[start : start + self._part]
 
-    async def _load(self, ids: Sequence[int], offset: int) -> list[int]:
-        """Load blocks and check them; those that have gone since they were seen."""
+    async def load(self, ids: Sequence[int], offset: int) -> list[int]:
+        """Load blocks and check them; return those that have gone since they were seen."""
         counts = self._counts
         with counts.loads.running():
             outcomes = await self._engine.load_many(self._items(ids, offset))
@@ -398,7 +400,8 @@ class _Run:
                     counts.hits += 1
         return gone
 
-    async def _store(self, ids: Sequence[int], offset: int) -> None:
+    async def store(self, ids: Sequence[int], offset: int) -> None:
+        """Make blocks and store them."""
         counts = self._counts
         memory = self._arena.bytes[offset : offset + len(ids) * self._block_bytes]
         await asyncio.to_thread(self._pattern.fill, ids, memory)

@@ -35,12 +35,28 @@ if TYPE_CHECKING:
     from kvgds.memory import Region
     from kvgds.transport import Rows, Transfer, Transport
 
-__all__ = ["HeldTransport", "PlainTransfer", "Stage", "TierContract", "TransportContract"]
+__all__ = [
+    "Bench",
+    "HeldTransport",
+    "PlainTransfer",
+    "Stage",
+    "TierContract",
+    "TransportContract",
+    "skip_time",
+]
 
 Stage: TypeAlias = Literal["start", "landing"]
 """Where a transfer can be held: before it begins, or with its bytes moved but not reported."""
 
 _WAIT_S = 20.0
+_LATE_S = 1000.0
+
+
+def skip_time(seconds: float) -> None:
+    """Put the running event loop's clock forward: what was due by then is due now."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    vars(loop)["time"] = lambda: before() + seconds
 
 
 class _Passage:
@@ -106,6 +122,7 @@ class HeldTransport:
 
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
+        self.name = inner.name
         self.submitted = 0
         self.delivered = 0
         self._gates: dict[Stage, _Gate] = {"start": _Gate(), "landing": _Gate()}
@@ -164,16 +181,12 @@ class HeldTransport:
 
     # --- the transport's contract -----------------------------------------------------
 
-    @property
-    def name(self) -> str:
-        """The wrapped transport's."""
-        return self.inner.name
-
     def start(self) -> None:
         """Start the wrapped transport, if it has to be started."""
         start = getattr(self.inner, "start", None)
         if start is not None:
             start()
+        self.name = self.inner.name
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """See ``transport.Transport``."""
@@ -296,7 +309,7 @@ class _BadEnd(PlainTransfer):
         raise LookupError("no end")
 
 
-class _Bench:
+class Bench:
     """A transport, memory, and a place where delivered transfers arrive."""
 
     def __init__(self, transport: Transport) -> None:
@@ -338,8 +351,8 @@ class TransportContract:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _bench(self) -> Iterator[_Bench]:
-        bench = _Bench(self.make_transport())
+    def _bench(self) -> Iterator[Bench]:
+        bench = Bench(self.make_transport())
         try:
             yield bench
         finally:
@@ -577,8 +590,8 @@ class TierContract:
         await asyncio.to_thread(self.side_spoil, root, self.namespace, key, at)
 
     @staticmethod
-    def _payload(key: bytes, nbytes: int) -> bytearray:
-        return bytearray(np.random.default_rng(list(key)).bytes(nbytes))
+    def _payload(key: bytes, nbytes: int) -> bytes:
+        return np.random.default_rng(list(key)).bytes(nbytes)
 
     @staticmethod
     async def _load(engine: Engine, key: bytes, nbytes: int) -> bytes | None:
@@ -598,7 +611,7 @@ class TierContract:
             for nbytes in self.sizes:
                 key = b"%d" % nbytes
                 assert await engine.store(key, self._payload(key, nbytes))
-        assert await self._get(root, b"aligned") == aligned.bytes
+        assert await self._get(root, b"aligned") == bytes(aligned.bytes)
         for nbytes in self.sizes:
             key = b"%d" % nbytes
             assert await self._get(root, key) == self._payload(key, nbytes)
@@ -611,7 +624,7 @@ class TierContract:
             await engine.store(b"other", bytes(1))
         for nbytes in self.sizes:
             key = b"%d" % nbytes
-            payload = bytes(self._payload(key, nbytes))
+            payload = self._payload(key, nbytes)
             await asyncio.to_thread(self.side_set, root, self.namespace, key, payload)
         async with self._opened(root) as (engine, _):
             for nbytes in self.sizes:
@@ -720,7 +733,7 @@ class TierContract:
             "rank": 1,
             "world": 3,
         }
-        base = {"model": "contract", "world": 2}
+        base: dict[str, Any] = {"model": "contract", "world": 2}
         names = [Namespace(**base), *(Namespace(**{**base, f: v}) for f, v in changed.items())]
         for number, namespace in enumerate(names):
             async with self._opened(root, namespace) as (engine, _):
@@ -773,13 +786,16 @@ class TierContract:
         async with self._opened(root) as (engine, transport):
             for stage in stages:
                 transport.hold(stage)
+                store = engine.store(stage.encode(), bytes(PAGE + 1), timeout_s=_LATE_S)
+                storing = asyncio.ensure_future(store)
+                await transport.wait_held(stage)
+                skip_time(_LATE_S)
                 try:
-                    await engine.store(stage.encode(), bytes(PAGE + 1), timeout_s=0.02)
+                    await storing
                 except TransferTimeout:
                     pass
                 else:
                     raise AssertionError("a held store was acknowledged")
-                await transport.wait_held(stage)
                 transport.release()
             assert await engine.store(b"sound", bytes(PAGE + 1))
             assert [await engine.prefix([key]) for key in (b"start", b"landing", b"sound")] == [

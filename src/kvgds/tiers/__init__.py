@@ -23,8 +23,7 @@ class Services:
         post: runs a function on the event loop's thread; any thread may call it.
         run: runs a function in the engine's small executor, then ``done`` on the event
             loop's thread with the ended future. For file-system calls.
-        settle: hands moves back to the engine, each once; on the event loop's thread. A tier
-            that becomes idle without moves to hand back calls it with none.
+        settle: hands moves back to the engine, each once; on the event loop's thread.
     """
 
     transport: Transport

@@ -54,16 +54,23 @@ def _mark(marker: Path, layout: str) -> None:
     """Make the marker, whole or not at all, unless somebody else just has."""
     temporary = marker.with_name(f".kvgds.json-{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, "layout": layout}, file)
+    fd = os.open(temporary, flags, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, "layout": layout}, file)
+        _publish(temporary, marker)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _publish(temporary: Path, marker: Path) -> None:
     try:
         os.link(temporary, marker)
     except FileExistsError:
-        os.unlink(temporary)
+        return
     except OSError:  # no hard links here
         os.rename(temporary, marker)
-    else:
-        os.unlink(temporary)
 
 
 def lock_root(root: Path) -> int:

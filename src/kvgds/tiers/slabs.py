@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
@@ -51,6 +51,14 @@ if TYPE_CHECKING:
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _TOUCHES = 1024  # how many uses may be forgotten by a crash
+
+
+class _Forgotten(NamedTuple):
+    """A block that is invisible, but still in the index."""
+
+    slot: int
+    key: BlockKey | None = None
+    block: tuple[int, int, int] = (0, 0, 0)
 
 
 class Slabs:
@@ -323,7 +331,7 @@ class Slabs:
         block = self._blocks.get(move.key)
         if block is None or block[:2] != (move.slot, move.generation):
             return
-        self._forget(move.key, block[0])
+        self._forget(block[0])
         self._quarantined += 1
         self._index.commit(Changes(quarantine=[block[0]]), _ignore)
 
@@ -419,12 +427,11 @@ class Slabs:
                 move.error = self._commit_error(error)
                 self._free(move.slot)
             elif move.abandoned:
-                drops.append(move.slot)
+                drops.append(_Forgotten(move.slot))
             else:
                 old = self._blocks.get(move.key)
                 if old is not None:
-                    self._forget(move.key, old[0])
-                    drops.append(old[0])
+                    drops.append(self._forget(old[0]))
                 self._publish(move)
         self._drop(drops)
         self._services.settle(moves)
@@ -503,45 +510,60 @@ class Slabs:
                 slots.append(slot)
                 if len(slots) == wanted:
                     break
-        for slot in slots:
-            self._forget(size.used[slot], slot)
         self._evictions += len(slots)
-        self._drop(slots)
+        self._drop([self._forget(slot) for slot in slots], partial(self._evicted, size, len(slots)))
         return len(slots)
 
-    def _forget(self, key: BlockKey | None, slot: int) -> None:
+    def _evicted(self, size: SizeClass, blocks: int, error: Exception | None) -> None:
+        if error is not None:  # they are back, and would be tried again for ever
+            self._evictions -= blocks
+            self._refuse_moves(size, lambda: self._commit_error(error))
+
+    def _forget(self, slot: int) -> _Forgotten:
         """Make a block invisible; its slot is not free yet."""
         size = self._class_of[slot >> SLOT_BITS]
-        del size.used[slot]
+        key = size.used.pop(slot)
         self._bytes -= size.slot_bytes
         self._touched.pop(slot, None)
-        if key is not None:
-            del self._blocks[key]
+        return _Forgotten(slot) if key is None else _Forgotten(slot, key, self._blocks.pop(key))
+
+    def _remember(self, gone: _Forgotten) -> None:
+        """The index still names a block, so its slot is not free: go on with it."""
+        size = self._class_of[gone.slot >> SLOT_BITS]
+        self._bytes += size.slot_bytes
+        replaced = gone.key is None or gone.key in self._blocks
+        size.used[gone.slot] = None if replaced else gone.key
+        size.used.move_to_end(gone.slot, last=False)
+        if gone.key is not None and not replaced:
+            self._blocks[gone.key] = gone.block
 
     def _drop(
-        self, slots: list[int], done: Callable[[Exception | None], None] | None = None
+        self, gone: list[_Forgotten], done: Callable[[Exception | None], None] | None = None
     ) -> None:
-        """Commit the removal of forgotten slots, then free them."""
-        if not slots:
+        """Commit the removal of forgotten blocks, then free their slots."""
+        if not gone:
             return
+        slots = [block.slot for block in gone]
         for slot in slots:
             self._class_of[slot >> SLOT_BITS].going += 1
             self._pend(slot, 1)
         self._under_way += len(slots)
-        self._index.commit(Changes(drop=slots), partial(self._dropped, slots, done))
+        self._index.commit(Changes(drop=slots), partial(self._dropped, gone, done))
 
     def _dropped(
         self,
-        slots: list[int],
+        gone: list[_Forgotten],
         done: Callable[[Exception | None], None] | None,
         error: Exception | None,
     ) -> None:
-        self._under_way -= len(slots)
-        for slot in slots:
-            self._class_of[slot >> SLOT_BITS].going -= 1
-            self._pend(slot, -1)
+        self._under_way -= len(gone)
+        for block in reversed(gone):
+            self._class_of[block.slot >> SLOT_BITS].going -= 1
+            self._pend(block.slot, -1)
             if error is None:
-                self._free(slot)  # else the index still names it: not to be used until reopened
+                self._free(block.slot)
+            else:
+                self._remember(block)
         if done is not None:
             done(error)
         self._serve_waiting()
@@ -582,7 +604,7 @@ class Slabs:
         size = self._class_of[slab.id]
         slots = [slot for slot in size.used if slot >> SLOT_BITS == slab.id]
         for slot in slots:
-            self._forget(size.used[slot], slot)
+            self._forget(slot)
         self._evictions += len(slots)
         size.free = [slot for slot in size.free if slot >> SLOT_BITS != slab.id]
         size.slots -= slab.slots
@@ -697,8 +719,7 @@ class Slabs:
         if block is None:
             done(False, None)  # noqa: FBT003 - the callback's contract
             return
-        self._forget(key, block[0])
-        self._drop([block[0]], lambda error: done(error is None, error))
+        self._drop([self._forget(block[0])], lambda error: done(error is None, error))
 
 
 def _nothing() -> None:

@@ -1,0 +1,457 @@
+"""The command line. Reads arguments and prints; what there is to do is done elsewhere.
+
+Results go to standard output, errors and progress to standard error. Exit status 1: it did
+not work, or a check found something; 2: it was called wrongly. What can be expected to go
+wrong is one line that starts with ``error:``; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import io
+import json
+import os
+import re
+import sqlite3
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from kvgds.errors import KvgdsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvgds.config import FileTier
+    from kvgds.doctor import Diagnosis, Part
+    from kvgds.replay import Result
+    from kvgds.upkeep import Listing, Report, Retention
+
+_SHOWN = 50  # problems printed one by one; --json has all
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B?)", re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_UNITS = "KMGTP"
+
+
+class _Group(TyperGroup):
+    """Commands whose expected errors are told in one line."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's own signature
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (KvgdsError, OSError, sqlite3.Error) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # whoever read the output has gone; typer ends quietly
+            typer.echo(f"error: {_told(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+def _told(error: Exception) -> str:
+    if type(error).__module__ == "builtins" and isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return "; ".join(line.strip() for line in str(error).splitlines())
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="kvgds moves the KV cache of LLM servers between memory and storage.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    app()
+
+
+# --- arguments ----------------------------------------------------------------------------
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from 4096, 64K, 1.5G, 1Ti or 10MB; all units are powers of 1,024.
+
+    Raises:
+        typer.BadParameter: it is no size.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; give bytes, or for example 64K, 1.5G, 1Ti")
+    unit = match[2].upper()
+    return int(float(match[1]) * 1024 ** (_UNITS.index(unit) + 1 if unit else 0))
+
+
+def parse_age(text: str) -> float:
+    """Seconds from 90s, 30m, 12h, 7d or 2w.
+
+    Raises:
+        typer.BadParameter: it is no duration.
+    """
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; give for example 90s, 30m, 12h or 7d")
+    return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+Root = Annotated[Path, typer.Argument(help="Directory of blocks.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Named = Annotated[
+    str | None,
+    typer.Option(
+        help="Only this namespace: its model (* and ? work), or its digest's first digits."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kvgds import __version__
+
+        typer.echo(f"kvgds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+# --- printing -----------------------------------------------------------------------------
+
+
+def size_text(nbytes: int) -> str:
+    """A size for people."""
+    power = min((int(nbytes).bit_length() - 1) // 10, len(_UNITS)) if nbytes else 0
+    if not power:
+        return f"{nbytes:,} B"
+    return f"{nbytes / (1 << 10 * power):,.1f} {_UNITS[power - 1]}iB"
+
+
+def _print_json(found: object) -> None:
+    typer.echo(json.dumps(found, indent=2))
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", show_header=bool(columns))
+    for column in columns or ("", ""):
+        table.add_column(column, overflow="fold", justify="left")
+    return table
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on standard error, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict[str, Any] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    with bars:
+        yield told
+
+
+# --- doctor -------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    root: Annotated[Path | None, typer.Option(help="Look at this directory as well.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; KVGDS_* override it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how bytes would move on this machine, what is missing, and how to get it."""
+    from kvgds.doctor import diagnose
+
+    found = diagnose(_tiers(root, config))
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        _print_diagnosis(found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _tiers(root: Path | None, config: Path | None) -> list[FileTier]:
+    from kvgds.config import FileTier, load_config
+
+    tiers: list[FileTier] = []
+    if config is not None or "KVGDS_TIERS__0__ROOT" in os.environ:
+        tiers += load_config(config, os.environ).tiers
+    if root is not None:
+        tiers.append(FileTier(root=root, capacity_bytes=1 << 30))
+    return tiers
+
+
+def _print_diagnosis(found: Diagnosis) -> None:
+    versions = ", ".join(f"{name} {text or 'missing'}" for name, text in found.versions.items())
+    table = _table(versions, "", "", "")
+    table.show_header = False
+    for name, part in (
+        ("NIXL", found.nixl),
+        ("huge pages", found.huge_pages),
+        ("GPU", found.gpu),
+        *((root.root, root) for root in found.roots),
+    ):
+        table.add_row(escape(name), _state(part), escape(_part_text(part)))
+    _console().print(table)
+
+
+def _state(part: Part) -> str:
+    if not part.ok:
+        return "[red]broken[/red]"
+    if not part.used:
+        return "not used"
+    return "[yellow]could be better[/yellow]" if part.refused else "[green]ok[/green]"
+
+
+def _part_text(part: Part) -> str:
+    lines = [part.summary]
+    lines += [f"because {line}" for line in part.evidence]
+    lines += [f"not {way.what}: {way.why}\n  to change that: {way.fix}" for way in part.refused]
+    return "\n".join(lines)
+
+
+# --- ls, fsck, gc ---------------------------------------------------------------------------
+
+
+@app.command("ls")
+def list_blocks(
+    root: Root,
+    *,
+    as_json: AsJson = False,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Also list so many blocks, latest used first.")
+    ] = 0,
+    namespace: Named = None,
+) -> None:
+    """List what a directory holds; also beside a running engine."""
+    from kvgds.upkeep import listing
+
+    found = listing(root, namespace=namespace, limit=limit)
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        _print_listing(found)
+
+
+def _print_listing(found: Listing) -> None:
+    title = f"{found.root}: layout {found.layout}, {size_text(found.allocated_bytes)} allocated"
+    if found.quarantined:
+        title += f", {found.quarantined:,} places in quarantine (kvgds fsck --repair)"
+    table = _table(title, "namespace", "digest", "blocks", "payload", "on disk", "block sizes")
+    for use in found.namespaces:
+        sizes = [f"{size_text(nbytes)} x {count:,}" for nbytes, count in use.sizes.items()]
+        table.add_row(
+            escape(_named(use.fields)),
+            use.digest[:8],
+            f"{use.blocks:,}",
+            size_text(use.nbytes),
+            size_text(use.disk_bytes),
+            "\n".join(sizes),
+        )
+    console = _console()
+    console.print(table)
+    if not found.entries:
+        return
+    table = _table("blocks", "key", "namespace", "bytes", "place")
+    for entry in found.entries:
+        table.add_row(entry.key, entry.namespace[:8], f"{entry.nbytes:,}", entry.place)
+    console.print(table)
+
+
+def _named(fields: dict[str, object]) -> str:
+    if not fields:
+        return "(not known)"
+    about = fields.get
+    return (
+        f"{about('model')} @ {about('revision')}, {about('layout')} {about('dtype')}, "
+        f"{about('block_tokens')} tokens, rank {about('rank')} of {about('world')}"
+    )
+
+
+@app.command()
+def fsck(
+    root: Root,
+    *,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is wrong.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make a new index from the stamps in the slabs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block and check it. No engine may have the directory, unless it is of files."""
+    from kvgds.upkeep import fsck as check
+
+    with _progress() as told:
+        report = check(root, repair=repair, rebuild=rebuild, progress=told)
+    if as_json:
+        _print_json({**dataclasses.asdict(report), "clean": report.clean})
+    else:
+        _print_report(report, rebuilt=rebuild)
+    raise typer.Exit(0 if report.clean else 1)
+
+
+def _print_report(report: Report, *, rebuilt: bool) -> None:
+    for problem in report.problems[:_SHOWN]:
+        fate = "repaired" if problem.repaired else "found"
+        typer.echo(f"{fate}: {problem.kind}: {problem.place}: {problem.text}")
+    if len(report.problems) > _SHOWN:
+        typer.echo(f"and {len(report.problems) - _SHOWN:,} more; --json has all")
+    if report.unproven:
+        typer.echo(
+            f"{report.unproven:,} blocks without a checksum were left out: nothing proves them"
+        )
+    if report.kept_aside:
+        typer.echo(f"the old index is {report.kept_aside}")
+    left = sum(not problem.repaired for problem in report.problems)
+    done = "are in the new index" if rebuilt else "checked"
+    verdict = f"{left:,} problems left" if left else "clean"
+    typer.echo(f"{report.blocks:,} blocks ({size_text(report.nbytes)}) {done}: {verdict}")
+
+
+@app.command()
+def gc(
+    root: Root,
+    *,
+    older_than: Annotated[
+        float | None,
+        typer.Option(parser=parse_age, metavar="AGE", help="Drop what was not used for this long."),
+    ] = None,
+    keep_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="Drop the least recently used beyond."
+        ),
+    ] = None,
+    namespace: Named = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Drop blocks: old ones, those beyond a size, or whole namespaces."""
+    from kvgds.upkeep import gc as collect
+
+    if older_than is None and keep_bytes is None and namespace is None:
+        raise typer.BadParameter("say what goes: --keep-bytes, --older-than or --namespace")
+    done = collect(
+        root,
+        keep_bytes=keep_bytes,
+        older_than_s=older_than,
+        namespace=namespace,
+        dry_run=dry_run,
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(done))
+    else:
+        _print_retention(done)
+
+
+def _print_retention(done: Retention) -> None:
+    verb = "would drop" if done.dry_run else "dropped"
+    typer.echo(
+        f"{verb} {done.blocks:,} blocks ({size_text(done.nbytes)}), {done.files:,} files "
+        f"({size_text(done.freed_bytes)} given back); "
+        f"{done.kept_blocks:,} blocks stay ({size_text(done.kept_bytes)})"
+    )
+
+
+# --- replay and demo ------------------------------------------------------------------------
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Mooncake-format trace, JSON lines.")],
+    *,
+    root: Annotated[Path, typer.Option(help="Directory for the blocks.")],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many requests.")
+    ] = None,
+    block_bytes: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="64K")
+    ] = 64 << 10,
+    capacity: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", show_default="2G")] = 2
+    << 30,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    layout: Annotated[str, typer.Option(help="slabs or files.")] = "slabs",
+    as_json: AsJson = False,
+) -> None:
+    """Replay a trace: load what is stored of each request, check every byte, store the rest."""
+    from kvgds.replay import Settings
+    from kvgds.replay import replay as run
+
+    settings = Settings(root, block_bytes, capacity, in_flight, limit, layout)
+    with _progress() as told:
+        result = asyncio.run(run(trace, settings, told))
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        _print_result(result)
+    for message in result.messages:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1 if result.errors else 0)
+
+
+def _print_result(result: Result) -> None:
+    table = _table("replay")
+    table.add_row("path", escape(result.path))
+    table.add_row("requests", f"{result.requests:,} in {result.seconds:,.1f} s")
+    table.add_row(
+        "blocks asked", f"{result.asked:,}: {result.hits:,} hits, {result.misses:,} misses"
+    )
+    table.add_row("hit rate", f"{result.hit_rate:.1%} of blocks; {result.evictions:,} evictions")
+    table.add_row("loaded", f"{size_text(result.bytes_loaded)}, {result.load_gb_s} GB/s")
+    table.add_row("stored", f"{size_text(result.bytes_stored)}, {result.store_gb_s} GB/s")
+    table.add_row("verified", f"{result.bytes_verified:,} bytes")
+    for name in ("prefix", "load_many", "store_many"):
+        times = getattr(result, name)
+        spread = f"{times.p50_ms:.3f} / {times.p95_ms:.3f} / {times.p99_ms:.3f} ms"
+        table.add_row(name, f"{times.calls:,} calls, p50 / p95 / p99: {spread}")
+    table.add_row("errors", f"{result.errors:,}")
+    _console().print(table)
+
+
+@app.command()
+def demo(
+    root: Annotated[Path | None, typer.Option(help="Directory for the blocks.")] = None,
+) -> None:
+    """Serve a small model in two processes that share their KV cache through files."""
+    from kvgds.demo import run
+
+    raise typer.Exit(run(root, Console()))

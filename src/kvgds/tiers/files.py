@@ -1,0 +1,336 @@
+"""One file a block, for directories that several processes and hosts share.
+
+The tier itself: what is under way, what waits for room, and which blocks have been seen.
+All state belongs to the event loop's thread; ``tree`` makes the file-system calls, in the
+executor: loads at once, and everything that stores or removes in one job at a time, so that
+a thread is always left for loads however long another process holds the ledger.
+
+Recency is a file's modification time, which a load sets at most once a minute: that much of
+it a restart forgets, and other processes don't see. All who share a directory need to be
+one user, and a file system whose flock works between them.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvgds.blocks import image_bytes
+from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
+from kvgds.paths import PathPlan, try_directory
+from kvgds.tiers import Services, TierStatistics
+from kvgds.tiers.directory import prepare_root
+from kvgds.tiers.room import known_as
+from kvgds.tiers.tree import (
+    Delete,
+    Errands,
+    Store,
+    Tree,
+    close_files,
+    explain,
+    fail,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from kvgds.blocks import BlockKey, Namespace
+    from kvgds.config import FileTier
+    from kvgds.paths import Move
+    from kvgds.tiers.tree import Opened
+
+_PAUSE_S = 10e-3  # between looks for room that other processes have reserved
+
+
+class Files:
+    """The files layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``.
+
+    What it knows without asking the directory are the blocks it has seen; others come and
+    go by the hand of other processes.
+    """
+
+    authoritative = False
+
+    def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
+        self.name = f"files:{settings.root}"
+        self.plan: PathPlan
+        self._settings = settings
+        self._services = services
+        self._tree = Tree(settings, namespace)
+        self._known: set[bytes] = set()
+        self._errands = Errands()
+        self._waiting: list[Store] = []  # for room; in order
+        self._moving: dict[Move, Store] = {}
+        self._busy = False  # a job is doing errands
+        self._under_way = 0
+        self._progress = 0
+
+    # --- opening and closing, in the executor -----------------------------------------
+
+    def open(self, progress: Callable[[str, int, int], None]) -> None:
+        """Join those who use the directory; see ``Tier.open``."""
+        settings = self._settings
+        prepare_root(settings.root, "files")
+        try:
+            self._tree.open()
+            found = try_directory(settings.root / "tmp", settings.direct_io)
+            self.plan = PathPlan(
+                tier=self.name,
+                memory="host",
+                path="direct",
+                backend=self._services.transport.name,
+                direct_io=found.direct_io,
+                alignment=found.alignment,
+                evidence=found.evidence,
+                refused=found.refused,
+            )
+            self._tree.direct = os.O_DIRECT if found.direct_io else 0
+            self._tree.recover()
+            self._known = self._tree.listing(progress)
+        except OSError as error:
+            self._tree.close()
+            rule = f"can't be used: {explain(error)}"
+            raise ConfigError("root", str(settings.root), rule) from error
+        except BaseException:
+            self._tree.close()
+            raise
+
+    def close(self) -> None:
+        """See ``Tier.close``."""
+        self._tree.close()
+
+    # --- asking -----------------------------------------------------------------------
+
+    def contains(self, key: BlockKey) -> bool:
+        """See ``Tier.contains``."""
+        return known_as(self._tree.place(key)) in self._known
+
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """See ``Tier.prefix``."""
+
+        def counted(future: Future[tuple[int, list[bytes]]]) -> None:
+            length, seen = (0, []) if future.exception() else future.result()
+            self._known.update(seen)
+            done(length)
+            self._end([], 1)
+
+        self._under_way += 1
+        self._services.run(partial(self._tree.prefix, tuple(keys), self._known), counted)
+
+    def statistics(self) -> TierStatistics:
+        """See ``Tier.statistics``; the bytes are those of the ledger when it was last read."""
+        return TierStatistics(
+            name=self.name,
+            blocks=len(self._known),
+            bytes_used=self._tree.ledger.used,
+            capacity_bytes=self._settings.capacity_bytes,
+            evictions=self._tree.room.evictions,
+            quarantined=self._tree.quarantined,
+        )
+
+    def idle(self) -> bool:
+        """See ``Tier.idle``."""
+        return not self._under_way
+
+    # --- loading ----------------------------------------------------------------------
+
+    def load(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.load``."""
+        self._under_way += len(moves)
+        pins = self._tree.room.pins
+        for move in moves:
+            move.place = self._tree.place(move.key)
+            move.generation = None
+            pins[move.place] = pins.get(move.place, 0) + 1
+        self._services.run(partial(self._open_all, moves), partial(self._opened, moves))
+
+    def _open_all(self, moves: Sequence[Move]) -> list[Move]:
+        """In the executor: open the files, and read them. Those that have ended already."""
+        ended, going = self._tree.open_blocks(moves)
+        if going:
+            self._services.transport.submit(going, self._arrived)
+        return ended
+
+    def _opened(self, moves: Sequence[Move], future: Future[list[Move]]) -> None:
+        ended: Sequence[Move] = moves
+        if error := future.exception():
+            for move in moves:
+                fail(move, error)
+        else:
+            ended = future.result()
+        corrupt = [move for move in ended if isinstance(move.error, BlockCorrupt)]
+        detach = self._services.transport.detach
+        self._ask_to_quarantine([(move, detach(move.file)) for move in corrupt])
+        self._end_loads([move for move in ended if move not in corrupt])
+
+    def _arrived(self, moves: list[Move]) -> None:
+        """On a reactor's thread."""
+        detach = self._services.transport.detach
+        self._services.post(self._loaded, [(move, detach(move.file)) for move in moves])
+
+    def _loaded(self, loads: list[Opened]) -> None:
+        corrupt = [load for load in loads if isinstance(load[0].error, BlockCorrupt)]
+        self._ask_to_quarantine(corrupt)
+        sound = [load for load in loads if load not in corrupt]
+        if not sound:
+            return
+        for move, _ in sound:
+            if move.error is None:
+                move.status = "hit"
+        self._under_way += 1
+        self._services.run(partial(close_files, sound), lambda _: self._end([], 1))
+        self._end_loads([move for move, _ in sound])
+
+    def _ask_to_quarantine(self, loads: list[Opened]) -> None:
+        self._errands.corrupt += loads
+        self._do_errands()
+
+    def _end_loads(self, moves: list[Move]) -> None:
+        for move in moves:
+            self._unpin(move.place)
+            if move.status == "hit":
+                self._known.add(known_as(move.place))
+                self._tree.room.note_use(move.place)
+            elif move.status == "miss":
+                self._known.discard(known_as(move.place))
+        self._end(moves, len(moves))
+
+    def _unpin(self, place: str) -> None:
+        left = self._tree.room.pins.pop(place) - 1
+        if left:
+            self._tree.room.pins[place] = left
+
+    def _end(self, moves: Sequence[Move], under_way: int) -> None:
+        """Something has ended: hand moves back, and try again what waits for room."""
+        self._under_way -= under_way
+        self._progress += 1
+        if moves:
+            self._services.settle(moves)
+        self._errands.stores[:0] = self._waiting
+        self._waiting = []
+        self._do_errands()
+
+    # --- storing, quarantining, deleting ----------------------------------------------
+
+    def store(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.store``."""
+        capacity = self._settings.capacity_bytes
+        stores = [Store(move, self._tree.place(move.key)) for move in moves]
+        too_big = [store.move for store in stores if store.nbytes > capacity]
+        fitting = [store for store in stores if store.nbytes <= capacity]
+        for move in too_big:
+            move.error = self._no_room(move, "that is more than its capacity")
+        self._under_way += len(stores)
+        (self._waiting or self._errands.stores).extend(fitting)
+        self._do_errands()
+        if too_big:
+            self._end(too_big, len(too_big))
+
+    def _no_room(self, move: Move, why: str) -> StorageFull:
+        capacity = self._settings.capacity_bytes
+        return StorageFull(
+            f"{self.name}: no room for a block that takes {image_bytes(move.nbytes):,} bytes "
+            f"with its stamp: {why}; raise capacity_bytes={capacity:,}"
+        )
+
+    def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
+        """See ``Tier.delete``."""
+        self._under_way += 1
+        self._errands.deletes.append(Delete(self._tree.place(key), done))
+        self._do_errands()
+
+    def expire(self) -> None:
+        """See ``Tier.expire``."""
+        gone = [store for store in self._queued() if store.move.abandoned]
+        if gone:
+            self._waiting = [store for store in self._waiting if store not in gone]
+            self._errands.stores = [store for store in self._errands.stores if store not in gone]
+            for store in gone:
+                store.move.error = store.move.timeout()
+            self._end([store.move for store in gone], len(gone))
+
+    def _queued(self) -> list[Store]:
+        wanted = [store for store in self._errands.stores if store.state == "wanted"]
+        return self._waiting + wanted
+
+    def _do_errands(self) -> None:
+        """Start the next job, unless one is running: it will start the next when it ends."""
+        errands = self._errands
+        if self._busy or not (errands.stores or errands.corrupt or errands.deletes):
+            return
+        self._errands = Errands()
+        self._busy = True
+        ran = partial(self._ran, errands, self._progress)
+        self._services.run(partial(self._tree.run, errands), ran)
+
+    def _ran(self, errands: Errands, progress: int, future: Future[None]) -> None:
+        self._busy = False
+        if error := future.exception():
+            for store in errands.stores:
+                if store.state != "ended":
+                    fail(store.move, error)
+                    store.state = "ended"
+        stored = [store for store in errands.stores if store.move.status]
+        self._known.update(known_as(store.place) for store in stored)
+        self._known.difference_update(self._tree.room.take_evicted())
+        self._go_on(errands)
+        ended = [store.move for store in errands.stores if store.state == "ended"]
+        for move, _ in errands.corrupt:
+            self._unpin(move.place)
+            if not isinstance(move.error, ConfigError):  # that block is there
+                self._known.discard(known_as(move.place))
+            ended.append(move)
+        for delete in errands.deletes:
+            self._known.discard(known_as(delete.place))
+            failed = delete.error or (TransferError(str(error)) if error else None)
+            delete.done(delete.there, failed)
+        if ended or errands.deletes:
+            self._end(ended, len(ended) + len(errands.deletes))
+        self._look_after_waiting(progress)
+        self._do_errands()
+
+    def _go_on(self, errands: Errands) -> None:
+        """Move the bytes of stores that have a file; queue those that need another job."""
+        going = [store for store in errands.stores if store.state == "open"]
+        for store in going:
+            self._moving[store.move] = store
+        if going:
+            self._services.transport.submit([store.move for store in going], self._written)
+        again = [store for store in errands.stores if store.state == "wanted"]
+        self._errands.stores[:0] = again
+        waits = [store for store in errands.stores if store.state == "waits"]
+        for store in waits:
+            store.state = "ended" if store.move.abandoned else "wanted"
+            if store.move.abandoned:
+                store.move.error = store.move.timeout()
+        self._waiting[:0] = [store for store in waits if store.state == "wanted"]
+
+    def _look_after_waiting(self, progress: int) -> None:
+        """See to it that those who wait for room have something to wait for."""
+        if not self._waiting:
+            return
+        if self._progress == progress and self._under_way > len(self._waiting):
+            return  # what is under way will call for them when it ends
+        waiting, self._waiting = self._waiting, []
+        if self._progress == progress and not self._tree.room.reserved:
+            for store in waiting:
+                store.move.error = self._no_room(store.move, "there is nothing to evict")
+            self._end([store.move for store in waiting], len(waiting))
+            return
+        self._errands.stores[:0] = waiting
+        self._errands.pause_s = _PAUSE_S if self._progress == progress else 0.0
+
+    def _written(self, moves: list[Move]) -> None:
+        """On a reactor's thread."""
+        detach = self._services.transport.detach
+        self._services.post(self._moved, [(move, detach(move.file)) for move in moves])
+
+    def _moved(self, moved: list[Opened]) -> None:
+        for move, detached in moved:
+            store = self._moving.pop(move)
+            store.state = "moved"
+            store.detached = detached
+            self._errands.stores.append(store)
+        self._do_errands()

@@ -1,0 +1,154 @@
+"""What all who share a directory agree on: the bytes taken, and whose a temporary file is.
+
+Everything blocks and belongs to the executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvgds.errors import BusyError
+from kvgds.tiers.folders import SAFE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TEMPORARY = re.compile(r"([0-9a-f]{32}\.\d+)\.(\d{1,9})\.(\d+)\.[0-9a-f]{16}\.(\d+)")
+_COUNT = re.compile(rb"\d{20}\n")
+_STALE_S = 3600.0
+_LOCK_S = 60.0
+
+
+class Ledger:
+    """A count of bytes, in a file that is locked to be read and changed.
+
+    Attributes:
+        used: the count when it was last read.
+        sound: whether there was one.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.used = 0
+        self.sound = True
+        self._root = root
+        self._fd = -1
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock, and know the count."""
+        self._fd = os.open("ledger", os.O_RDWR | os.O_CREAT | SAFE, 0o600, dir_fd=self._root)
+        try:
+            lock(self._fd, fcntl.LOCK_EX)
+            text = os.pread(self._fd, 32, 0)
+            self.sound = _COUNT.fullmatch(text) is not None
+            self.used = int(text) if self.sound else 0
+            yield
+        finally:
+            os.close(self._fd)
+
+    def add(self, nbytes: int) -> None:
+        """Change the count."""
+        self.set(self.used + nbytes)
+
+    def set(self, nbytes: int) -> None:
+        """Replace the count."""
+        self.used = max(nbytes, 0)
+        self.sound = True
+        os.pwrite(self._fd, b"%020d\n" % self.used, 0)
+
+    def now(self) -> float:
+        """The time by the clock that stamps files here, which may be another host's."""
+        os.utime(self._fd)
+        return os.fstat(self._fd).st_mtime
+
+
+def lock(fd: int, kind: int) -> None:
+    """Lock a file; by asking again and again, because waiting in flock has no end.
+
+    Raises:
+        BusyError: somebody has had it for a minute.
+    """
+    deadline = time.monotonic() + _LOCK_S
+    pause = 50e-6
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BusyError(f"another process has held the lock for {_LOCK_S} s") from None
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+        else:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, told from all others on all hosts.
+
+    Attributes:
+        world: boot and process namespace: who can tell whether it lives.
+        pid: its number there.
+        start: when it started, because numbers come again.
+    """
+
+    world: str
+    pid: int
+    start: str
+
+    @classmethod
+    def me(cls) -> Owner:
+        """This process."""
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip().replace("-", "")
+        space = os.stat("/proc/self/ns/pid").st_ino
+        return cls(f"{boot}.{space}", os.getpid(), _state_and_start("self")[1])
+
+    def temporary(self, nbytes: int) -> str:
+        """A new path for a temporary file of this owner, for which bytes are reserved."""
+        return f"tmp/{self.world}.{self.pid}.{self.start}.{secrets.token_hex(8)}.{nbytes}"
+
+    def may_remove(self, name: str, age_s: float) -> bool:
+        """Whether a temporary is stale.
+
+        That is, if its owner is dead; where this can't be seen (another host, container or
+        boot, or no name of ours), an hour after the last write.
+        """
+        parts = _TEMPORARY.fullmatch(name)
+        if parts is None or parts[1] != self.world:
+            return age_s > _STALE_S
+        return not _alive(int(parts[2]), parts[3])
+
+
+def reserved_by(temporary: str) -> int:
+    """Bytes that a temporary file reserves, by its name or path."""
+    parts = _TEMPORARY.fullmatch(temporary.rpartition("/")[2])
+    return int(parts[4]) if parts else 0
+
+
+def _alive(pid: int, start: str) -> bool:
+    """Whether the process that started then still runs; True if that can't be seen."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        state, started = _state_and_start(pid)
+    except OSError:
+        return True
+    return started == start and state not in ("Z", "X")
+
+
+def _state_and_start(pid: int | str) -> tuple[str, str]:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return fields[0], fields[19]

@@ -1,0 +1,554 @@
+"""The directory of the files layout, as the executor sees it.
+
+Owns every file-system call of the layout::
+
+    kvgds.json                          which layout this is
+    ledger                              bytes that are taken; changed only under its lock
+    openers                             locked (shared) by every engine that has it open
+    tmp/<owner>.<random>.<bytes>        being written, for which so many bytes are reserved
+    quarantine/                         what proved to be corrupt; the first to be evicted
+    <namespace>/namespace.json          what the namespace is, for people
+    <namespace>/<2 hex>/<40 hex>.kv     a block's image, named by the blake2b of its key
+
+Names are given without a lock: a block is written as a temporary file, and linked to its
+own name once it is whole. Whoever reserves bytes or removes a name holds the ledger's lock;
+the ledger counts bytes from before they can be on disk until they are gone, so that a death
+at any point leaves it too high, never too low, and whoever lacks room counts anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
+from kvgds.errors import ConfigError, KvgdsError, StorageFull, TransferError
+from kvgds.paths import DIRECT
+from kvgds.tiers.folders import (
+    SAFE,
+    Folders,
+    allocate,
+    entries_of,
+    files_in,
+    status,
+    subfolders,
+    touch,
+)
+from kvgds.tiers.ledger import Ledger, Owner, lock, reserved_by
+from kvgds.tiers.room import NAME, Room, known_as
+from kvgds.transport import File
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from kvgds.blocks import BlockKey, Namespace
+    from kvgds.config import FileTier
+    from kvgds.paths import Move
+
+    Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNLINKABLE = (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(eq=False, slots=True)
+class Store:
+    """A store under way.
+
+    Attributes:
+        place: path of the block's file.
+        state: ``wanted`` until it has a temporary file and is ``open``; ``moved`` when its
+            bytes are down; then ``linked``, or ``contested`` if that takes the lock.
+        temporary: path of the temporary file, while there is one.
+        detached: when NIXL has let go of the descriptor.
+        forced: the disk was full once: something has to be evicted first.
+    """
+
+    move: Move
+    place: str
+    state: Literal["wanted", "open", "waits", "moved", "contested", "linked", "ended"] = "wanted"
+    temporary: str = ""
+    fd: int = -1
+    detached: Future[None] | None = None
+    forced: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on disk."""
+        return image_bytes(self.move.nbytes)
+
+
+@dataclass(eq=False, slots=True)
+class Delete:
+    """A block to be removed, and whom to tell."""
+
+    place: str
+    done: Callable[[bool, Exception | None], None]
+    there: bool = False
+    error: Exception | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Errands:
+    """What the next job is to do, after a pause if need be."""
+
+    stores: list[Store] = field(default_factory=list)
+    corrupt: list[Opened] = field(default_factory=list)
+    deletes: list[Delete] = field(default_factory=list)
+    pause_s: float = 0.0
+
+
+class Tree:
+    """The directory. Opened and closed with nothing else going on.
+
+    ``run`` is for one thread at a time; loads may be opened beside it.
+
+    Attributes:
+        direct: O_DIRECT, or 0.
+        ledger: the bytes taken by everybody.
+        room: what is kept and what goes.
+        quarantined: files moved to quarantine.
+    """
+
+    def __init__(self, settings: FileTier, namespace: Namespace) -> None:
+        self.direct = 0
+        self.ledger: Ledger
+        self.room: Room
+        self.quarantined = 0
+        self._settings = settings
+        self._power = settings.durable == "power"
+        self._namespace = namespace
+        self._space = namespace.digest.hex()
+        self._owner: Owner
+        self._root = self._openers = -1
+        self._dropped: list[str] = []  # temporaries to be removed under the lock
+
+    # --- opening and closing ----------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the folders."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self._root = os.open(self._settings.root, flags)
+        self._owner = Owner.me()
+        self.ledger = Ledger(self._root)
+        capacity = self._settings.capacity_bytes
+        self.room = Room(self._root, self.ledger, self._owner, capacity, self._space)
+        folders = Folders(self._root, power=self._power)
+        for name in ("tmp", "quarantine", self._space):
+            folders.need(name, make=True)
+        description = f"{self._space}/namespace.json"
+        if status(description, self._root) is None:
+            name = self._owner.temporary(0)
+            with open(self._create(name), "w", encoding="utf-8") as file:
+                json.dump(json.loads(self._namespace.text), file, indent=1)
+            self._rename(name, description)
+        folders.sync()
+
+    def recover(self) -> None:
+        """Clear what dead owners left, and count anew if nobody else has the directory."""
+        flags = os.O_RDWR | os.O_CREAT | SAFE
+        self._openers = os.open("openers", flags, 0o600, dir_fd=self._root)
+        try:
+            fcntl.flock(self._openers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        with self.ledger.held():
+            if alone or not self.ledger.sound:
+                self.room.make(0, 0)
+            else:
+                self.ledger.add(-self.room.sweep()[2])
+                if self.ledger.used > self._settings.capacity_bytes:
+                    self.room.make(0, 0)
+        lock(self._openers, fcntl.LOCK_SH)
+
+    def listing(self, progress: Callable[[str, int, int], None]) -> set[bytes]:
+        """The blocks of the namespace, as digests of their keys."""
+        known: set[bytes] = set()
+        fans = list(subfolders(self._space, self._root))
+        for done, fan in enumerate(fans, 1):
+            entries = entries_of(f"{self._space}/{fan}", self._root)
+            known.update(known_as(entry.name) for entry in entries if NAME.fullmatch(entry.name))
+            progress("listing the blocks", done, len(fans))
+        return known
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._dropped:
+            self.run(Errands())  # what still fails is swept by whoever comes next
+        for fd in (self._openers, self._root):
+            if fd >= 0:
+                os.close(fd)
+        self._openers = self._root = -1
+
+    def _create(self, path: str, flags: int = 0) -> int:
+        flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE
+        return os.open(path, flags, 0o600, dir_fd=self._root)
+
+    def _rename(self, path: str, to: str) -> None:
+        os.rename(path, to, src_dir_fd=self._root, dst_dir_fd=self._root)
+
+    def place(self, key: BlockKey) -> str:
+        """Path of a block's file."""
+        name = hashlib.blake2b(key, digest_size=20).hexdigest()
+        return f"{self._space}/{name[:2]}/{name}.kv"
+
+    # --- loading ----------------------------------------------------------------------
+
+    def prefix(self, keys: Sequence[BlockKey], known: set[bytes]) -> tuple[int, list[bytes]]:
+        """How many of the first keys are there, and those of them that were not known."""
+        seen: list[bytes] = []
+        folders = Folders(self._root)
+        for n, key in enumerate(keys):
+            place = self.place(key)
+            if known_as(place) in known:
+                continue
+            try:
+                folders.regular(place)
+            except OSError:  # not there, or nothing that a load would read
+                return n, seen
+            seen.append(known_as(place))
+        return len(keys), seen
+
+    def open_blocks(self, moves: Sequence[Move]) -> tuple[list[Move], list[Move]]:
+        """Open the files of blocks to be loaded: the moves that ended, those that can go."""
+        ended: list[Move] = []
+        going: list[Move] = []
+        folders = Folders(self._root)
+        for move in moves:
+            try:
+                self._open_block(move, folders)
+            except FileNotFoundError:
+                move.status = "miss"
+            except Exception as error:  # noqa: BLE001 - it belongs to this move alone
+                fail(move, error)
+            (ended if move.status or move.error else going).append(move)
+        return ended, going
+
+    def _open_block(self, move: Move, folders: Folders) -> None:
+        fd, found = folders.open(move.place, self.direct)
+        move.file = File(fd)
+        wanted = image_bytes(move.nbytes)
+        if found.st_size == wanted:
+            touch(fd, found)
+        else:
+            move.error = move.corrupt(f"the file has {found.st_size:,} bytes, not {wanted:,}")
+
+    def _judge(self, move: Move, folders: Folders) -> None:
+        """Put away a file that did not give its block, unless it is the move that is wrong."""
+        fd = move.file.fd
+        stamp = _whole_stamp(fd, move)
+        if stamp is not None and stamp.nbytes != move.nbytes:
+            had = f"the block stored under this key has {stamp.nbytes} bytes"
+            rule = f"{had}; give memory of that size"
+            move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
+        elif stamp is not None and stamp.algorithm != move.algorithm != NO_CHECKSUM:
+            move.error, move.status = None, "miss"  # stored unchecked, and all must be checked
+        elif os.path.samestat(os.fstat(fd), folders.regular(move.place)):
+            folders.need("quarantine", make=True)
+            name = f"{move.place.replace('/', '.')}.{secrets.token_hex(4)}"
+            self._rename(move.place, f"quarantine/{name}")
+            self.quarantined += 1
+
+    # --- errands ----------------------------------------------------------------------
+
+    def run(self, errands: Errands) -> None:
+        """Do all of it; every part gets an end of its own, or a state to go on from."""
+        time.sleep(errands.pause_s)
+        folders = Folders(self._root, power=self._power)
+        try:
+            for store in errands.stores:
+                step = self._publish if store.state == "moved" else self._look
+                self._try(store, step, folders)
+            self._settle_accounts(errands, folders)
+            for store in errands.stores:
+                if store.state == "open":
+                    self._try(store, self._allocate, folders)
+                elif store.state == "linked":
+                    self._try(store, self._acknowledge, folders)
+            if self._dropped:
+                self._settle_accounts(Errands(), folders)
+        finally:
+            close_files(errands.corrupt)
+
+    def _try(self, store: Store, step: Callable[[Store, Folders], None], folders: Folders) -> None:
+        try:
+            step(store, folders)
+        except Exception as error:  # noqa: BLE001 - it belongs to this store alone
+            self._drop_later(store)
+            fail(store.move, error)
+            store.state = "ended"
+
+    def _look(self, store: Store, folders: Folders) -> None:
+        """End the store of a block that is there already."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._serves(store, folders):
+                store.state, store.move.status = "ended", "present"
+
+    @staticmethod
+    def _serves(store: Store, folders: Folders) -> bool:
+        """Whether the file that is there would do instead; then it has been used just now."""
+        move = store.move
+        fd, found = folders.open(store.place, 0)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # only the stamp is read
+            stamp = _whole_stamp(fd, move)
+            if stamp is None or stamp.nbytes != move.nbytes:
+                return False
+            if move.algorithm not in (NO_CHECKSUM, stamp.algorithm):
+                return False
+            touch(fd, found)
+            return True
+        finally:
+            os.close(fd)
+
+    def _publish(self, store: Store, folders: Folders) -> None:
+        """Give a file whose bytes are down the name of its block."""
+        move = store.move
+        if store.detached is not None:
+            store.detached.result()  # raises: NIXL may still name the descriptor, so leak it
+        sound = move.error is None and not move.abandoned
+        try:
+            if sound:
+                touch(store.fd)
+            if sound and self._power:
+                os.fdatasync(store.fd)
+        finally:
+            os.close(store.fd)
+        if sound:
+            self._link(store, folders)
+            return
+        self._drop_later(store)
+        store.state = "wanted" if _second_chance(store) else "ended"
+
+    def _link(self, store: Store, folders: Folders) -> None:
+        folder = store.place.rpartition("/")[0]
+        folders.need(folder, make=True)
+        try:
+            os.link(
+                store.temporary,
+                store.place,
+                src_dir_fd=self._root,
+                dst_dir_fd=self._root,
+                follow_symlinks=False,
+            )
+        except OSError as error:
+            if error.errno not in _UNLINKABLE:
+                raise
+            store.state = "contested"
+            return
+        folders.changed.add(folder)
+        if store.move.abandoned:  # only just: to be taken back
+            store.state = "contested"
+            return
+        store.state = "linked"
+        try:
+            os.unlink(store.temporary, dir_fd=self._root)
+        except OSError:
+            self._drop_later(store)
+
+    def _drop_later(self, store: Store) -> None:
+        if store.temporary:
+            self._dropped.append(store.temporary)
+            store.temporary = ""
+
+    @staticmethod
+    def _acknowledge(store: Store, folders: Folders) -> None:
+        folders.sync()
+        store.state, store.move.status = "ended", "stored"
+
+    def _allocate(self, store: Store, _: Folders) -> None:
+        """Not under the lock: give the file its length and its blocks on disk."""
+        try:
+            allocate(store.fd, store.nbytes)
+        except OSError as error:
+            os.close(store.fd)
+            if error.errno not in _FULL or store.forced:
+                raise
+            self._drop_later(store)
+            store.forced, store.state = True, "wanted"
+
+    # --- errands under the ledger's lock ----------------------------------------------
+
+    def _settle_accounts(self, errands: Errands, folders: Folders) -> None:
+        """Whatever reserves bytes or removes names."""
+        contested = [store for store in errands.stores if store.state == "contested"]
+        wanted = [store for store in errands.stores if store.state == "wanted"]
+        if not (contested or wanted or self._dropped or errands.corrupt or errands.deletes):
+            return
+        try:
+            with self.ledger.held():
+                if not self.ledger.sound:
+                    self.room.make(0, 0)
+                self._drop_all()
+                for store in contested:
+                    self._try(store, self._conclude, folders)
+                for move, _ in errands.corrupt:
+                    with contextlib.suppress(OSError):  # it stays, and will be found out again
+                        self._judge(move, folders)
+                for delete in errands.deletes:
+                    self._delete(delete, folders)
+                self._reserve(wanted, folders)
+        except (OSError, KvgdsError) as error:
+            for store in (*contested, *wanted):
+                if store.state in ("contested", "wanted"):
+                    self._drop_later(store)
+                    fail(store.move, error)
+                    store.state = "ended"
+            for delete in errands.deletes:
+                delete.error = delete.error or error
+
+    def _drop_all(self) -> None:
+        while self._dropped:
+            self._drop(self._dropped[-1])
+            self._dropped.pop()
+
+    def _drop(self, temporary: str) -> None:
+        """Remove a temporary; what it reserved is free, unless it is a block by now."""
+        found = status(temporary, self._root)
+        if found is not None:
+            os.unlink(temporary, dir_fd=self._root)
+            if found.st_nlink == 1:
+                self.ledger.add(-reserved_by(temporary))
+
+    def _conclude(self, store: Store, folders: Folders) -> None:
+        """End a store that could not just be linked, or was abandoned when it was."""
+        move = store.move
+        there = status(store.place, self._root)
+        mine = os.stat(store.temporary, dir_fd=self._root, follow_symlinks=False)
+        linked = there is not None and os.path.samestat(there, mine)
+        if move.abandoned:
+            if linked:
+                os.unlink(store.place, dir_fd=self._root)
+            move.error, store.state = move.timeout(), "ended"
+        elif linked:
+            store.state = "linked"
+        elif there is not None and self._serves(store, folders):
+            move.status, store.state = "present", "ended"
+        else:
+            self._rename(store.temporary, store.place)
+            self.ledger.add(-there.st_size if there is not None else 0)
+            folders.changed.add(store.place.rpartition("/")[0])
+            store.state, store.temporary = "linked", ""
+            return
+        self._drop(store.temporary)
+        store.temporary = ""
+
+    def _delete(self, delete: Delete, folders: Folders) -> None:
+        try:
+            found = folders.regular(delete.place)
+            if found.st_nlink > 1:  # linked only just
+                self._forget_temporary(found.st_ino)
+            os.unlink(delete.place, dir_fd=self._root)
+            self.ledger.add(-found.st_size)
+            folders.changed.add(delete.place.rpartition("/")[0])
+            folders.sync()
+            delete.there = True
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            delete.error = error
+
+    def _forget_temporary(self, inode: int) -> None:
+        """Remove the temporary name of a block before its owner does: it counts no more."""
+        for name, found in files_in("tmp", self._root):
+            if found.st_ino == inode:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"tmp/{name}", dir_fd=self._root)
+
+    def _reserve(self, wanted: list[Store], folders: Folders) -> None:
+        """Give stores their bytes and a temporary file each, as far as the capacity goes."""
+        if not wanted:
+            return
+        capacity = self._settings.capacity_bytes
+        need = min(sum(store.nbytes for store in wanted), capacity)
+        forced = sum(store.nbytes for store in wanted if store.forced)
+        if forced or self.ledger.used + need > capacity:
+            freed = self.room.make(need, forced)
+            for store in wanted:
+                if store.forced and not freed:
+                    store.move.error = _disk_full("there is nothing to evict")
+                    store.state = "ended"
+        folders.need("tmp", make=True)
+        for store in wanted:
+            if store.state == "wanted":
+                if self.ledger.used + store.nbytes > capacity:
+                    store.state = "waits"
+                else:
+                    self._try(store, self._open_temporary, folders)
+
+    def _open_temporary(self, store: Store, _: Folders) -> None:
+        path = self._owner.temporary(store.nbytes)
+        self.ledger.add(store.nbytes)
+        try:
+            store.fd = self._create(path, self.direct)
+        except BaseException:
+            self.ledger.add(-store.nbytes)
+            raise
+        store.temporary, store.state = path, "open"
+        store.move.file, store.move.offset = File(store.fd), 0
+
+
+def _whole_stamp(fd: int, move: Move) -> Stamp | None:
+    """The stamp of a file that is the move's block and as long as it says, else None."""
+    with mmap.mmap(-1, PAGE) as page:  # aligned, for direct I/O
+        stamp = Stamp.decode(page[: os.preadv(fd, [page], 0)])
+    if stamp is None or (stamp.namespace, stamp.key) != (move.namespace, move.key):
+        return None
+    return stamp if os.fstat(fd).st_size == image_bytes(stamp.nbytes) else None
+
+
+def _second_chance(store: Store) -> bool:
+    """Whether a store that failed may try again, once something has been evicted."""
+    move = store.move
+    if move.abandoned and move.error is None:
+        move.error = move.timeout()
+    if not isinstance(move.error, TransferError) or move.error.errno not in _FULL:
+        return False
+    if store.forced or move.abandoned:
+        move.error = _disk_full(str(move.error))
+        return False
+    store.forced, move.error = True, None
+    if move.path is DIRECT:
+        move.leave()  # its next begin enters again
+    return True
+
+
+def close_files(loads: list[Opened]) -> None:
+    """Close the files of loads that have ended."""
+    for move, detached in loads:
+        if detached.exception() is None:  # else NIXL may still name it: leak it
+            os.close(move.file.fd)
+
+
+def fail(move: Move, error: BaseException) -> None:
+    """Record why a move could not go on."""
+    if isinstance(error, KvgdsError):
+        move.error = error
+    elif isinstance(error, OSError) and move.write and error.errno in _FULL:
+        move.error = _disk_full(explain(error))
+    elif isinstance(error, OSError):
+        move.error = TransferError(explain(error), errno=error.errno, **move.context)
+        move.error.__cause__ = error
+    else:
+        move.fail(error)  # type: ignore[arg-type]
+
+
+def explain(error: OSError) -> str:
+    """What went wrong, and with which file."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+def _disk_full(why: str) -> StorageFull:
+    return StorageFull(f"the disk is full: {why}; free space, or lower capacity_bytes")

@@ -1,0 +1,170 @@
+"""Looking after a directory of blocks: what it holds, whether it is whole, what may go.
+
+Owns what ``kvgds ls``, ``fsck`` and ``gc`` do, without a terminal: results are records,
+progress is a callable. Everything blocks, so nothing here belongs on an event loop.
+
+Nothing is changed in a slab directory without its lock, nor in one of files without that of
+its ledger. Listing takes none, so that it works beside a live engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from kvgds.errors import ConfigError
+from kvgds.tiers.directory import lock_root
+from kvgds.upkeep.files import check_files, file_listing, gc_files
+from kvgds.upkeep.rebuild import rebuild as rebuild_index
+from kvgds.upkeep.records import (
+    BlockEntry,
+    Listing,
+    NamespaceUse,
+    Problem,
+    Report,
+    Retention,
+    quiet,
+)
+from kvgds.upkeep.retention import Rule, gc_slabs
+from kvgds.upkeep.slabs import check_slabs, slab_listing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvgds.upkeep.records import Progress
+
+__all__ = [
+    "BlockEntry",
+    "Listing",
+    "NamespaceUse",
+    "Problem",
+    "Report",
+    "Retention",
+    "fsck",
+    "gc",
+    "layout_of",
+    "listing",
+]
+
+
+def layout_of(root: Path) -> str:
+    """The layout of a directory, from its marker; changes nothing.
+
+    Raises:
+        ConfigError: it is no directory, or not one of kvgds.
+    """
+    found = _marker(root)
+    layout = found.get("layout") if isinstance(found, dict) else None
+    if layout not in ("slabs", "files") or found != {"format": 1, "layout": layout}:
+        raise ConfigError("root", str(root), f"holds {found}; this kvgds does not know it")
+    return str(layout)
+
+
+def _marker(root: Path) -> object:
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):
+            raise ConfigError("root", str(root), "is not a directory")
+        fd = os.open(root / "kvgds.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(fd, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        missing = os.fspath(error.filename) == os.fspath(root)
+        rule = "does not exist" if missing else "is no kvgds directory (it has no kvgds.json)"
+        raise ConfigError("root", str(root), rule) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError("root", str(root), f"can't be read: {error}") from None
+
+
+def listing(root: Path, *, namespace: str | None = None, limit: int = 0) -> Listing:
+    """What a directory holds, also beside a live engine.
+
+    Args:
+        root: the directory.
+        namespace: only these; see :func:`~kvgds.upkeep.records.matches`.
+        limit: most blocks listed one by one.
+
+    Raises:
+        ConfigError: not a directory of kvgds, or its index can't be read.
+    """
+    if layout_of(root) == "files":
+        return file_listing(root, namespace, limit)
+    return slab_listing(root, namespace, limit)
+
+
+def fsck(
+    root: Path, *, repair: bool = False, rebuild: bool = False, progress: Progress = quiet
+) -> Report:
+    """Read every block and check it against its stamp, its checksum and the index.
+
+    Args:
+        root: the directory.
+        repair: drop what is wrong from the index, and take places out of quarantine that
+            can be written and read back.
+        rebuild: make a new index from the stamps in the slabs. Blocks that were evicted
+            or deleted, but not yet overwritten, come back.
+        progress: called with (what, done, total).
+
+    With layout ``"files"`` other processes may use the directory meanwhile, and a repair
+    removes what is wrong. With slabs no engine may.
+
+    Raises:
+        BusyError: an engine has the directory.
+        ConfigError: not a directory of kvgds.
+    """
+    report = Report(str(root), layout_of(root))
+    if report.layout == "files":
+        if rebuild:
+            rule = "this layout has no index: each file describes itself; use --repair"
+            raise ConfigError("rebuild", rebuild, rule)
+        check_files(root, report, progress, repair=repair)
+        return report
+    lock = lock_root(root)
+    try:
+        if rebuild:
+            rebuild_index(root, report, progress)
+        else:
+            check_slabs(root, report, progress, repair=repair)
+    finally:
+        os.close(lock)
+    return report
+
+
+def gc(
+    root: Path,
+    *,
+    keep_bytes: int | None = None,
+    older_than_s: float | None = None,
+    namespace: str | None = None,
+    dry_run: bool = False,
+) -> Retention:
+    """Drop blocks: the least recently used beyond a number of bytes, old ones, or namespaces.
+
+    Args:
+        root: the directory.
+        keep_bytes: most bytes that stay, stamps and padding included.
+        older_than_s: blocks not used for this long go; only with layout ``"files"``.
+        namespace: only look at these (see :func:`~kvgds.upkeep.records.matches`). Without
+            ``keep_bytes`` and ``older_than_s`` all of their blocks go.
+        dry_run: change nothing; works beside a live engine.
+
+    Raises:
+        BusyError: an engine has the directory.
+        ConfigError: not a directory of kvgds, or nothing says what is to go.
+    """
+    rule = Rule(keep_bytes, older_than_s, namespace)
+    rule.check()
+    done = Retention(str(root), layout_of(root), dry_run)
+    if done.layout == "files":
+        gc_files(root, rule, done)
+        return done
+    lock = -1 if dry_run else lock_root(root)
+    try:
+        gc_slabs(root, rule, done)
+    finally:
+        if not dry_run:
+            os.close(lock)
+    return done

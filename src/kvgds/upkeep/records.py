@@ -1,0 +1,198 @@
+"""What upkeep answers, as plain records. Pure."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
+
+_DIGITS = 8  # of a digest, at least, to name a namespace
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceUse:
+    """What one namespace has in a directory.
+
+    Attributes:
+        digest: its name on disk, 32 hex digits.
+        fields: the fields of its :class:`~kvgds.blocks.Namespace`; empty if they are not known.
+        blocks: how many blocks.
+        nbytes: their payload.
+        disk_bytes: what they take, stamps and padding included.
+        sizes: payload bytes of one block, and how many have that size.
+    """
+
+    digest: str
+    fields: dict[str, object]
+    blocks: int
+    nbytes: int
+    disk_bytes: int
+    sizes: dict[int, int]
+
+
+@dataclass(slots=True)
+class Use:
+    """A namespace while its blocks are counted."""
+
+    digest: bytes
+    text: str
+    sizes: Counter[int] = field(default_factory=Counter)
+    disk_bytes: int = 0
+
+    def add(self, nbytes: int, disk_bytes: int, count: int = 1) -> None:
+        """Count blocks of ``nbytes`` that take ``disk_bytes`` each."""
+        self.sizes[nbytes] += count
+        self.disk_bytes += disk_bytes * count
+
+
+def namespaces_of(uses: Iterable[Use]) -> tuple[NamespaceUse, ...]:
+    """Those that have blocks, largest first."""
+    found = [
+        NamespaceUse(
+            digest=use.digest.hex(),
+            fields=_fields(use.text),
+            blocks=use.sizes.total(),
+            nbytes=sum(nbytes * count for nbytes, count in use.sizes.items()),
+            disk_bytes=use.disk_bytes,
+            sizes=dict(sorted(use.sizes.items())),
+        )
+        for use in uses
+        if use.sizes
+    ]
+    return tuple(sorted(found, key=lambda use: (-use.disk_bytes, use.digest)))
+
+
+def matches(wanted: str | None, digest: bytes, text: str) -> bool:
+    """Whether ``wanted`` names a namespace: by its model, or by 8 or more digits of its digest.
+
+    In a model's name ``*`` and ``?`` stand for any text and any character. None names all.
+    """
+    if wanted is None:
+        return True
+    if len(wanted) >= _DIGITS and digest.hex().startswith(wanted.lower()):
+        return True
+    return fnmatch.fnmatchcase(str(_fields(text).get("model", "")), wanted)
+
+
+def _fields(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One block: its key and namespace as hex digits, its payload's bytes, where it lies."""
+
+    key: str
+    namespace: str
+    nbytes: int
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a directory holds.
+
+    Attributes:
+        namespaces: those asked for, largest first.
+        entries: blocks of those, most recently used first, as many as were asked for.
+        allocated_bytes: what all its files of blocks take, free slots included.
+        quarantined: places out of use, of all namespaces.
+    """
+
+    root: str
+    layout: str
+    namespaces: tuple[NamespaceUse, ...]
+    entries: tuple[BlockEntry, ...]
+    allocated_bytes: int
+    quarantined: int
+
+
+@dataclass(slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: ``"corrupt"``, ``"quarantined"``, ``"duplicate"``, ``"truncated"``, ``"orphan"``
+            or ``"index"``.
+        place: where.
+        text: what.
+        repaired: whether it is no more.
+    """
+
+    kind: str
+    place: str
+    text: str
+    repaired: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        blocks: blocks looked at; after a rebuild, those in the new index.
+        nbytes: their payload.
+        problems: what is wrong, or was.
+        unproven: after a rebuild, whole stamps that were left out because they carry no
+            checksum, so that nothing shows whether the payload behind them was written.
+        kept_aside: after a rebuild, where the old index is.
+    """
+
+    root: str
+    layout: str
+    blocks: int = 0
+    nbytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    unproven: int = 0
+    kept_aside: str = ""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong (any more)."""
+        return all(problem.repaired for problem in self.problems)
+
+    def add(self, kind: str, place: str, text: str, *, repaired: bool = False) -> Problem:
+        """Note a problem."""
+        problem = Problem(kind, place, text, repaired)
+        self.problems.append(problem)
+        return problem
+
+
+@dataclass(slots=True)
+class Retention:
+    """What went and what stays; with a dry run, what would.
+
+    Attributes:
+        blocks: blocks dropped.
+        nbytes: what they took, stamps and padding included.
+        files: files removed.
+        freed_bytes: bytes given back to the file system. In slabs the rest of ``nbytes``
+            becomes room for new blocks.
+        kept_blocks: blocks that stay, of the namespaces asked for.
+        kept_bytes: what those take.
+    """
+
+    root: str
+    layout: str
+    dry_run: bool
+    blocks: int = 0
+    nbytes: int = 0
+    files: int = 0
+    freed_bytes: int = 0
+    kept_blocks: int = 0
+    kept_bytes: int = 0

@@ -1,0 +1,92 @@
+"""Dropping blocks that are not worth their place any more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvgds.errors import ConfigError
+from kvgds.tiers.index import Changes
+from kvgds.tiers.space import SLOT_BITS
+from kvgds.upkeep.records import Retention, matches
+from kvgds.upkeep.slabs import indexed_slabs, reading, writing
+
+if TYPE_CHECKING:
+    import sqlite3
+    from pathlib import Path
+
+
+class Rule(NamedTuple):
+    """What may stay.
+
+    Attributes:
+        keep_bytes: most bytes, stamps and padding included; the least recently used go.
+        older_than_s: blocks not used for this long go (layout "files" only).
+        namespace: only look at these namespaces; alone, all of their blocks go.
+    """
+
+    keep_bytes: int | None = None
+    older_than_s: float | None = None
+    namespace: str | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError unless it says what goes."""
+        if self == Rule():
+            rule = "say what goes: --keep-bytes, --older-than or --namespace"
+            raise ConfigError("gc", "nothing", rule)
+
+
+def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
+    """Drop blocks from the index, and the slabs that hold none any more. Needs the lock.
+
+    A slab's file is removed only after its removal from the index is committed: an engine
+    removes files that the index does not know.
+    """
+    if rule.older_than_s is not None:
+        text = "slabs only know the order of use, not its time; use --keep-bytes"
+        raise ConfigError("older_than", f"{rule.older_than_s:g} s", text)
+    with reading(root) as database:
+        slots = _choose(database, rule, done)
+        drop = set(slots)
+        emptied = _emptied(database, drop)
+        slabs = [slab for slab in indexed_slabs(root, database).values() if slab.id in emptied]
+    done.files = len(slabs)
+    done.freed_bytes = sum(slab.slots * slab.slot_bytes for slab in slabs)
+    if done.dry_run or not drop:
+        return
+    index = writing(root / "index.db")
+    try:
+        index.apply(Changes(drop=slots, drop_slab=[slab.id for slab in slabs]))
+    finally:
+        index.close()
+    for slab in slabs:
+        slab.path.unlink(missing_ok=True)
+
+
+def _choose(database: sqlite3.Connection, rule: Rule, done: Retention) -> list[int]:
+    spaces = database.execute("SELECT id, digest, text FROM namespace").fetchall()
+    mine = {number for number, *names in spaces if matches(rule.namespace, *names)}
+    query = (
+        "SELECT slot, namespace, slot_bytes FROM block JOIN slab ON slab.id = block.slot >> ? "
+        "WHERE key IS NOT NULL ORDER BY used"
+    )
+    rows = [row for row in database.execute(query, (SLOT_BITS,)) if row[1] in mine]
+    done.kept_blocks, done.kept_bytes = len(rows), sum(row[2] for row in rows)
+    slots = []
+    for slot, _, slot_bytes in rows:
+        if done.kept_bytes <= (rule.keep_bytes or 0):
+            break
+        slots.append(slot)
+        done.kept_blocks -= 1
+        done.kept_bytes -= slot_bytes
+        done.blocks += 1
+        done.nbytes += slot_bytes
+    return slots
+
+
+def _emptied(database: sqlite3.Connection, drop: set[int]) -> set[int]:
+    """Slabs that would have no row left; one with a quarantined slot stays, to remember that."""
+    emptied = {slot >> SLOT_BITS for slot in drop}
+    for (slot,) in database.execute("SELECT slot FROM block"):
+        if slot not in drop:
+            emptied.discard(slot >> SLOT_BITS)
+    return emptied

@@ -1,0 +1,271 @@
+"""Slab directories: what they hold, whether it is whole, and mending what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from kvgds.blocks import PAGE
+from kvgds.errors import ConfigError
+from kvgds.memory import Arena
+from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, SLOT_MASK, open_slab, slab_name
+from kvgds.upkeep.images import WINDOW, Row, Slab, images, place_of, read_fully, row_fault
+from kvgds.upkeep.records import BlockEntry, Listing, Problem, Report, Use, matches, namespaces_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from kvgds.upkeep.records import Progress
+
+_ROWS = 1024  # slots a batch
+_REBUILD = "`kvgds fsck --rebuild` makes it anew from the slabs"
+
+
+@contextlib.contextmanager
+def reading(root: Path) -> Iterator[sqlite3.Connection]:
+    """The index of a slab directory, read-only; a live engine may be writing it.
+
+    Raises:
+        ConfigError: also from within, when a page that is needed turns out to be damaged.
+    """
+    path = root / "index.db"
+    if not path.exists():
+        raise ConfigError("root", str(path), f"the index is missing; {_REBUILD}")
+    # Without a log nobody has it open: then not even SQLite's own files need to be made.
+    mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
+    name = f"file:{quote(os.fsencode(path))}?mode={mode}"
+    database = sqlite3.connect(name, uri=True, isolation_level=None)
+    try:
+        database.execute("BEGIN")  # one snapshot for all that is read
+        tables = set(database.execute("SELECT name FROM sqlite_schema").fetchall())
+        if not {("block",), ("slab",), ("namespace",)} <= tables:
+            raise ConfigError("root", str(path), f"is not an index of kvgds; {_REBUILD}")
+        yield database
+    except sqlite3.OperationalError as error:
+        raise ConfigError("root", str(path), f"can't be read: {error}") from None
+    except sqlite3.DatabaseError as error:
+        rule = f"the index is damaged ({error}); {_REBUILD}"
+        raise ConfigError("root", str(path), rule) from None
+    finally:
+        database.close()
+
+
+def slab_listing(root: Path, namespace: str | None, limit: int) -> Listing:
+    """What the index says that there is."""
+    with reading(root) as database:
+        spaces = database.execute("SELECT id, digest, text FROM namespace").fetchall()
+        uses = {row[0]: Use(*row[1:]) for row in spaces if matches(namespace, *row[1:])}
+        query = (
+            "SELECT namespace, nbytes, slab.slot_bytes, count(*) FROM block JOIN slab "
+            "ON slab.id = block.slot >> ? WHERE key IS NOT NULL GROUP BY 1, 2, 3"
+        )
+        for number, *sizes in database.execute(query, (SLOT_BITS,)):
+            if number in uses:
+                uses[number].add(*sizes)
+        allocated = database.execute("SELECT total(slot_bytes * slots) FROM slab").fetchone()[0]
+        bad = database.execute("SELECT count(*) FROM block WHERE key IS NULL").fetchone()[0]
+        entries = _entries(database, {number: use.digest for number, use in uses.items()}, limit)
+    return Listing(str(root), "slabs", namespaces_of(uses.values()), entries, int(allocated), bad)
+
+
+def _entries(
+    database: sqlite3.Connection, digests: dict[int, bytes], limit: int
+) -> tuple[BlockEntry, ...]:
+    columns = "SELECT slot, namespace, key, nbytes FROM block"
+    rows = database.execute(f"{columns} WHERE key IS NOT NULL ORDER BY used DESC") if limit else ()
+    mine = (row for row in rows if row[1] in digests)
+    return tuple(
+        BlockEntry(key.hex(), digests[number].hex(), nbytes, place_of(slot))
+        for slot, number, key, nbytes in itertools.islice(mine, limit)
+    )
+
+
+# --- checking -----------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """What is to be mended, by slot, slab or path."""
+
+    slabs: dict[int, Slab]
+    gone: dict[int, Problem]  # rows that name no place, or repeat another
+    bad: dict[int, Problem]  # places that hold something else than the index says
+    cut: dict[int, Problem]  # slabs whose file is too short
+    orphans: dict[Path, Problem]
+
+
+def check_slabs(root: Path, report: Report, progress: Progress, *, repair: bool) -> None:
+    """Check every block that the index names. Needs the directory's lock."""
+    try:
+        with reading(root) as database:
+            for (line,) in database.execute("PRAGMA quick_check(1)"):
+                if line != "ok":
+                    rule = f"the index is damaged ({line}); {_REBUILD}"
+                    raise ConfigError("root", str(root), rule)
+            found = _Found(indexed_slabs(root, database), {}, {}, {}, {})
+            _look_at_files(root, report, found)
+            _look_at_rows(database, report, found, progress)
+    except ConfigError as error:
+        report.add("index", "index.db", error.rule)
+        return
+    if repair:
+        _repair(root, found, progress)
+
+
+def indexed_slabs(root: Path, database: sqlite3.Connection) -> dict[int, Slab]:
+    """The slabs that the index names."""
+    rows = database.execute("SELECT id, slot_bytes, slots FROM slab ORDER BY id").fetchall()
+    return {
+        slab_id: Slab(slab_id, slot_bytes, slots, root / slab_name(slab_id, slot_bytes))
+        for slab_id, slot_bytes, slots in rows
+    }
+
+
+def _look_at_files(root: Path, report: Report, found: _Found) -> None:
+    for slab in found.slabs.values():
+        if slab.whole < slab.slots:
+            text = f"has {slab.whole:,} of {slab.slots:,} slots"
+            found.cut[slab.id] = report.add("truncated", slab.path.name, text)
+    known = {slab.path.name for slab in found.slabs.values()}
+    for name in sorted(os.listdir(root)):
+        if SLAB_NAME.fullmatch(name) and name not in known:
+            text = "the index does not know it; --repair removes it, --rebuild takes its blocks in"
+            found.orphans[root / name] = report.add("orphan", name, text)
+
+
+def _look_at_rows(
+    database: sqlite3.Connection, report: Report, found: _Found, progress: Progress
+) -> None:
+    repeated = (
+        "SELECT slot FROM (SELECT slot, row_number() OVER (PARTITION BY namespace, key "
+        "ORDER BY generation DESC) AS nth FROM block WHERE key IS NOT NULL) WHERE nth > 1"
+    )
+    for (slot,) in database.execute(repeated):
+        text = "a later generation of the same block is stored elsewhere"
+        found.gone[slot] = report.add("duplicate", place_of(slot), text)
+    total = database.execute("SELECT count(*) FROM block").fetchone()[0]
+    query = (
+        "SELECT slot, digest, key, generation, nbytes, algorithm "
+        "FROM block LEFT JOIN namespace ON namespace.id = namespace ORDER BY slot"
+    )
+    widest = max((slab.slot_bytes for slab in found.slabs.values()), default=0)
+    arena = Arena(max(WINDOW, widest))
+    done = 0
+    for batch in _batches(map(Row._make, database.execute(query))):
+        _check_rows(batch, report, found, arena)
+        done += len(batch)
+        progress("checking blocks", done, total)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows of one slab, a bounded number at a time."""
+    for _, mine in itertools.groupby(rows, lambda row: row.slot >> SLOT_BITS):
+        while batch := list(itertools.islice(mine, _ROWS)):
+            yield batch
+
+
+def _check_rows(rows: list[Row], report: Report, found: _Found, arena: Arena) -> None:
+    slab = found.slabs.get(rows[0].slot >> SLOT_BITS)
+    whole = slab.whole if slab is not None else 0
+    there: dict[int, Row] = {}
+    for row in rows:
+        if row.slot in found.gone:
+            continue
+        if slab is None or (row.slot & SLOT_MASK) >= slab.slots:
+            text = "the index names a place that does not exist"
+            found.gone[row.slot] = report.add("corrupt", place_of(row.slot), text)
+        elif row.key is None:
+            text = "out of use since what it gave back was wrong"
+            found.bad[row.slot] = report.add("quarantined", place_of(row.slot), text)
+        elif (row.slot & SLOT_MASK) >= whole:
+            text = "the file ends before it"
+            found.gone[row.slot] = report.add("corrupt", place_of(row.slot), text)
+        else:
+            there[row.slot & SLOT_MASK] = row
+    if slab is None or not there:
+        return
+    for place, image in images(slab, list(there), arena):
+        row = there[place]
+        report.blocks += 1
+        report.nbytes += row.nbytes
+        if fault := row_fault(row, image):
+            found.bad[row.slot] = report.add("corrupt", place_of(row.slot), fault)
+
+
+# --- repairing ----------------------------------------------------------------------------
+
+
+def writing(path: Path) -> Index:
+    """The index, to be changed by :meth:`~kvgds.tiers.index.Index.apply`. Needs the lock."""
+    return Index(connect(path), _post_nothing, _sync_nothing)
+
+
+def _post_nothing(*_: object) -> None:
+    """There is no event loop; the index is used without its thread."""
+
+
+def _sync_nothing() -> None:
+    """Nothing was written through an engine."""
+
+
+def _repair(root: Path, found: _Found, progress: Progress) -> None:
+    """Mend: first never serve it again, then use its place again if that works."""
+    index = writing(root / "index.db")
+    try:
+        index.apply(Changes(drop=list(found.gone), quarantine=list(found.bad)))
+        for slab_id in found.cut:
+            slab = found.slabs[slab_id]
+            fd, _ = open_slab(slab.path, slab.slots * slab.slot_bytes, direct=False)
+            os.close(fd)
+        index.apply(Changes(drop=_usable(found, progress)))
+    finally:
+        index.close()
+    for path in found.orphans:
+        path.unlink()
+    for problem in (*found.gone.values(), *found.cut.values(), *found.orphans.values()):
+        problem.repaired = True
+
+
+def _usable(found: _Found, progress: Progress) -> list[int]:
+    """The bad places that can be written and read back; the others stay in quarantine."""
+    arena = Arena(2 * WINDOW)
+    usable = []
+    for done, (slot, problem) in enumerate(found.bad.items(), 1):
+        why = _trial(found.slabs[slot >> SLOT_BITS], slot & SLOT_MASK, arena)
+        if why is None:
+            usable.append(slot)
+            problem.repaired = True
+        else:
+            problem.text += f"; its place stays in quarantine: {why}"
+        progress("trying bad places", done, len(found.bad))
+    return usable
+
+
+def _trial(slab: Slab, place: int, arena: Arena) -> str | None:
+    """Why a slot can't be used, from writing and reading all of it; None if it can."""
+    sent, got = arena.bytes[:WINDOW], arena.bytes[WINDOW:]
+    sent[:] = os.urandom(PAGE) * (WINDOW // PAGE)
+    begin, end = place * slab.slot_bytes, (place + 1) * slab.slot_bytes
+    parts = [(offset, min(WINDOW, end - offset)) for offset in range(begin, end, WINDOW)]
+    try:
+        fd = os.open(slab.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            short = [n for offset, n in parts if os.pwritev(fd, [sent[:n]], offset) != n]
+            os.fsync(fd)
+            os.posix_fadvise(fd, begin, slab.slot_bytes, os.POSIX_FADV_DONTNEED)
+            if short:
+                return "a write was short"
+            for offset, n in parts:
+                if read_fully(fd, got[:n], offset) != n or got[:n] != sent[:n]:
+                    return "it gives back other bytes than were written"
+            os.pwritev(fd, [bytes(PAGE)], begin)  # no stamp: a rebuild finds nothing here
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return str(error.strerror)
+    return None

@@ -1,0 +1,281 @@
+"""What the engine's tests share: engines that are checked when they close, memory, and side doors.
+
+The side doors look into a slab directory by plain SQL and system calls. They use none of the
+code under test, so that they can tell on it.
+"""
+
+# ruff: noqa: SLF001 - whether all that was lent came back is not for a caller to see
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import mmap
+import os
+import sqlite3
+import struct
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import xxhash
+
+from kvgds import Cache, EngineConfig, FileTier, Namespace, Region
+from kvgds.engine import Engine
+from kvgds.testing import HeldTransport
+from kvgds.transport import NixlTransport
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+PAGE = 4096
+MIB = 1 << 20
+NAMESPACE = Namespace(model="test", revision="1")
+SLOT_BITS = 32
+
+
+# --- engines --------------------------------------------------------------------------------
+
+
+def config(root: Path, *, tier: dict[str, Any] | None = None, **changes: Any) -> EngineConfig:
+    """Settings of a small engine, with these changes."""
+    file_tier = FileTier(**{"root": root, "capacity_bytes": 16 * MIB, **(tier or {})})
+    small = {
+        "namespace": NAMESPACE,
+        "bounce_bytes": 2 * MIB,
+        "timeout_s": 1e5,
+        "drain_timeout_s": 1e5,
+    }
+    return EngineConfig(**{**small, "tiers": (file_tier,), **changes})
+
+
+class Watched(Engine):
+    """An engine that remembers whose memory it was given, for `check`."""
+
+    def __init__(self, settings: EngineConfig, transport: HeldTransport) -> None:
+        super().__init__(settings, transport)
+        self.held = transport
+        self.regions: list[Region] = []
+
+    def register(self, buffer: object) -> Region:
+        region = super().register(buffer)
+        self.regions.append(region)
+        return region
+
+    def register_cache(self, layers: Any, block_axis: int = 0) -> Cache:
+        cache = super().register_cache(layers, block_axis)
+        self.regions.append(cache.region)
+        return cache
+
+    def tier_idle(self) -> bool:
+        return self._tier.idle()
+
+    async def close_tier(self) -> None:
+        """What closing leaves undone when a transfer is wedged."""
+        await asyncio.to_thread(self._tier.close)
+
+    def check(self) -> None:
+        """Everything that was lent has come back, and every slot is somewhere."""
+        flights, tier = self._flights, cast("Any", self._tier)
+        scheduler = flights.scheduler
+        assert (scheduler.queued, scheduler.running, scheduler.queued_bytes) == (0, 0, 0)
+        assert scheduler.free_bounce == self.config.bounce_bytes // PAGE * PAGE
+        assert not flights._flights
+        assert not flights.running
+        assert flights.quarantined == 0
+        assert len(flights.territory._claims) == 0
+        assert [region.uses for region in self.regions] == [0] * len(self.regions)
+        assert tier.idle()
+        sizes = tier._classes.values()
+        assert not any(size.waiting or size.going or size.pending for size in sizes)
+        assert not tier._holds
+        assert not tier._orphans
+        used = [slot for size in sizes for slot in size.used]
+        free = [slot for size in sizes for slot in size.free]
+        assert len({*used, *free}) == len(used) + len(free)
+        assert {slot for slot, _, _ in tier._blocks.values()} <= set(used)
+        named = sorted(key for size in sizes for key in size.used.values() if key is not None)
+        assert named == sorted(tier._blocks)
+        assert tier._bytes == sum(len(size.used) * size.slot_bytes for size in sizes)
+        assert tier._slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
+        assert tier._slab_bytes <= self.config.tiers[0].capacity_bytes
+        lost = sum(size.slots for size in sizes) - len(used) - len(free)
+        assert 0 <= lost <= tier._quarantined
+
+
+@contextlib.asynccontextmanager
+async def opened(root: Path, *, lanes: int = 1, **changes: Any) -> AsyncIterator[Watched]:
+    """An engine on `root` whose transport can be held; checked, drained and checked on disk."""
+    settings = config(root, **changes)
+    engine = Watched(settings, HeldTransport(NixlTransport(lanes)))
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        engine.held.release()
+        await engine.aclose()
+    engine.check()
+    await asyncio.to_thread(check_directory, root, settings.tiers[0].capacity_bytes)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop go on until the condition holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what it waits for tells nobody
+            await asyncio.sleep(0)
+
+
+async def turns(count: int = 10) -> None:
+    """Let the event loop take some turns, so that whatever can go on does."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def content(name: object, nbytes: int) -> bytes:
+    """Bytes that belong to a name."""
+    return np.random.default_rng(list(repr(name).encode())).bytes(nbytes)
+
+
+def aligned(nbytes: int, fill: bytes | int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Page-aligned memory that moves without a copy once it is registered."""
+    memory = np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    memory[:] = fill if isinstance(fill, int) else np.frombuffer(fill, np.uint8)
+    return memory
+
+
+def unaligned(nbytes: int, fill: bytes | int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Memory that has to go through the bounce region."""
+    memory = aligned(-(-(nbytes + 1) // PAGE) * PAGE)[1 : nbytes + 1]
+    memory[:] = fill if isinstance(fill, int) else np.frombuffer(fill, np.uint8)
+    return memory
+
+
+# --- side doors -----------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a block lies, from the index alone."""
+
+    path: Path
+    offset: int  # of its image
+    nbytes: int
+    slot: int
+    generation: int
+
+
+def digest(namespace: Namespace) -> bytes:
+    """A namespace's 16 bytes, as docs/format.md has them."""
+    text = json.dumps(asdict(namespace), sort_keys=True, separators=(",", ":"))
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def places(root: Path, namespace: Namespace = NAMESPACE) -> dict[bytes, Place]:
+    """Every block of the namespace that the index names."""
+    found = {}
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        sizes = dict(database.execute("SELECT id, slot_bytes FROM slab"))
+        query = (
+            "SELECT key, slot, nbytes, generation FROM block "
+            "JOIN namespace ON namespace.id = block.namespace "
+            "WHERE digest = ? AND key IS NOT NULL ORDER BY generation"
+        )
+        for key, slot, nbytes, generation in database.execute(query, (digest(namespace),)):
+            slab, place = slot >> SLOT_BITS, slot & ((1 << SLOT_BITS) - 1)
+            path = root / f"slab-{slab:08d}-{sizes[slab]}.kv"
+            found[key] = Place(path, place * sizes[slab], nbytes, slot, generation)
+    return found
+
+
+def stored(root: Path, key: bytes, namespace: Namespace = NAMESPACE) -> bytes | None:
+    """A block's payload, by plain reads."""
+    place = places(root, namespace).get(key)
+    return None if place is None else read_at(place.path, place.offset + PAGE, place.nbytes)
+
+
+def read_at(path: Path, offset: int, nbytes: int) -> bytes:
+    """Bytes of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(fd, nbytes, offset)
+    finally:
+        os.close(fd)
+
+
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    """Change bytes of a file, down to the disk, so that direct reads see them."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert os.pwrite(fd, data, offset) == len(data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def spoil(root: Path, key: bytes, at: int = PAGE, namespace: Namespace = NAMESPACE) -> None:
+    """Flip the bits of one byte of a block's image."""
+    place = places(root, namespace)[key]
+    (byte,) = read_at(place.path, place.offset + at, 1)
+    write_at(place.path, place.offset + at, bytes([byte ^ 0xFF]))
+
+
+def image(namespace: Namespace, key: bytes, generation: int, payload: bytes) -> bytes:
+    """A stored block, made by hand as docs/format.md says."""
+    checksum = xxhash.xxh3_128_digest(payload)
+    head = struct.pack(
+        "<8sHHI16sQQ16s",
+        b"kvgdsblk", 1, 1, len(key), digest(namespace), generation, len(payload), checksum,
+    )  # fmt: skip
+    stamp = head + key + xxhash.xxh3_64_digest(head + key)
+    padding = -len(payload) % PAGE
+    return stamp + bytes(PAGE - len(stamp)) + payload + bytes(padding)
+
+
+def put(root: Path, key: bytes, payload: bytes, namespace: Namespace = NAMESPACE) -> None:
+    """Put a block into a directory of slabs, in a slab of its own."""
+    whole = image(namespace, key, 7, payload)
+    step = max(PAGE, 1 << max(len(whole).bit_length() - 7, 0))
+    slot_bytes = -(-len(whole) // step) * step
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        (slab,) = database.execute("SELECT coalesce(max(id), -1) + 1 FROM slab").fetchone()
+        (number,) = database.execute(
+            "SELECT id FROM namespace WHERE digest = ?", (digest(namespace),)
+        ).fetchone()
+        database.execute("INSERT INTO slab VALUES (?, ?, 1)", (slab, slot_bytes))
+        row = (slab << SLOT_BITS, number, key, 7, len(payload), 1, 7)
+        database.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    path = root / f"slab-{slab:08d}-{slot_bytes}.kv"
+    path.write_bytes(whole + bytes(slot_bytes - len(whole)))
+
+
+def check_directory(root: Path, capacity: int) -> None:
+    """The directory holds what the index says and nothing else, whole, private, within bounds."""
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        slabs = database.execute("SELECT id, slot_bytes, slots FROM slab").fetchall()
+        slots = [slot for (slot,) in database.execute("SELECT slot FROM block")]
+    files = {f"slab-{slab:08d}-{size}.kv": size * count for slab, size, count in slabs}
+    room = {slab: count for slab, _, count in slabs}
+    on_disk = {path.name: path.stat() for path in root.iterdir()}
+    names = {name for name in on_disk if name.startswith("slab-")}
+    assert names == set(files)
+    assert all(on_disk[name].st_size == files[name] for name in names)
+    assert sum(files.values()) <= capacity
+    assert set(on_disk) - names <= {
+        "kvgds.json",
+        "lock",
+        "index.db",
+        "index.db-wal",
+        "index.db-shm",
+    }
+    assert {oct(status.st_mode & 0o777) for status in on_disk.values()} == {"0o600"}
+    wild = [
+        slot
+        for slot in slots
+        if slot & ((1 << SLOT_BITS) - 1) >= room.get(slot >> SLOT_BITS, 1 << 31)
+    ]
+    assert not wild

@@ -1,0 +1,712 @@
+"""Cancels and deadlines at every stage of an operation: what the caller gets, whose the memory is.
+
+Stages: *queued* in the engine; at its *start*, handed to the transport but not begun; and
+*landed*, its bytes moved but not reported, as they are all the while that a disk takes its time.
+Leaving `opened` checks each time that nothing that was lent is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvgds import (
+    BusyError,
+    ClosedError,
+    Outcome,
+    TransferTimeout,
+    open_engine,
+)
+from kvgds.testing import HeldTransport, Stage, skip_time
+from kvgds.transport import NixlTransport
+from support import (
+    MIB,
+    PAGE,
+    Watched,
+    aligned,
+    config,
+    content,
+    opened,
+    turns,
+    unaligned,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+    from pathlib import Path
+
+LATE_S = 1000.0
+SIZE = 3 * PAGE
+WORD = 0xA5
+
+PATHS = pytest.mark.parametrize("make", [aligned, unaligned], ids=["direct", "bounce"])
+STAGES = pytest.mark.parametrize("stage", ["start", "landing"])
+
+
+def soon(coroutine: Awaitable[Any]) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(coroutine)
+
+
+async def late(
+    engine: Watched, operation: Awaitable[Any], stage: Stage | None = None
+) -> TransferTimeout:
+    """Let an operation's deadline pass, once it has come as far as `stage`."""
+    task = soon(operation)
+    await turns()
+    if stage is not None:
+        await engine.held.wait_held(stage)
+    skip_time(LATE_S)
+    with pytest.raises(TransferTimeout) as caught:
+        await task
+    return caught.value
+
+
+async def is_cancelled(task: asyncio.Future[Any]) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def store(engine: Watched, *names: bytes) -> None:
+    for name in names:
+        assert await engine.store(name, content(name, SIZE))
+
+
+# --- queued ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [True, False], ids=["store", "load"])
+async def test_cancelled_while_queued_it_never_starts(tmp_path: Path, *, write: bool) -> None:
+    """It ends at once, though what it queued behind goes on, and its memory is free."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"a", b"b")
+        before = engine.held.submitted
+        engine.held.hold("start")
+        act = engine.store if write else engine.load
+        first = soon(act(b"c" if write else b"a", unaligned(SIZE)))
+        await engine.held.wait_held("start")
+        memory = engine.register(aligned(SIZE))
+        second = soon(act(b"d" if write else b"b", memory))
+        await turns()
+        assert engine.statistics().queued == 1
+        second.cancel()
+        await is_cancelled(second)
+        assert engine.statistics().queued == 0
+        await engine.deregister(memory)
+        assert not first.done()
+        engine.held.release()
+        assert await first
+        await engine.load(b"a", bytearray(SIZE))
+        assert engine.held.submitted == before + 2
+        assert await engine.prefix([b"d"]) == 0
+
+
+@pytest.mark.parametrize("write", [True, False], ids=["store", "load"])
+async def test_past_its_deadline_while_queued_it_never_starts(
+    tmp_path: Path, *, write: bool
+) -> None:
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"a", b"b")
+        before = engine.held.submitted
+        engine.held.hold("start")
+        act = engine.store if write else engine.load
+        first = soon(act(b"c" if write else b"a", unaligned(SIZE)))
+        await engine.held.wait_held("start")
+        memory = engine.register(aligned(SIZE))
+        error = await late(engine, act(b"d" if write else b"b", memory, timeout_s=LATE_S))
+        assert error.settled is None
+        assert (error.key, error.direction) == ((b"d", "store") if write else (b"b", "load"))
+        await engine.deregister(memory)
+        engine.held.release()
+        assert await first
+        assert engine.held.submitted == before + 1
+        assert await engine.prefix([b"d"]) == 0
+
+
+async def test_a_store_without_a_slot_leaves_at_its_deadline(tmp_path: Path) -> None:
+    """Every slot is being written: the next store waits in the tier, and can be given up there."""
+    async with opened(tmp_path / "kv", tier={"capacity_bytes": 2 * (PAGE + SIZE)}) as engine:
+        engine.held.hold("start")
+        writing = [soon(engine.store(b"%d" % i, content(i, SIZE))) for i in range(2)]
+        await engine.held.wait_held("start", 2)
+        error = await late(engine, engine.store(b"late", content(b"late", SIZE), timeout_s=LATE_S))
+        assert error.settled is None
+        assert engine.statistics().quarantined_bytes == 0
+        assert engine.statistics().in_flight == 2
+        engine.held.release()
+        assert await asyncio.gather(*writing) == [True, True]
+        assert await engine.prefix([b"late"]) == 0
+        assert engine.held.submitted == 2
+
+
+# --- in flight: cancelled ---------------------------------------------------------------------
+
+
+@PATHS
+@STAGES
+async def test_a_cancelled_load_is_waited_for(tmp_path: Path, make: Any, stage: Stage) -> None:
+    """However often it is cancelled, it ends with CancelledError once the memory is its own."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold(stage)
+        buffer = make(SIZE)
+        memory = engine.register(buffer)
+        task = soon(engine.load(b"a", memory))
+        await engine.held.wait_held(stage)
+        for _ in range(3):
+            task.cancel()
+            await turns()
+        assert not task.done()
+        with pytest.raises(BusyError):
+            await engine.deregister(memory)
+        engine.held.release()
+        await is_cancelled(task)
+        buffer[:] = WORD  # ours again: nothing may write to it from here on
+        await engine.deregister(memory)
+        assert (buffer == WORD).all()
+
+
+@PATHS
+@STAGES
+async def test_a_cancelled_store_is_waited_for(tmp_path: Path, make: Any, stage: Stage) -> None:
+    """Its memory may change only after that; the block that was stored is the one from before."""
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold(stage)
+        buffer = make(SIZE, content("a", SIZE))
+        task = soon(engine.store(b"a", engine.register(buffer)))
+        await engine.held.wait_held(stage)
+        task.cancel()
+        await turns()
+        assert not task.done()
+        engine.held.release()
+        await is_cancelled(task)
+        buffer[:] = WORD
+        assert await engine.load(b"a", buffer)
+        assert buffer.tobytes() == content("a", SIZE)
+
+
+async def test_a_cancelled_batch_drops_what_is_queued_and_waits_for_the_rest(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path / "kv", inflight_ops=2) as engine:
+        engine.held.hold("landing")
+        keys = [b"%d" % i for i in range(6)]
+        task = soon(engine.store_many([(key, content(key, SIZE)) for key in keys]))
+        await engine.held.wait_held("landing", 2)
+        task.cancel()
+        await turns()
+        assert engine.statistics().queued == 0
+        assert not task.done()
+        engine.held.release()
+        await is_cancelled(task)
+        assert engine.held.submitted == 2
+        assert await engine.prefix(keys) == 2
+
+
+async def test_nowait_cancelled_while_awaited(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("landing")
+        operation = engine.store_nowait(b"a", content("a", SIZE))
+
+        async def wait() -> bool:
+            return await operation
+
+        task = soon(wait())
+        await engine.held.wait_held("landing")
+        task.cancel()
+        await turns()
+        assert not task.done()
+        engine.held.release()
+        await is_cancelled(task)
+
+
+async def test_a_cancelled_delete_still_happens(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        task = soon(engine.delete(b"a"))
+        await asyncio.sleep(0)
+        task.cancel()
+        await is_cancelled(task)
+        assert await engine.prefix([b"a"]) == 0
+
+
+# --- in flight: past the deadline ---------------------------------------------------------------
+
+
+@PATHS
+async def test_a_load_that_has_not_begun_lets_go_at_its_deadline(tmp_path: Path, make: Any) -> None:
+    """The transport has it, but not yet the memory: that is free at once, and stays untouched."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold("start")
+        buffer = make(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.load(b"a", memory, timeout_s=LATE_S), "start")
+        assert error.settled is None
+        assert engine.statistics().quarantined_bytes > 0
+        buffer[:] = WORD
+        await engine.deregister(memory)
+        engine.held.release()
+        assert await engine.load(b"a", bytearray(SIZE))
+        assert (buffer == WORD).all()
+        assert engine.statistics().quarantined_bytes == 0
+
+
+@PATHS
+async def test_a_store_that_has_not_begun_is_not_published(tmp_path: Path, make: Any) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("start")
+        buffer = make(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.store(b"a", memory, timeout_s=LATE_S), "start")
+        assert error.settled is None
+        buffer[:] = WORD
+        engine.held.release()
+        assert await engine.store(b"b", memory)
+        assert await engine.prefix([b"a"]) == 0
+
+
+async def test_a_direct_load_past_its_deadline_settles_later(tmp_path: Path) -> None:
+    """TransferTimeout at once; the memory answers BusyError until `settled`, then works again."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a", b"b")
+        engine.held.hold("landing")
+        buffer = aligned(2 * SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.load(b"a", memory[:SIZE], timeout_s=LATE_S), "landing")
+        assert error.settled is not None
+        assert (error.path, error.direction, error.key) == ("direct", "load", b"a")
+        assert engine.statistics().quarantined_bytes == PAGE
+        settled = [soon(wait_for(error)) for _ in range(2)]
+        for act in (engine.load, engine.store):
+            with pytest.raises(BusyError):
+                await act(b"b", memory[SIZE - 1 : SIZE + 1])
+        with pytest.raises(BusyError):
+            await engine.deregister(memory)
+        engine.held.hold("landing", lambda _: False)
+        assert await engine.load(b"b", memory[SIZE:])  # its neighbour is nobody else's business
+        assert not any(task.done() for task in settled)
+        engine.held.release()
+        await asyncio.gather(*settled)
+        await error.settled  # again, and now at once
+        assert await engine.load(b"b", memory[:SIZE])
+        assert buffer.tobytes() == content(b"b", SIZE) * 2
+
+
+async def wait_for(error: TransferTimeout) -> None:
+    assert error.settled is not None
+    await error.settled
+
+
+async def test_a_direct_store_past_its_deadline_is_not_published(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"b")
+        engine.held.hold("landing")
+        buffer = aligned(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.store(b"a", memory, timeout_s=LATE_S), "landing")
+        assert error.settled is not None
+        with pytest.raises(BusyError):
+            await engine.load(b"b", memory)
+        with pytest.raises(BusyError):
+            await engine.deregister(memory)
+        engine.held.release()
+        await error.settled
+        assert await engine.prefix([b"a"]) == 0
+        buffer[:] = WORD
+        assert await engine.store(b"a", memory)
+
+
+async def test_cancelled_after_all_a_settled_timeout_names_its_settled(tmp_path: Path) -> None:
+    """Cancelled, then past its deadline too: the caller must learn that the memory is not free."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        memory = engine.register(aligned(SIZE))
+        task = soon(engine.load(b"a", memory, timeout_s=LATE_S))
+        await engine.held.wait_held("landing")
+        task.cancel()
+        error = await late(engine, task, "landing")
+        assert error.settled is not None
+        engine.held.release()
+        await error.settled
+
+
+async def test_a_bounced_load_past_its_deadline_leaves_the_memory_alone(tmp_path: Path) -> None:
+    """Free at once: what lands afterwards stays in the bounce region, which is whole again then."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        buffer = unaligned(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.load(b"a", memory, timeout_s=LATE_S), "landing")
+        assert error.settled is None
+        assert error.path == "bounce"
+        assert engine.statistics().quarantined_bytes == PAGE + SIZE
+        buffer[:] = WORD
+        await engine.deregister(memory)
+        engine.held.release()
+        again = bytearray(SIZE)
+        assert await engine.load(b"a", again)
+        assert again == content(b"a", SIZE)
+        assert (buffer == WORD).all()
+        assert engine.statistics().quarantined_bytes == 0
+
+
+async def test_a_bounced_store_past_its_deadline_is_not_published(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("landing")
+        buffer = unaligned(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.store(b"a", memory, timeout_s=LATE_S), "landing")
+        assert error.settled is None
+        buffer[:] = WORD
+        await engine.deregister(memory)
+        engine.held.release()
+        await store(engine, b"b")
+        assert await engine.prefix([b"a"]) == 0
+        assert engine.statistics().quarantined_bytes == 0
+
+
+async def test_a_leased_slot_is_not_lent_again_before_the_transfer_is_done(tmp_path: Path) -> None:
+    """The bounce region is as big as one block: until the late one has landed, the next waits."""
+    async with opened(tmp_path / "kv", bounce_bytes=PAGE + SIZE) as engine:
+        await store(engine, b"a", b"b")
+        engine.held.hold("landing")
+        await late(engine, engine.load(b"a", bytearray(SIZE), timeout_s=LATE_S), "landing")
+        memory = bytearray(SIZE)
+        waiting = soon(engine.load(b"b", memory))
+        await turns()
+        assert engine.statistics().queued == 1
+        engine.held.release()
+        assert await waiting
+        assert memory == content(b"b", SIZE)
+
+
+# --- sharing an I/O with one who leaves ---------------------------------------------------------
+
+
+@PATHS
+@pytest.mark.parametrize("stage", ["queued", "start", "landing"])
+@pytest.mark.parametrize("leave", ["cancel", "deadline"])
+async def test_followers_get_their_bytes(tmp_path: Path, make: Any, stage: str, leave: str) -> None:
+    """Two load one block; the one whose memory the bytes go to leaves, the other gets them."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"a", b"ahead")
+        blocker = soon(asyncio.sleep(0))
+        if stage == "queued":
+            engine.held.hold("start")
+            blocker = soon(engine.load(b"ahead", bytearray(SIZE)))
+            await engine.held.wait_held("start")
+        else:
+            engine.held.hold("start" if stage == "start" else "landing")
+        buffer, other = make(SIZE), make(SIZE)
+        timeout_s = LATE_S if leave == "deadline" else None
+        leader = soon(engine.load(b"a", engine.register(buffer), timeout_s=timeout_s))
+        await turns()
+        follower = soon(engine.load(b"a", engine.register(other)))
+        await turns()
+        assert engine.statistics().joined == 1
+        if leave == "cancel":
+            leader.cancel()
+            await turns()
+        else:
+            error = await late(engine, leader, "landing" if stage == "landing" else "start")
+            if error.settled is None:
+                buffer[:] = WORD
+        assert not follower.done()
+        engine.held.release()
+        assert await follower
+        await blocker
+        assert other.tobytes() == content(b"a", SIZE)
+        if leave == "cancel":
+            await is_cancelled(leader)
+        elif error.settled is None:
+            assert (buffer == WORD).all()
+        else:
+            await error.settled
+
+
+@PATHS
+@STAGES
+async def test_a_follower_of_a_store_is_stored(tmp_path: Path, make: Any, stage: Stage) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold(stage)
+        first, second = (engine.register(make(SIZE, content("a", SIZE))) for _ in range(2))
+        leader = soon(engine.store(b"a", first, timeout_s=LATE_S))
+        await engine.held.wait_held(stage)
+        follower = soon(engine.store(b"a", second))
+        error = await late(engine, leader, stage)
+        engine.held.release()
+        assert await follower
+        if error.settled is not None:
+            await error.settled
+        memory = bytearray(SIZE)
+        assert await engine.load(b"a", memory)
+        assert memory == content("a", SIZE)
+
+
+async def test_a_follower_leaves_at_its_own_deadline(tmp_path: Path) -> None:
+    """Nothing moves into a follower's memory before the end, so it is free at once."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        leader = soon(engine.load(b"a", engine.register(aligned(SIZE))))
+        await engine.held.wait_held("landing")
+        buffer = aligned(SIZE)
+        memory = engine.register(buffer)
+        error = await late(engine, engine.load(b"a", memory, timeout_s=LATE_S), "landing")
+        assert error.settled is None
+        buffer[:] = WORD
+        await engine.deregister(memory)
+        engine.held.release()
+        assert await leader
+        assert (buffer == WORD).all()
+
+
+async def test_all_leave_one_after_the_other(tmp_path: Path) -> None:
+    """A direct load nobody waits for any more is quarantined, and its memory comes back."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        memory = [engine.register(aligned(SIZE)) for _ in range(3)]
+        tasks = [
+            soon(engine.load(b"a", each, timeout_s=LATE_S * (3 - i)))
+            for i, each in enumerate(memory)
+        ]
+        await engine.held.wait_held("landing")
+        for task in reversed(tasks):
+            await late(engine, task)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [TransferTimeout] * 3
+        settled = [outcome.settled for outcome in outcomes if isinstance(outcome, TransferTimeout)]
+        assert [each is None for each in settled] == [False, True, True]
+        assert engine.statistics().quarantined_bytes == PAGE
+        engine.held.release()
+        assert settled[0] is not None
+        await settled[0]
+        assert engine.statistics().quarantined_bytes == 0
+
+
+# --- iterators ----------------------------------------------------------------------------------
+
+
+async def test_load_each_left_early(tmp_path: Path) -> None:
+    """What is queued is dropped, what is in flight is waited for, before the loop is left."""
+    async with opened(tmp_path / "kv", inflight_ops=2) as engine:
+        keys = [b"%d" % i for i in range(8)]
+        await store(engine, *keys)
+        before = engine.held.submitted
+        memory = [engine.register(aligned(SIZE)) for _ in keys]
+        engine.held.hold("landing")
+        arrivals = engine.load_each(zip(keys, memory, strict=True))
+
+        async def leave_after_one() -> Outcome:
+            async with contextlib.aclosing(arrivals):  # type: ignore[type-var]  # it is a generator
+                async for outcome in arrivals:
+                    return outcome
+            raise AssertionError("nothing arrived")
+
+        task = soon(leave_after_one())
+        await engine.held.wait_held("landing", 2)
+        engine.held.step("landing", 1)
+        await until(lambda: not engine.statistics().queued)
+        assert not task.done()
+        assert engine.held.held("landing") == 1
+        engine.held.release()
+        assert (await task).hit
+        assert engine.held.submitted == before + 2
+        for each in memory:
+            await engine.deregister(each)
+
+
+async def test_store_each_cancelled(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv", inflight_ops=2) as engine:
+        engine.held.hold("start")
+        items = [(b"%d" % i, content(i, SIZE)) for i in range(5)]
+
+        async def drain() -> list[Outcome]:
+            return [outcome async for outcome in engine.store_each(items)]
+
+        task = soon(drain())
+        await engine.held.wait_held("start", 2)
+        task.cancel()
+        await turns()
+        assert not task.done()
+        engine.held.release()
+        await is_cancelled(task)
+        assert engine.held.submitted == 2
+
+
+# --- the engine itself --------------------------------------------------------------------------
+
+
+async def test_closing_drains(tmp_path: Path) -> None:
+    """What was asked for before is done; what is asked for afterwards is refused."""
+    async with opened(tmp_path / "kv", inflight_ops=2) as engine:
+        engine.held.hold("landing")
+        storing = soon(engine.store_many([(b"%d" % i, content(i, SIZE)) for i in range(6)]))
+        await engine.held.wait_held("landing", 2)
+        closing = soon(engine.aclose())
+        await turns()
+        assert not closing.done()
+        with pytest.raises(ClosedError):
+            await engine.store(b"late", bytes(1))
+        engine.held.release()
+        await closing
+        assert [outcome.status for outcome in await storing] == ["stored"] * 6
+        await engine.aclose()
+
+
+async def test_closing_with_a_wedged_transfer_fails_at_its_own_deadline(tmp_path: Path) -> None:
+    """Loudly, and nobody gets the directory meanwhile; what waits ends by its own deadline."""
+    settings = config(tmp_path / "kv", drain_timeout_s=0.1)
+    engine = Watched(settings, HeldTransport(NixlTransport()))
+    await engine.open()
+    engine.held.hold("landing")
+    storing = soon(engine.store(b"a", content("a", SIZE), timeout_s=LATE_S))
+    await engine.held.wait_held("landing")
+    for _ in range(2):
+        with pytest.raises(TransferTimeout, match="in flight"):
+            await engine.aclose()
+    with pytest.raises(BusyError):
+        async with open_engine(settings):
+            pass
+    await late(engine, storing, "landing")
+    engine.held.release()
+    await asyncio.wrap_future(engine.held.close())
+    await until(engine.tier_idle)
+    await engine.close_tier()
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.prefix([b"a"]) == 0
+
+
+async def test_closing_waits_for_the_index_too(tmp_path: Path) -> None:
+    """A removal or an eviction that nobody waits for is no reason to hang, or to be cut short."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        task = soon(engine.delete(b"a"))
+        await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(5):
+            await engine.aclose()
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.prefix([b"a"]) == 0
+
+
+async def test_opening_can_be_cancelled(tmp_path: Path) -> None:
+    """Whatever it had got hold of is let go: the directory opens again at once."""
+    for delay in range(6):
+        task = soon(open_engine(config(tmp_path / "kv")).__aenter__())
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        task.cancel()
+        await is_cancelled(task)
+        async with opened(tmp_path / "kv"):
+            pass
+
+
+async def stormy(engine: Watched, chance: random.Random) -> None:
+    """One store or load that may be given up; afterwards its memory is really its own."""
+    make = chance.choice([aligned, unaligned])
+    name, timeout_s = b"%d" % chance.randrange(12), chance.choice([0.002, 0.01, 20.0])
+    write = chance.random() < 0.5
+    buffer = make(SIZE, content(name, SIZE) if write else 0)
+    memory = engine.register(buffer)
+    act = engine.store if write else engine.load
+    try:
+        if await act(name, memory, timeout_s=timeout_s):
+            assert buffer.tobytes() == content(name, SIZE)
+    except TransferTimeout as error:
+        if error.settled is not None:
+            await error.settled
+    finally:
+        with contextlib.suppress(BusyError):
+            await engine.deregister(memory)
+            buffer[:] = WORD
+
+
+def weather(engine: Watched, chance: random.Random, tasks: list[asyncio.Task[None]]) -> None:
+    """Hold something, let something go, or cancel somebody."""
+    stage: Stage = chance.choice(["start", "landing"])
+    match chance.randrange(6):
+        case 0:
+            engine.held.hold(stage, lambda _: chance.random() < 0.3)
+        case 1 | 2:
+            engine.held.step(stage)
+        case 3:
+            engine.held.release()
+        case 4:
+            chance.choice(tasks).cancel()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_storm_of_cancels_and_deadlines(tmp_path: Path, seed: int) -> None:
+    """Whatever is given up, and wherever: no wrong byte, nothing lost, nothing left behind."""
+    chance = random.Random(seed)
+    changes = {"inflight_ops": 6, "bounce_bytes": 12 * PAGE, "tier": {"capacity_bytes": MIB // 2}}
+    async with opened(tmp_path / "kv", lanes=2, **changes) as engine:
+        tasks: list[asyncio.Task[None]] = []
+        for _ in range(400):
+            tasks.append(asyncio.create_task(stormy(engine, chance)))
+            weather(engine, chance, tasks)
+            if chance.random() < 0.3:
+                await asyncio.to_thread(int)  # long enough for something to land
+            else:
+                await asyncio.sleep(0)
+        engine.held.release()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        allowed = (type(None), asyncio.CancelledError)
+        assert [end for end in ends if not isinstance(end, allowed)] == []
+
+
+async def test_closing_while_a_batch_is_taken_in(tmp_path: Path) -> None:
+    """A batch is taken in some blocks at a time; those that come after the closing are refused."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"there")
+        items = [*((b"%d" % i, bytearray(SIZE)) for i in range(100)), (b"there", bytearray(SIZE))]
+        task = soon(engine.load_many(items))
+        await asyncio.sleep(0)
+        await engine.aclose()
+        outcomes = await task
+        assert {outcome.status for outcome in outcomes[:32]} == {"miss"}
+        assert {type(outcome.error) for outcome in outcomes[32:]} <= {type(None), ClosedError}
+        assert type(outcomes[-1].error) is ClosedError or outcomes[-1].hit
+
+
+async def test_closing_between_two_arrivals(tmp_path: Path) -> None:
+    """Whoever takes a batch slowly learns that the engine has closed, block by block."""
+    async with opened(tmp_path / "kv") as engine:
+        outcomes = []
+        async for outcome in engine.load_each([(b"%d" % i, bytearray(1)) for i in range(80)]):
+            outcomes.append(outcome)
+            if len(outcomes) == 1:
+                await engine.aclose()
+        assert len(outcomes) == 80
+        assert outcomes[0].status == "miss"
+        assert type(outcomes[-1].error) is ClosedError
+
+
+async def test_a_batch_cancelled_while_it_is_taken_in(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        keys = [b"%d" % i for i in range(200)]
+        task = soon(engine.store_many([(key, content(key, SIZE)) for key in keys]))
+        await asyncio.sleep(0)
+        task.cancel()
+        await is_cancelled(task)
+        assert 0 < await engine.prefix(keys) + engine.held.submitted < 200
+
+
+async def test_a_deadline_that_passes_while_a_batch_is_taken_in(tmp_path: Path) -> None:
+    """Blocks that come after the deadline don't start; every block gets its outcome."""
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("start")
+        items = [(b"%d" % i, content(i, SIZE)) for i in range(200)]
+        outcomes = await engine.store_many(items, timeout_s=1e-4)
+        assert {type(outcome.error) for outcome in outcomes} == {TransferTimeout}
+        engine.held.release()
+        assert await engine.prefix([b"0"]) == 0

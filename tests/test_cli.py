@@ -1,0 +1,715 @@
+"""The command line: what it prints, its exit status, and that nobody ever sees a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from faults import read_only
+from kvgds import EngineConfig, FileTier, Namespace, __version__, open_engine
+from kvgds.cli import app, parse_age, parse_size, size_text
+from kvgds.replay import key_of, namespace
+from support import content, places, spoil, write_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typer.testing import Result
+
+PAGE = 4096
+SIZE = 3 * PAGE
+ONE = Namespace("first/model")
+LAYOUTS = ("slabs", "files")
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line reads KVGDS_*; what the caller's environment has is not the subject."""
+    for name in os.environ:
+        if name.startswith("KVGDS_"):
+            monkeypatch.delenv(name)
+
+
+def config(root: Path, layout: str = "slabs", **tier: Any) -> EngineConfig:
+    settings = {"root": root, "capacity_bytes": 8 << 20, "layout": layout, **tier}
+    return EngineConfig(namespace=ONE, tiers=(FileTier(**settings),), bounce_bytes=4 << 20)
+
+
+def fill(root: Path, count: int = 3, layout: str = "slabs") -> None:
+    async def run() -> None:
+        async with open_engine(config(root, layout)) as engine:
+            for i in range(count):
+                await engine.store(b"key-%d" % i, content(i, SIZE))
+
+    asyncio.run(run())
+
+
+def call(*arguments: object) -> Result:
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def found(*arguments: object, status: int = 0) -> dict[str, Any]:
+    """What a command prints as JSON, and that this is all it prints."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == status
+    answer = json.loads(result.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def process(*arguments: object, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "kvgds", *map(str, arguments)],
+        check=False,
+        **{
+            "capture_output": True,
+            "text": True,
+            "timeout": 50,
+            "stdin": subprocess.DEVNULL,
+            "env": {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            **changes,
+        },
+    )
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("64K", 64 << 10),
+        ("64k", 64 << 10),
+        ("64KiB", 64 << 10),
+        ("64KB", 64 << 10),
+        ("1.5M", 3 << 19),
+        ("2G", 2 << 30),
+        ("2 GiB", 2 << 30),
+        ("1Ti", 1 << 40),
+        ("1P", 1 << 50),
+        ("17B", 17),
+    ],
+)
+def test_sizes_are_read(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "K", "1X", "-1", "1e3", "1KK", "one", "1 2", "1,000"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("7d", 604800), ("2W", 1209600)],
+)
+def test_ages_are_read(text: str, seconds: float) -> None:
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "d", "-1d", "1y", "7days"])
+def test_what_is_no_age_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no duration"):
+        parse_age(text)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (5 << 40, "5.0 TiB"),
+        (1 << 60, "1,024.0 PiB"),
+    ],
+)
+def test_sizes_are_written_for_people(nbytes: int, text: str) -> None:
+    assert size_text(nbytes) == text
+
+
+def test_version_and_help() -> None:
+    assert call("--version").stdout == f"kvgds {__version__}\n"
+    for command in ("doctor", "ls", "fsck", "gc", "replay", "demo"):
+        assert command in call("--help").stdout
+        assert call(command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("ls",),
+        ("ls", "here", "--limit", "-1"),
+        ("ls", "here", "--frobnicate"),
+        ("gc", "here"),
+        ("gc", "here", "--keep-bytes", "much"),
+        ("gc", "here", "--older-than", "long"),
+        ("replay", "trace"),
+        ("replay", "trace", "--root", "here", "--block-bytes", "4Q"),
+        ("replay", "trace", "--root", "here", "--in-flight", "0"),
+    ],
+)
+def test_a_wrong_call_ends_with_2(arguments: tuple[str, ...]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == "" or not arguments
+    assert "Traceback" not in result.output
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def a_file(root: Path) -> None:
+    root.write_text("not a directory")
+
+
+def no_parent(root: Path) -> None:
+    """Nothing leads to the directory."""
+    root.parent.rmdir()
+
+
+def foreign(root: Path) -> None:
+    root.mkdir()
+    (root / "kvgds.json").write_text('{"format": 99}')
+
+
+def garbage_index(root: Path) -> None:
+    fill(root)
+    (root / "index.db").write_bytes(os.urandom(100_000))
+
+
+def foreign_index(root: Path) -> None:
+    fill(root)
+    for path in root.glob("index.db*"):
+        path.unlink()
+    (root / "index.db").symlink_to("/etc/hostname")
+
+
+def loop(root: Path) -> None:
+    root.symlink_to(root.name)
+
+
+TROUBLES = (a_file, no_parent, foreign, garbage_index, foreign_index, loop)
+COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
+    "doctor": lambda root, _: ("doctor", "--root", root),
+    "ls": lambda root, _: ("ls", root),
+    "fsck": lambda root, _: ("fsck", root),
+    "gc": lambda root, _: ("gc", root, "--keep-bytes", "0"),
+    "replay": lambda root, trace: ("replay", trace, "--root", root, "--capacity", "1M"),
+}
+
+
+def arguments_of(command: str, root: Path, where: Path) -> tuple[object, ...]:
+    trace = where / "trace"
+    trace.write_text('{"hash_ids": [1, 2]}\n')
+    return COMMANDS[command](root, trace)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_is_told_in_one_line(
+    tmp_path: Path, trouble: Callable[[Path], None], command: str
+) -> None:
+    root = tmp_path / "above" / "kv"
+    root.parent.mkdir()
+    trouble(root)
+    result = call(*arguments_of(command, root, tmp_path))
+    assert result.exit_code == 1
+    if command == "doctor" or (command == "fsck" and "index" in trouble.__name__):
+        assert result.stderr == ""  # they tell what they found
+        assert "broken" in result.stdout or "index" in result.stdout
+    else:
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert str(root.parent) in line
+
+
+@pytest.mark.parametrize(
+    ("trouble", "command"), list(zip(TROUBLES, [*COMMANDS, "ls"], strict=True))
+)
+def test_no_user_sees_a_traceback(
+    tmp_path: Path, trouble: Callable[[Path], None], command: str
+) -> None:
+    root = tmp_path / "above" / "kv"
+    root.parent.mkdir()
+    trouble(root)
+    result = process(*arguments_of(command, root, tmp_path))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_directory_is_told_or_read(tmp_path: Path, command: str) -> None:
+    root = tmp_path / "disk" / "kv"
+    root.parent.mkdir()
+    fill(root)
+    with read_only(root.parent):
+        result = call(*arguments_of(command, root, tmp_path))
+    if command == "ls":
+        assert result.exit_code == 0
+        assert "first/model" in result.stdout
+    else:
+        assert result.exit_code == 1
+        assert "Read-onlyfilesystem" in "".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_a_directory_in_use_is_told_or_read(tmp_path: Path, command: str) -> None:
+    root = tmp_path / "kv"
+    arguments = arguments_of(command, root, tmp_path)
+    async with open_engine(config(root)) as engine:
+        await engine.store(b"key", content(0, SIZE))
+        files = sorted(root.iterdir())
+        result = await asyncio.to_thread(process, *arguments)
+        assert sorted(root.iterdir()) == files
+        assert await engine.load(b"key", bytearray(SIZE))
+    assert "Traceback" not in result.stdout + result.stderr
+    if command in ("ls", "doctor"):
+        assert (result.returncode, result.stderr) == (0, "")
+        assert ("first/model" if command == "ls" else f"process {os.getpid()}") in result.stdout
+    else:
+        assert result.returncode == 1
+        assert f"in use by process {os.getpid()}" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+TOML = """
+path = "auto"
+[namespace]
+model = "some/model"
+[[tiers]]
+root = "{root}"
+capacity_bytes = 1073741824
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("capacity_bytes", "capacity_byte", "capacity_byte"),
+        ('path = "auto"', 'path = "warp"', "path"),
+        ('path = "auto"', "bounce_bytes = -3", "bounce_bytes"),
+        ("1073741824", '"1G"', "capacity_bytes"),
+        ("model =", "modell =", "modell"),
+        ("[[tiers]]", "[tiers]", "tiers"),
+        ('path = "auto"', "path = ", "can't be read"),
+        ("some/model", "", "namespace.model"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    file = tmp_path / "kvgds.toml"
+    text = TOML.format(root=tmp_path / "kv")
+    assert old in text
+    file.write_text(text.replace(old, new))
+    result = call("doctor", "--config", file)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result = call("doctor", "--config", tmp_path / "none.toml")
+    assert result.exit_code == 1
+    assert "none.toml" in result.stderr
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    fill(tmp_path / "kv", 200)
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        result = process("ls", tmp_path / "kv", "--limit", 200, capture_output=False,
+                         stdout=writing, stderr=subprocess.PIPE)  # fmt: skip
+    finally:
+        os.close(writing)
+    assert "Traceback" not in result.stderr
+    assert "error" not in result.stderr
+
+
+def test_an_output_that_is_full_is_told(tmp_path: Path) -> None:
+    fill(tmp_path / "kv")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        result = process("ls", tmp_path / "kv", "--json", capture_output=False,
+                         stdout=full, stderr=subprocess.PIPE)  # fmt: skip
+    assert result.returncode != 0
+    assert "No space left" in result.stderr
+
+
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/k\xffv"))
+    fill(root)
+    assert process("ls", root).returncode == 0
+    missing = process("ls", root / "more")
+    assert (missing.returncode, len(missing.stderr.splitlines())) == (1, 1)
+
+
+# --- doctor -----------------------------------------------------------------------------------
+
+
+PART = {"ok", "used", "summary", "evidence", "refused"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_doctor_tells_how_bytes_move_and_leaves_nothing(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 3, layout)
+    files = sorted(path.name for path in root.rglob("*") if path.name != "tmp")
+    answer = found("doctor", "--root", root)
+    assert set(answer) == {"ok", "versions", "nixl", "huge_pages", "gpu", "roots"}
+    assert answer["ok"] is True
+    assert set(answer["versions"]) == {"kvgds", "nixl", "python", "kernel"}
+    assert answer["versions"]["kernel"] == os.uname().release
+    assert answer["nixl"]["summary"] in ("POSIX/uring", "POSIX/aio")
+    for part in (answer["nixl"], answer["huge_pages"], answer["gpu"]):
+        assert set(part) == PART
+    assert "this version moves host memory only" in answer["gpu"]["summary"]
+    (part,) = answer["roots"]
+    assert set(part) == PART | {
+        "root", "layout", "in_use", "path", "backend", "direct_io", "alignment", "filesystem",
+        "free_bytes",
+    }  # fmt: skip
+    assert (part["root"], part["layout"], part["in_use"]) == (str(root), layout, False)
+    assert (part["path"], part["backend"]) == ("direct", answer["nixl"]["summary"])
+    assert part["direct_io"] == (part["alignment"] == PAGE)
+    assert part["free_bytes"] > 0
+    assert any("holds 3 blocks in 1 namespaces" in line for line in part["evidence"])
+    assert any(f"{root}" in line and part["filesystem"] in line for line in part["evidence"])
+    assert sorted(path.name for path in root.rglob("*") if path.name != "tmp") == files
+    assert [path.name for path in tmp_path.iterdir()] == ["kv"]
+
+
+def test_doctor_looks_beside_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
+    (part,) = found("doctor", "--root", tmp_path / "kv")["roots"]
+    assert part["ok"]
+    assert part["path"] == "direct"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name, age in (("old", 7200), ("new", 60)):
+        folder = tmp_path / f".kvgds-doctor-{name}"
+        (folder / "sub").mkdir(parents=True)
+        os.utime(folder, (0, time.time() - age))
+    assert found("doctor", "--root", tmp_path)["ok"]
+    assert [path.name for path in tmp_path.iterdir()] == [".kvgds-doctor-new"]
+
+
+def test_doctor_without_a_directory_looks_at_the_machine() -> None:
+    assert found("doctor")["roots"] == []
+    assert "huge pages" in call("doctor").stdout
+
+
+def test_doctor_tries_the_tiers_of_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "kvgds.toml"
+    file.write_text(TOML.format(root=tmp_path / "kv") + 'direct_io = "never"\nlayout = "files"\n')
+    (part,) = found("doctor", "--config", file)["roots"]
+    assert (part["root"], part["layout"]) == (str(tmp_path / "kv"), "files")
+    assert part["direct_io"] is False
+    assert [way["what"] for way in part["refused"]] == ["O_DIRECT"]
+
+
+def test_doctor_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVGDS_TIERS__0__ROOT", str(tmp_path / "kv"))
+    monkeypatch.setenv("KVGDS_TIERS__0__CAPACITY_BYTES", "1000000")
+    monkeypatch.setenv("KVGDS_NAMESPACE__MODEL", "some/model")
+    (part,) = found("doctor")["roots"]
+    assert part["root"] == str(tmp_path / "kv")
+
+
+def test_doctor_tells_of_quarantined_places(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root)
+    spoil(root, b"key-1", PAGE, ONE)
+
+    async def meet() -> None:
+        async with open_engine(config(root)) as engine:
+            await engine.load_many([(b"key-1", bytearray(SIZE))])
+
+    asyncio.run(meet())
+    (part,) = found("doctor", "--root", root)["roots"]
+    assert part["ok"]
+    assert [way["what"] for way in part["refused"]] == ["quarantine"]
+    assert "fsck --repair" in part["refused"][0]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (a_file, "not a directory"),
+        (no_parent, "not a directory"),
+        (foreign, "does not know it"),
+        (garbage_index, "fsck --rebuild"),
+    ],
+)
+def test_doctor_says_why_a_directory_cannot_be_used(
+    tmp_path: Path, trouble: Callable[[Path], None], says: str
+) -> None:
+    root = tmp_path / "above" / "kv"
+    root.parent.mkdir()
+    trouble(root)
+    answer = found("doctor", "--root", root, status=1)
+    assert answer["ok"] is False
+    (part,) = answer["roots"]
+    assert part["ok"] is False
+    assert says in json.dumps(part["refused"])
+    assert all(way["fix"] for way in part["refused"])
+
+
+@pytest.mark.parametrize("also", ["", "206"])
+def test_doctor_says_why_io_uring_is_refused(tmp_path: Path, also: str) -> None:
+    """The kernel is told to refuse io_uring_setup, and then io_setup as well."""
+    program = f"""
+        import ctypes, struct, sys
+        numbers = [425, {also}]
+        code = [(0x20, 0, 0, 0)]
+        for i, number in enumerate(numbers):
+            code.append((0x15, len(numbers) - i, 0, number))
+        code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)]
+        filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
+        whole = struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters))
+        whole = ctypes.create_string_buffer(whole)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.prctl(38, 1, 0, 0, 0) == 0
+        assert libc.prctl(22, 2, whole) == 0
+        from kvgds.cli import app
+        app(["doctor", "--json", "--root", sys.argv[1]])
+    """
+    if os.uname().machine != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86-64")
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "kv")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    assert result.stderr == ""
+    answer = json.loads(result.stdout)
+    refused = [way["what"] for way in answer["nixl"]["refused"]]
+    assert all(way["why"] and way["fix"] for way in answer["nixl"]["refused"])
+    if also:
+        assert (result.returncode, answer["nixl"]["ok"]) == (1, False)
+        assert refused == ["POSIX/uring", "POSIX/aio"]
+    else:
+        assert (result.returncode, answer["nixl"]["summary"]) == (0, "POSIX/aio")
+        assert refused == ["POSIX/uring"]
+        assert answer["roots"][0]["backend"] == "POSIX/aio"
+
+
+# --- ls, fsck, gc -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ls_prints_namespaces_and_blocks(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 3, layout)
+    answer = found("ls", root, "--limit", 2)
+    assert set(answer) == {
+        "root", "layout", "namespaces", "entries", "allocated_bytes", "quarantined",
+    }  # fmt: skip
+    (use,) = answer["namespaces"]
+    assert set(use) == {"digest", "fields", "blocks", "nbytes", "disk_bytes", "sizes"}
+    assert (use["fields"]["model"], use["blocks"], use["nbytes"]) == ("first/model", 3, 3 * SIZE)
+    assert [set(entry) for entry in answer["entries"]] == [
+        {"key", "namespace", "nbytes", "place"}
+    ] * 2
+    assert found("ls", root, "--namespace", "other/*")["namespaces"] == []
+    text = call("ls", root, "--limit", 1).stdout
+    assert "first/model" in text
+    assert "36.0 KiB" in text
+    assert answer["entries"][0]["key"] in text
+
+
+def test_fsck_prints_what_it_found_and_mended(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root)
+    clean = call("fsck", root)
+    assert (clean.exit_code, clean.stdout) == (0, "3 blocks (36.0 KiB) checked: clean\n")
+    spoil(root, b"key-1", PAGE, ONE)
+    answer = found("fsck", root, status=1)
+    assert set(answer) == {
+        "root", "layout", "blocks", "nbytes", "problems", "unproven", "kept_aside", "clean",
+    }  # fmt: skip
+    assert answer["clean"] is False
+    assert [set(problem) for problem in answer["problems"]] == [
+        {"kind", "place", "text", "repaired"}
+    ]
+    bad = call("fsck", root)
+    assert bad.exit_code == 1
+    assert "found: corrupt: slab 0 slot" in bad.stdout
+    assert "1 problems left" in bad.stdout
+    mended = call("fsck", root, "--repair")
+    assert mended.exit_code == 0
+    assert "repaired: corrupt" in mended.stdout
+    assert call("fsck", root).stdout == "2 blocks (24.0 KiB) checked: clean\n"
+
+
+def test_a_damaged_index_leads_to_rebuild_and_back(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root)
+    (root / "index.db").write_bytes(os.urandom(50_000))
+    refused = process("ls", root)
+    assert refused.returncode == 1
+    assert "kvgds fsck --rebuild" in refused.stderr
+    mended = process("fsck", root, "--rebuild")
+    assert (mended.returncode, mended.stderr) == (0, "")
+    assert f"the old index is {root}/index.db.damaged-1" in mended.stdout
+    assert "3 blocks (36.0 KiB) are in the new index: clean" in mended.stdout
+    assert found("ls", root)["namespaces"][0]["blocks"] == 3
+
+
+def test_fsck_prints_at_most_a_screenful(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root, 70)
+    for place in places(root, ONE).values():
+        write_at(place.path, place.offset, bytes(8))
+    text = call("fsck", root).stdout
+    assert len(text.splitlines()) == 52
+    assert "and 20 more" in text
+    assert len(found("fsck", root, status=1)["problems"]) == 70
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_prints_what_went(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 3, layout)
+    answer = found("gc", root, "--keep-bytes", "16K", "--dry-run")
+    assert set(answer) == {
+        "root", "layout", "dry_run", "blocks", "nbytes", "files", "freed_bytes", "kept_blocks",
+        "kept_bytes",
+    }  # fmt: skip
+    assert (answer["blocks"], answer["kept_bytes"], answer["dry_run"]) == (2, 16384, True)
+    assert (
+        "would drop 2 blocks (32.0 KiB)"
+        in call("gc", root, "--keep-bytes", "16K", "--dry-run").stdout
+    )
+    assert found("ls", root)["namespaces"][0]["blocks"] == 3
+    assert "dropped 2 blocks (32.0 KiB)" in call("gc", root, "--keep-bytes", "16K").stdout
+    assert found("ls", root)["namespaces"][0]["blocks"] == 1
+    aged = call("gc", root, "--older-than", "7d")
+    assert aged.exit_code == (1 if layout == "slabs" else 0)
+    assert ("order of use" in aged.stderr) == (layout == "slabs")
+
+
+# --- replay -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.jsonl"
+    requests = [[*range(i % 5), *range(100 * i, 100 * i + 9)] for i in range(1, 40)]
+    path.write_text("".join(json.dumps({"hash_ids": ids}) + "\n" for ids in requests))
+    return path
+
+
+def test_replay_prints_one_table(tmp_path: Path, trace: Path) -> None:
+    arguments = (
+        "replay",
+        trace,
+        "--root",
+        tmp_path / "kv",
+        "--block-bytes",
+        "8K",
+        "--capacity",
+        "64M",
+    )
+    first = process(*arguments)
+    assert (first.returncode, first.stderr) == (0, "")
+    for word in ("hit rate", "evictions", "loaded", "stored", "verified", "store_many", "slabs:"):
+        assert word in first.stdout
+    answer = found(*arguments)
+    assert set(answer) == {
+        "requests", "asked", "hits", "misses", "hit_rate", "stored", "evictions", "bytes_loaded",
+        "bytes_stored", "bytes_verified", "load_gb_s", "store_gb_s", "seconds", "prefix",
+        "load_many", "store_many", "errors", "messages", "path",
+    }  # fmt: skip
+    assert (answer["requests"], answer["hit_rate"], answer["errors"]) == (39, 1.0, 0)
+    assert set(answer["load_many"]) == {"calls", "p50_ms", "p95_ms", "p99_ms"}
+    assert found(*arguments, "--limit", 3)["requests"] == 3
+
+
+def test_a_wrong_byte_ends_a_replay_with_1(tmp_path: Path, trace: Path) -> None:
+    root = tmp_path / "kv"
+    settings = EngineConfig(
+        namespace=namespace(8192), tiers=(FileTier(root=root, capacity_bytes=64 << 20),)
+    )
+
+    async def plant() -> None:
+        async with open_engine(settings) as engine:
+            await engine.store(key_of(0), bytes(8192))
+
+    asyncio.run(plant())
+    arguments = ("replay", trace, "--root", root, "--block-bytes", "8K", "--capacity", "64M")
+    result = process(*arguments)
+    assert result.returncode == 1
+    assert "error: id 0: other bytes were loaded than were stored" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert found(*arguments, status=1)["errors"] > 0
+
+
+def test_a_bad_line_ends_a_replay_with_its_number(tmp_path: Path, trace: Path) -> None:
+    with trace.open("a") as file:
+        file.write("oops\n")
+    result = process("replay", trace, "--root", tmp_path / "kv")
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert "line 40" in line
+    assert not (tmp_path / "kv").exists()
+
+
+def test_an_interrupted_replay_leaves_a_sound_directory(tmp_path: Path) -> None:
+    trace = tmp_path / "long"
+    with trace.open("w") as file:
+        for i in range(20_000):
+            file.write(json.dumps({"hash_ids": list(range(30 * i, 30 * i + 30))}) + "\n")
+    root = tmp_path / "kv"
+    arguments = (
+        "replay",
+        str(trace),
+        "--root",
+        str(root),
+        "--block-bytes",
+        "4K",
+        "--capacity",
+        "64M",
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvgds", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        while not list(root.glob("slab-*")):
+            assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=30)
+    assert child.returncode != 0
+    assert "Traceback" not in output + errors
+    assert call("fsck", root).exit_code == 0

@@ -1,0 +1,210 @@
+"""Settings: what is wrong is named with field, value and rule, before anything is opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvgds import ConfigError, EngineConfig, FileTier, Namespace, load_config
+
+TIER = FileTier(root=Path("kv"), capacity_bytes=1 << 20)
+BASE: dict[str, Any] = {"namespace": Namespace(model="m"), "tiers": (TIER,)}
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    config = EngineConfig(**BASE)
+    assert config.path == "auto"
+    assert (TIER.layout, TIER.verify, TIER.direct_io, TIER.durable) == (
+        "slabs",
+        "full",
+        "auto",
+        "process",
+    )
+    with pytest.raises(ValueError, match="frozen"):
+        config.timeout_s = 5.0  # type: ignore[misc]
+
+
+def test_a_root_may_be_text() -> None:
+    assert FileTier(root="/kv", capacity_bytes=1 << 20).root == Path("/kv")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("capacity_bytes", 0),
+        ("capacity_bytes", 8191),
+        ("capacity_bytes", -1),
+        ("capacity_bytes", 1e9),
+        ("capacity_bytes", "1 GiB"),
+        ("capacity_bytes", True),
+        ("root", ""),
+        ("root", 7),
+        ("root", None),
+        ("layout", "slab"),
+        ("verify", True),
+        ("direct_io", "yes"),
+        ("durable", ""),
+        ("capacity", 1 << 20),
+    ],
+)
+def test_tiers_that_can_not_be(field: str, value: Any) -> None:
+    values = {"root": Path("kv"), "capacity_bytes": 1 << 20, field: value}
+    with pytest.raises(ConfigError) as caught:
+        FileTier(**values)
+    error = caught.value
+    assert field in error.field or field in error.rule
+    assert error.rule
+    assert isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("namespace", "m"),
+        ("tiers", ()),
+        ("tiers", (TIER, TIER)),
+        ("tiers", TIER),
+        ("path", "GDS"),
+        ("bounce_bytes", 4096),
+        ("bounce_bytes", 1.5),
+        ("timeout_s", 0.0),
+        ("timeout_s", -1.0),
+        ("timeout_s", float("inf")),
+        ("timeout_s", float("nan")),
+        ("timeout_s", "5"),
+        ("drain_timeout_s", 0),
+        ("queue_ops", 0),
+        ("inflight_ops", 0),
+        ("inflight_bytes", 1),
+        ("transport_threads", 0),
+        ("transport_threads", 65),
+        ("timeout", 5.0),
+    ],
+)
+def test_engines_that_can_not_be(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{**BASE, field: value})
+    assert field in caught.value.field or field in caught.value.rule
+    assert caught.value.rule
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="namespace"):
+        EngineConfig(tiers=(TIER,))  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="root"):
+        FileTier(capacity_bytes=1 << 20)  # type: ignore[call-arg]
+
+
+# --- files and the environment ----------------------------------------------------------------
+
+TEXT = """
+timeout_s = 5
+bounce_bytes = 1048576
+
+[namespace]
+model = "Qwen/Qwen3-8B"
+block_tokens = 32
+
+[[tiers]]
+root = "/nvme/kv"
+capacity_bytes = 1_073_741_824
+verify = "stamp"
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "kvgds.toml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_a_file(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, TEXT), {})
+    assert config.namespace == Namespace(model="Qwen/Qwen3-8B", block_tokens=32)
+    assert config.timeout_s == 5
+    assert config.tiers[0] == FileTier(
+        root=Path("/nvme/kv"), capacity_bytes=1 << 30, verify="stamp"
+    )
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    environ = {
+        "KVGDS_TIMEOUT_S": "7.5",
+        "KVGDS_NAMESPACE__RANK": "1",
+        "KVGDS_NAMESPACE__WORLD": "2",
+        "KVGDS_TIERS__0__ROOT": "/other",
+        "KVGDS_PATH": "bounce",
+        "HOME": "/nowhere",
+        "XKVGDS_TIMEOUT_S": "9",
+    }
+    config = load_config(written(tmp_path, TEXT), environ)
+    assert (config.timeout_s, config.path) == (7.5, "bounce")
+    assert (config.namespace.rank, config.namespace.world) == (1, 2)
+    assert config.tiers[0].root == Path("/other")
+    assert config.tiers[0].verify == "stamp"
+
+
+def test_the_environment_alone() -> None:
+    environ = {
+        "KVGDS_NAMESPACE__MODEL": "m",
+        "KVGDS_TIERS__0__ROOT": "/kv",
+        "KVGDS_TIERS__0__CAPACITY_BYTES": "1048576",
+    }
+    assert load_config(None, environ).tiers[0].capacity_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KVGDS_TIMEOUT", "5"),
+        ("KVGDS_TIMEOUT_S", "soon"),
+        ("KVGDS_TIMEOUT_S__X", "5"),
+        ("KVGDS_TIERS__1__ROOT", "/kv"),
+        ("KVGDS_TIERS__7__ROOT", "/kv"),
+        ("KVGDS_TIERS__X__ROOT", "/kv"),
+        ("KVGDS_TIERS__0", "/kv"),
+        ("KVGDS_TIERS__0__NOTHING", "1"),
+        ("KVGDS_NAMESPACE__NOTHING", "1"),
+        ("KVGDS_NAMESPACE", "m"),
+        ("KVGDS_", "1"),
+        ("KVGDS___", "1"),
+    ],
+)
+def test_variables_that_name_nothing(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(written(tmp_path, TEXT), {name: value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "timeout_s = ",
+        "timeout_s = 5",
+        "tiers = 5\n[namespace]\nmodel = 'm'",
+        "tiers = [5]\n[namespace]\nmodel = 'm'",
+        "namespace = 5\n[[tiers]]\nroot = '/kv'",
+        "[namespace]\n[[tiers]]\nroot = '/kv'\ncapacity_bytes = 1048576",
+        "[namespace]\nmodle = 'm'\n[[tiers]]\nroot = '/kv'\ncapacity_bytes = 1048576",
+        TEXT + "\nnothing = 1",
+        "nothing = 1" + TEXT,
+    ],
+)
+def test_files_that_can_not_be(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(written(tmp_path, text), {})
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "binary"):
+        with pytest.raises(ConfigError, match="can't be read"):
+            load_config(path, {})
+
+
+def test_the_library_reads_no_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVGDS_TIMEOUT_S", "1")
+    assert EngineConfig(**BASE).timeout_s == 30
+    assert os.environ["KVGDS_TIMEOUT_S"] == "1"

@@ -1,0 +1,530 @@
+"""Memory of every kind: moved right, or refused with a reason; never a wrong byte.
+
+Caches are checked against numpy's own indexing, which knows nothing of gather lists.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import ctypes
+import itertools
+import mmap
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import support
+from kvgds import BlockCorrupt, BusyError, Cache, ClosedError, ConfigError
+from kvgds.memory import Arena, Claims, bytes_at, cache_of, copy_pieces
+from support import PAGE, Watched, aligned, content, opened, unaligned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from kvgds import View
+
+SIZE = 3 * PAGE
+MAPPED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "bytearray": partial(bytearray, SIZE),
+    "memoryview": lambda: memoryview(bytearray(SIZE + 7))[3 : SIZE + 3],
+    "mmap": lambda: mmap.mmap(-1, SIZE, MAPPED),
+    "array": lambda: array.array("d", bytes(SIZE)),
+    "ctypes": ctypes.c_uint16 * (SIZE // 2),
+    "numpy": lambda: np.zeros((3, PAGE // 2), np.float16),
+    "numpy, page-aligned": lambda: aligned(SIZE).reshape(3, -1),
+    "numpy, part": lambda: np.zeros((8, PAGE), np.uint8)[2:5],
+    "numpy, records": lambda: np.zeros(SIZE // 8, [("a", "i4"), ("b", "f4")]),
+    "torch": lambda: torch.zeros(3, PAGE // 4),
+    "torch, bfloat16": lambda: torch.zeros(2, 3, PAGE // 4, dtype=torch.bfloat16),
+    "torch, part": lambda: torch.zeros(8, PAGE, dtype=torch.uint8)[2:5],
+    "torch, of numpy": lambda: torch.from_numpy(aligned(SIZE)),
+    "torch, parameter": lambda: torch.nn.Parameter(torch.zeros(SIZE // 4)),
+}
+
+
+def raw(memory: Any) -> bytes:
+    """The bytes of any of the above, as its own library says."""
+    if isinstance(memory, torch.Tensor):
+        return memory.detach().view(torch.uint8).numpy().tobytes()
+    return memoryview(memory).tobytes()
+
+
+def fill(memory: Any, data: bytes) -> None:
+    if isinstance(memory, torch.Tensor):
+        memory.detach().view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, np.uint8)
+    else:
+        np.frombuffer(memory, np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("registered", [True, False], ids=["registered", "as it is"])
+async def test_every_kind_of_memory(tmp_path: Path, kind: str, *, registered: bool) -> None:
+    """Stored from it, loaded into another of its kind, both ways compared by its own library."""
+    async with opened(tmp_path / "kv") as engine:
+        source, target = KINDS[kind](), KINDS[kind]()
+        fill(source, content(kind, SIZE))
+        give = engine.register if registered else lambda memory: memory
+        assert await engine.store(b"a", give(source))
+        assert await engine.load(b"a", give(target))
+        assert raw(target) == raw(source) == content(kind, SIZE)
+
+
+async def test_parts_of_a_region(tmp_path: Path) -> None:
+    """Whatever part is loaded into, aligned or not, its surroundings stay as they were."""
+    async with opened(tmp_path / "kv") as engine:
+        buffer = aligned(4 * PAGE)
+        region = engine.register(buffer)
+        bounds = (0, 1, 511, 512, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 4 * PAGE)
+        for start, stop in itertools.combinations(bounds, 2):
+            data = content((start, stop), stop - start)
+            key = b"%d-%d" % (start, stop)
+            assert await engine.store(key, data)
+            buffer[:] = 0xEE
+            assert await engine.load(key, region[start:stop])
+            expected = np.full(4 * PAGE, 0xEE, np.uint8)
+            expected[start:stop] = np.frombuffer(data, np.uint8)
+            assert (buffer == expected).all(), (start, stop)
+
+
+USELESS: dict[str, Any] = {
+    "bytearray of nothing": bytearray(),
+    "bytes of nothing": b"",
+    "numpy, no rows": np.zeros((0, 4)),
+    "torch, no columns": torch.zeros(4, 0),
+    "numpy, scalar": np.float64(1),
+    "numpy, no axes": np.array(1.0),
+    "numpy, every other": np.zeros(100)[::2],
+    "numpy, transposed": np.zeros((8, 8)).T[1:],
+    "numpy, backwards": np.zeros(100)[::-1],
+    "numpy, Fortran": np.asfortranarray(np.zeros((4, 4))),
+    "numpy, dates": np.zeros(3, "datetime64[s]"),
+    "torch, transposed": torch.zeros(8, 8).t(),
+    "torch, columns": torch.zeros(8, 8)[:, :3],
+    "torch, expanded": torch.zeros(1).expand(5),
+    "torch, without memory": torch.zeros(8, device="meta"),
+    "torch, sparse": torch.zeros(8).to_sparse(),
+    "list": [1, 2, 3],
+    "text": "text",
+    "number": 7,
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("kind", USELESS)
+async def test_memory_that_can_not_be_used(tmp_path: Path, kind: str) -> None:
+    """A ConfigError that says what is wrong, whether it is registered first or not."""
+    memory = USELESS[kind]
+    async with opened(tmp_path / "kv") as engine:
+        await engine.store(b"a", bytes(8))
+        with pytest.raises(ConfigError):
+            engine.register(memory)
+        for act in (engine.store, engine.load):
+            with pytest.raises(ConfigError):
+                await act(b"a", memory)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        b"x" * SIZE,
+        memoryview(bytearray(SIZE)).toreadonly(),
+        np.frombuffer(b"x" * SIZE, np.uint8),
+    ],
+    ids=["bytes", "memoryview", "numpy"],
+)
+async def test_read_only_memory_is_only_stored_from(tmp_path: Path, memory: Any) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        for each in (memory, engine.register(memory)):
+            await engine.store(b"a", each)
+            with pytest.raises(ConfigError, match="read-only"):
+                await engine.load(b"a", each)
+        back = bytearray(SIZE)
+        assert await engine.load(b"a", back)
+        assert back == bytes(memory)
+
+
+@pytest.mark.parametrize("part", [slice(0, 0), slice(9, 3), slice(SIZE, None), slice(0, 9, 2)])
+async def test_a_part_that_is_none(tmp_path: Path, part: slice) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        region = engine.register(bytearray(SIZE))
+        with pytest.raises(ConfigError):
+            region[part]
+
+
+# --- whose memory it is -------------------------------------------------------------------------
+
+
+def halves(engine: Watched) -> list[tuple[Any, Any, Any]]:
+    """Ways to name two overlapping parts and one that touches neither, of one memory."""
+    buffer, other = aligned(4 * PAGE), unaligned(4 * PAGE)
+    region, second = engine.register(buffer), engine.register(other)
+    again = engine.register(buffer)
+    return [
+        (region[: 2 * PAGE], region[PAGE : 3 * PAGE], region[3 * PAGE :]),
+        (second[: 2 * PAGE], second[2 * PAGE - 1 : 4 * PAGE - 1], second[4 * PAGE - 1 :]),
+        (region[: 2 * PAGE], again[PAGE : 3 * PAGE], again[3 * PAGE :]),
+        (region[: 2 * PAGE], buffer[PAGE : 3 * PAGE], buffer[3 * PAGE :]),
+        (other[: 2 * PAGE], other[PAGE : 3 * PAGE], other[3 * PAGE :]),
+        (buffer[PAGE : 3 * PAGE], region[: 2 * PAGE], region[3 * PAGE :]),
+    ]
+
+
+async def test_overlapping_memory_has_one_writer(tmp_path: Path) -> None:
+    """While a load is in flight, its memory answers BusyError, however it is named."""
+    async with opened(tmp_path / "kv") as engine:
+        for key, nbytes in ((b"a", 2 * PAGE), (b"b", 2 * PAGE), (b"c", PAGE), (b"d", 1)):
+            await engine.store(key, content(key, nbytes))
+        for one, two, three in halves(engine):
+            engine.held.hold("landing")
+            loading = asyncio.ensure_future(engine.load(b"a", one))
+            await engine.held.wait_held("landing")
+            engine.held.hold("landing", lambda _: False)
+            for act in (engine.load, engine.store):
+                with pytest.raises(BusyError):
+                    await act(b"b", two)
+            nbytes = three.nbytes
+            assert await engine.load(b"c" if nbytes == PAGE else b"d", three)
+            engine.held.release()
+            assert await loading
+            assert await engine.load(b"b", two)
+
+
+async def test_overlapping_memory_may_be_read_together(tmp_path: Path) -> None:
+    """Several stores from one memory go on at once; a load into it has to wait for them."""
+    async with opened(tmp_path / "kv") as engine:
+        await engine.store(b"a", bytes(2 * PAGE))
+        for number, (one, two, three) in enumerate(halves(engine)):
+            engine.held.hold("landing")
+            storing = [
+                asyncio.ensure_future(engine.store(b"%d %d" % (number, i), each))
+                for i, each in enumerate((one, two))
+            ]
+            await engine.held.wait_held("landing", 2)
+            for each in (one, two):
+                with pytest.raises(BusyError):
+                    await engine.load(b"a", each)
+            engine.held.release()
+            assert await asyncio.gather(*storing) == [True, True]
+            assert await engine.store(b"%d 3" % number, three)
+
+
+async def test_a_cache_and_other_names_for_its_memory(tmp_path: Path) -> None:
+    """Blocks of a cache are claimed as blocks, so its memory can't be used by other names."""
+    async with opened(tmp_path / "kv") as engine:
+        pool = aligned(8 * PAGE).reshape(4, 2 * PAGE)
+        cache = engine.register_cache([pool])
+        await engine.store(b"a", bytes(PAGE))
+        for refused in (
+            lambda: engine.register(pool),
+            lambda: engine.register(pool[1]),
+            lambda: engine.register_cache([pool[2:]]),
+        ):
+            with pytest.raises(ConfigError, match="registered"):
+                refused()
+        with pytest.raises(ConfigError, match="registered"):
+            await engine.load(b"a", pool[0, :PAGE])
+        await engine.deregister(cache)
+        assert await engine.load(b"a", pool[0, :PAGE])
+        region = engine.register(pool[1])
+        with pytest.raises(ConfigError, match="registered"):
+            engine.register_cache([pool])
+        await engine.deregister(region)
+        engine.register_cache([pool])
+
+
+async def test_blocks_of_a_cache_are_claimed_one_by_one(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        cache = engine.register_cache([aligned(8 * PAGE).reshape(4, -1) for _ in range(3)])
+        for key in (b"a", b"b"):
+            await engine.store(key, bytes(cache.block_bytes))
+        engine.held.hold("landing")
+        loading = asyncio.ensure_future(engine.load(b"a", cache.block(1)))
+        await engine.held.wait_held("landing")
+        engine.held.hold("landing", lambda _: False)
+        with pytest.raises(BusyError):
+            await engine.load(b"b", cache.block(1))
+        with pytest.raises(BusyError):
+            await engine.deregister(cache)
+        assert await engine.load(b"b", cache.block(0))
+        assert await engine.load(b"b", cache.block(2))
+        engine.held.release()
+        assert await loading
+
+
+async def test_deregistered_memory_is_refused(tmp_path: Path) -> None:
+    """And it is free: its owner may resize or close it."""
+    async with opened(tmp_path / "kv") as engine:
+        plain, mapped = bytearray(SIZE), mmap.mmap(-1, SIZE, MAPPED)
+        regions = [engine.register(plain), engine.register(mapped)]
+        for region in regions:
+            assert await engine.store(b"%d" % id(region), region)
+        with pytest.raises(BufferError):
+            plain.append(1)
+        with pytest.raises(BufferError):
+            mapped.close()
+        for region in regions:
+            view = region[:PAGE]
+            await engine.deregister(region)
+            for gone in (region, view):
+                with pytest.raises(ClosedError):
+                    await engine.store(b"b", gone)
+        plain.append(1)
+        mapped.close()
+
+
+async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:
+    """PyTorch can take memory away from under a tensor; that is found out before any I/O."""
+    async with opened(tmp_path / "kv") as engine:
+        freed, moved, cached = (torch.zeros(SIZE, dtype=torch.uint8) for _ in range(3))
+        views: list[Any] = [engine.register(freed), engine.register(moved)]
+        views.append(engine.register_cache([cached.view(3, -1)]).block(0))
+        assert await engine.store(b"a", views[0])
+        for tensor in (freed, cached):
+            tensor.untyped_storage().resize_(0)
+        moved.data = torch.ones(SIZE, dtype=torch.uint8)
+        before = engine.held.submitted
+        for view in views:
+            for act in (engine.load, engine.store):
+                with pytest.raises(ConfigError, match="freed or moved"):
+                    await act(b"a", view)
+        assert engine.held.submitted == before
+
+
+# --- caches -------------------------------------------------------------------------------------
+
+BLOCKS, TOKENS, HEADS, WIDTH = 6, 4, 2, 256  # a block of one layer is 4 KiB of float16, or 8
+SHAPE = (TOKENS, HEADS, WIDTH)
+
+
+def values(*shape: int) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Page-aligned memory of that shape, no two elements near each other alike."""
+    nbytes = 2 * int(np.prod(shape))
+    memory = aligned(-(-nbytes // PAGE) * PAGE)[:nbytes]
+    memory[:] = np.frombuffer(content(shape, nbytes), np.uint8)
+    return memory.view(np.float16).reshape(shape)
+
+
+LAYOUTS: dict[str, tuple[Callable[[], list[Any]], int]] = {
+    "K and V in two tensors": (lambda: [values(BLOCKS, *SHAPE) for _ in range(6)], 0),
+    "K and V in one tensor, before the blocks": (
+        lambda: [values(2, BLOCKS, *SHAPE) for _ in range(3)],
+        1,
+    ),
+    "K and V in one tensor, behind the blocks": (
+        lambda: [values(BLOCKS, 2, *SHAPE) for _ in range(3)],
+        0,
+    ),
+    "all layers in one tensor": (lambda: [values(3, 2, BLOCKS, *SHAPE)], 2),
+    "layers side by side in each block": (
+        lambda: [*np.moveaxis(values(BLOCKS, 3, *SHAPE), 1, 0)],
+        0,
+    ),
+    "layers of different width": (
+        lambda: [values(BLOCKS, TOKENS, 512), values(BLOCKS, TOKENS, 1536)],
+        0,
+    ),
+    "heads outside of the blocks": (lambda: [values(HEADS, BLOCKS, TOKENS, WIDTH)], 1),
+    "blocks inside of the tokens": (lambda: [values(TOKENS, BLOCKS, HEADS * WIDTH * 4)], 1),
+    "unaligned": (lambda: [values(BLOCKS, 1000)[:, 1:501], values(BLOCKS, 3)], 0),
+    "counted from the end": (lambda: [values(2, BLOCKS, 4096)], -2),
+    "permuted": (lambda: [values(BLOCKS, HEADS, TOKENS, WIDTH).transpose(0, 2, 1, 3)], 0),
+    "one element a row": (lambda: [values(5, 3, BLOCKS)], 2),
+}
+
+
+def block_of(layers: list[Any], axis: int, index: int) -> list[np.ndarray[Any, Any]]:
+    """A block's part of each layer, by numpy's indexing."""
+    return [np.take(np.asarray(layer), index, axis) for layer in layers]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_caches_of_every_layout(tmp_path: Path, layout: str) -> None:
+    """Block 1 of one cache is stored and loaded into block 4 of another, and nowhere else."""
+    make, axis = LAYOUTS[layout]
+    async with opened(tmp_path / "kv") as engine:
+        source, target = make(), make()
+        for layer in target:
+            layer[...] = np.roll(layer, 1)
+        before = [np.array(layer) for layer in target]
+        ours, theirs = engine.register_cache(source, axis), engine.register_cache(target, axis)
+        assert (ours.blocks, theirs.blocks) == (BLOCKS, BLOCKS)
+        whole = sum(part.nbytes for part in block_of(source, axis, 1))
+        assert ours.block_bytes == whole
+        assert await engine.store(b"a", ours.block(1))
+        assert await engine.load(b"a", theirs.block(4))
+        for index in range(BLOCKS):
+            expected = block_of(source, axis, 1) if index == 4 else block_of(before, axis, index)
+            for part, wanted in zip(block_of(target, axis, index), expected, strict=True):
+                assert part.tobytes() == wanted.tobytes(), (layout, index)
+
+
+async def test_a_cache_of_torch_tensors(tmp_path: Path) -> None:
+    """As an LLM server has it: bfloat16, two tensors a layer, all blocks moved at once."""
+    async with opened(tmp_path / "kv") as engine:
+        pairs = [torch.randn(2, 8, 16, 2, 64).bfloat16() for _ in range(4)]
+        layers = [half for pair in pairs for half in pair]
+        expected = [layer.clone() for layer in layers]
+        cache = engine.register_cache(layers)
+        items = [(b"%d" % i, cache.block(i)) for i in range(cache.blocks)]
+        assert {outcome.status for outcome in await engine.store_many(items)} == {"stored"}
+        for layer in layers:
+            layer.zero_()
+        mirrored = [(b"%d" % i, cache.block(7 - i)) for i in range(cache.blocks)]
+        assert all(outcome.hit for outcome in await engine.load_many(mirrored))
+        for layer, wanted in zip(layers, expected, strict=True):
+            assert torch.equal(layer.flip(0), wanted)
+
+
+@pytest.mark.parametrize("layout", ["K and V in two tensors", "unaligned"])
+async def test_no_layer_escapes_the_checksum(tmp_path: Path, layout: str) -> None:
+    """The first and the last byte of each part of a block, one block a byte."""
+    make, axis = LAYOUTS[layout]
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        cache = engine.register_cache(make(), axis)
+        sizes = [nbytes for _, nbytes in cache.block(0).rows()]
+        ends = [0, *itertools.accumulate(sizes)]
+        spots = sorted({*ends[:-1], *(end - 1 for end in ends[1:])})
+        for at in spots:
+            assert await engine.store(b"%d" % at, cache.block(0))
+            await asyncio.to_thread(support.spoil, root, b"%d" % at, PAGE + at)
+        for at in spots:
+            with pytest.raises(BlockCorrupt, match="checksum"):
+                await engine.load(b"%d" % at, cache.block(1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "axis", "field"),
+    [
+        ([], 0, "layers"),
+        ([values(4, 8), values(5, 8)], 0, "layers[1]"),
+        ([values(4, 8)], 2, "block_axis"),
+        ([values(4, 8)], -3, "block_axis"),
+        ([np.zeros((0, 8))], 0, "layers[0]"),
+        ([torch.zeros(1, 8).expand(4, 8)], 0, "layers[0]"),
+        ([torch.zeros(4, 8, device="meta")], 0, "layers[0]"),
+        ([torch.zeros(64).as_strided((4, 8), (4, 1))], 0, "layers[0]"),
+        (["text"], 0, "layers[0]"),
+    ],
+)
+async def test_caches_that_can_not_be(
+    tmp_path: Path, layers: list[Any], axis: int, field: str
+) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        with pytest.raises(ConfigError) as caught:
+            engine.register_cache(layers, axis)
+        assert caught.value.field == field
+
+
+async def test_layers_that_overlap(tmp_path: Path) -> None:
+    """The same tensor twice, or two that share some bytes of a block."""
+    pool = values(4, 64)
+    async with opened(tmp_path / "kv") as engine:
+        for layers in (
+            [pool, pool],
+            [pool[:, :40], pool[:, 39:]],
+            [pool, pool[1:3]],
+            [pool[:3], pool[1:]],
+        ):
+            with pytest.raises(ConfigError, match=r"overlap|blocks"):
+                engine.register_cache(layers)
+        cache = engine.register_cache([pool[:, :40], pool[:, 40:]])
+        for index in (-1, 4):
+            with pytest.raises(ConfigError, match="0 to 3"):
+                cache.block(index)
+        with pytest.raises(ConfigError, match="block"):
+            await engine.store(b"a", cache)
+
+
+@st.composite
+def caches(draw: st.DrawFn) -> tuple[list[np.ndarray[Any, Any]], int]:
+    """Layers of any shape, order of axes and cut, all in one memory, and the block axis."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    count, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    axis = draw(st.integers(0, len(shape)))
+    shape.insert(axis, blocks)
+    order = draw(st.permutations(range(len(shape) + 1)))
+    everything = np.arange(count * int(np.prod(shape)), dtype=np.int32)
+    whole = everything.reshape([[count, *shape][i] for i in order])
+    return [*whole.transpose(np.argsort(order))], axis
+
+
+@settings(deadline=None, max_examples=300)
+@given(caches())
+def test_gather_lists_are_what_numpy_says(case: tuple[list[np.ndarray[Any, Any]], int]) -> None:
+    """A block's pieces and rows are its elements, each once, in the order they lie in memory."""
+    layers, axis = case
+    cache: Cache = cache_of(layers, axis)
+    seen = []
+    for index in range(cache.blocks):
+        view = cache.block(index)
+        parts = [np.sort(part, axis=None) for part in block_of(layers, axis, index)]
+        expected = np.concatenate(parts).tobytes()
+        assert gathered(view) == [expected] * 2
+        seen += view.rows()
+    touched = sorted(seen)
+    for (address, nbytes), (following, _) in itertools.pairwise(touched):
+        assert address + nbytes <= following
+    assert sum(nbytes for _, nbytes in touched) == sum(layer.nbytes for layer in layers)
+
+
+def gathered(view: View) -> list[bytes]:
+    rows = b"".join(bytes(bytes_at(address, nbytes)) for address, nbytes in view.rows())
+    return [b"".join(map(bytes, view.pieces())), rows]
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 12)), max_size=40))
+def test_claims_against_a_list(steps: list[tuple[bool, int, int]]) -> None:
+    """Readers share, a writer is alone: compared with looking at every claim there is."""
+    claims = Claims()
+    held: list[tuple[int, int, bool]] = []
+    for step, (write, start, nbytes) in enumerate(steps):
+        stop = start + nbytes
+        if step % 3 == 2 and held:
+            begin, end, how = held.pop(step % len(held))
+            claims.remove(begin, end, write=how)
+            continue
+        free = not any(b < stop and start < e and (how or write) for b, e, how in held)
+        if free:
+            claims.add(start, stop, write=write)
+            held.append((start, stop, write))
+        else:
+            with pytest.raises(BusyError):
+                claims.add(start, stop, write=write)
+        assert len(claims) == len(held)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1), st.lists(st.integers(1, 9), min_size=1))
+def test_pieces_are_copied_however_they_are_cut(left: list[int], right: list[int]) -> None:
+    total = min(sum(left), sum(right))
+    data, target = content("pieces", total), bytearray(total)
+
+    def cut(buffer: Any, sizes: list[int]) -> list[memoryview]:
+        ends = [*itertools.takewhile(lambda end: end < total, itertools.accumulate(sizes)), total]
+        return [memoryview(buffer)[a:b] for a, b in itertools.pairwise([0, *ends])]
+
+    copy_pieces(cut(data, left), cut(target, right))
+    assert target == data
+
+
+def test_an_arena_is_aligned_and_as_big_as_asked() -> None:
+    for nbytes in (1, PAGE, 5 * PAGE + 1):
+        arena = Arena(nbytes)
+        assert arena.span.address % PAGE == 0
+        assert arena.span.nbytes == len(arena.bytes) == nbytes
+        arena.bytes[-1] = 7
+        assert bytes(bytes_at(arena.span.address + nbytes - 1, 1)) == b"\7"

@@ -1,0 +1,287 @@
+"""Several engines and processes on one directory of files, some of which are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvgds import Namespace
+from kvgds.tiers.directory import prepare_root
+from sharing import (
+    HOUR,
+    IMAGE,
+    NBYTES,
+    STRESS_CAPACITY,
+    Process,
+    get,
+    leave,
+    ledger,
+    locked,
+    make_old,
+    opened,
+    owner,
+    path_of,
+    process,
+    put,
+    taken,
+    temporaries,
+    there,
+    write_ledger,
+)
+from support import content
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# --- engines --------------------------------------------------------------------------------
+
+
+async def test_engines_see_each_others_blocks(tmp_path: Path) -> None:
+    """What one stores, another loads, counts, does not write again, deletes."""
+    root = tmp_path / "kv"
+    async with opened(root) as one, opened(root) as two:
+        await put(one, b"a", b"b")
+        assert await two.prefix([b"a", b"b", b"c"]) == 2
+        assert await there(two, [b"a", b"b", b"c"]) == [b"a", b"b"]
+        moved = two.held.submitted
+        assert not await two.store(b"a", content(b"a", NBYTES))
+        assert two.held.submitted == moved
+        assert await two.delete(b"a")
+        assert not await one.delete(b"a")
+        assert not await get(one, b"a")
+        assert await one.prefix([b"a"]) == 0
+        await put(one, b"a")  # not "present", though it once was
+        assert await get(two, b"a")
+        assert ledger(root) == taken(root) == 2 * IMAGE
+
+
+async def test_two_stores_of_one_key_at_once(tmp_path: Path) -> None:
+    """Both succeed, one finds the other's block, and it is counted once."""
+    root = tmp_path / "kv"
+    async with opened(root) as one, opened(root) as two:
+        engines = (one, two)
+        for engine in engines:
+            engine.held.hold("landing")
+        stores = [asyncio.ensure_future(e.store(b"key", content(b"key", NBYTES))) for e in engines]
+        for engine in engines:
+            await engine.held.wait_held("landing")
+        assert ledger(root) == taken(root) == 2 * IMAGE
+        for engine in engines:
+            engine.held.release()
+        assert sorted(await asyncio.gather(*stores)) == [False, True]
+        assert ledger(root) == taken(root) == IMAGE
+        assert temporaries(root) == []
+        assert await get(one, b"key")
+
+
+async def test_a_directory_can_be_made_by_many_at_once(tmp_path: Path) -> None:
+    """Nobody reads a marker that another has only begun to write."""
+
+    def make(n: int) -> None:
+        prepare_root(tmp_path / str(n // 8), "files")
+
+    with ThreadPoolExecutor(8) as threads:
+        await asyncio.gather(
+            *(asyncio.get_running_loop().run_in_executor(threads, make, n) for n in range(800))
+        )
+    assert os.listdir(tmp_path / "0") == ["kvgds.json"]
+
+
+async def test_namespaces_share_the_room_but_no_block(tmp_path: Path) -> None:
+    """Each loads its own; the oldest go first, whosever they are."""
+    root = tmp_path / "kv"
+    other = Namespace(model="test", revision="2")
+    async with opened(root, other) as engine:
+        assert await engine.store(b"key", content("other", NBYTES))
+        await put(engine, b"young")
+    make_old(path_of(root, b"key", other), HOUR)
+    async with opened(root, capacity_bytes=4 * IMAGE) as engine:
+        assert not await get(engine, b"key")
+        await put(engine, b"key", b"more", b"most")
+        assert engine.statistics().tiers[0].bytes_used == ledger(root) == taken(root)
+    assert not path_of(root, b"key", other).exists()
+    async with opened(root, other) as engine:
+        assert await there(engine, [b"key", b"young"]) == [b"young"]
+
+
+async def test_deleting(tmp_path: Path) -> None:
+    """Gives the room back; a load under way ends well; closing waits for it."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await put(engine, b"a", b"b")
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        loading = asyncio.ensure_future(get(engine, b"a"))
+        await engine.held.wait_held("start")
+        assert await engine.delete(b"a")
+        assert ledger(root) == taken(root) == IMAGE
+        engine.held.release()
+        assert await loading
+        assert not await engine.delete(b"a")
+        last = asyncio.ensure_future(engine.delete(b"b"))
+        await asyncio.sleep(0)  # let it begin
+        async with asyncio.timeout(5):
+            await engine.aclose()
+        assert await last
+        assert ledger(root) == taken(root) == 0
+
+
+async def test_deleting_what_has_only_just_been_linked(tmp_path: Path) -> None:
+    """Its temporary name, which its owner would remove next, goes with it."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await put(engine, b"key")
+        name = f"{owner(os.getpid())}.{'0' * 16}.{IMAGE}"
+        (root / "tmp" / name).hardlink_to(path_of(root, b"key"))
+        assert await engine.delete(b"key")
+        assert ledger(root) == taken(root) == 0
+        assert temporaries(root) == []
+
+
+# --- dead and living ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:  # noqa: FBT001
+    """Of the dead at once; of those who can't be looked at, after an hour; of the living never."""
+    root = tmp_path / "kv"
+    async with contextlib.AsyncExitStack() as stack:
+        async with opened(root) as engine:
+            await put(engine, b"key")
+            if not alone:
+                await stack.enter_async_context(opened(root))
+        zombie = stack.enter_context(subprocess.Popen(["true"]))  # noqa: S607
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        dead = [
+            leave(root, owner(zombie.pid)),
+            leave(root, owner(os.getpid(), start=1)),  # the number came again
+        ]
+        remote = [leave(root, owner(1, boot="0" * 32, start=1)) for _ in range(2)]
+        stray = [leave(root, "stray", 0) for _ in range(2)]
+        living = [leave(root, owner(os.getpid())), leave(root, owner(1))]
+        linked = root / "tmp" / f"{owner(os.getpid(), start=2)}.{'0' * 16}.{IMAGE}"
+        linked.hardlink_to(path_of(root, b"key"))  # its owner died before it could unlink it
+        write_ledger(root, 7 * IMAGE)
+        for name in dead:
+            make_old(root / "tmp" / name, HOUR / 2)
+        for name in (*living, remote[0], stray[0]):
+            make_old(root / "tmp" / name, 2 * HOUR)
+        async with opened(root) as engine:
+            assert temporaries(root) == sorted([*living, remote[1], stray[1]])
+            assert ledger(root) == taken(root) == 4 * IMAGE
+            assert await get(engine, b"key")
+
+
+async def test_a_ledger_that_lies_is_put_right(tmp_path: Path) -> None:
+    """At opening, or when there seems to be no room, or when it can't be read."""
+    root = tmp_path / "kv"
+    async with opened(root, capacity_bytes=8 * IMAGE) as engine:
+        await put(engine, b"a")
+        for wrong in (1 << 40, None, 9 * IMAGE):
+            if wrong is None:
+                (root / "ledger").write_text("garbage")
+            else:
+                write_ledger(root, wrong)
+            await engine.delete(b"x")
+            await put(engine, b"x")
+            assert ledger(root) == taken(root) == 2 * IMAGE
+        (root / "ledger").unlink()
+        await put(engine, b"y")
+        assert ledger(root) == taken(root) == 3 * IMAGE
+        assert await get(engine, b"a")
+        assert engine.statistics().tiers[0].evictions == 0
+        write_ledger(root, 0)
+    async with opened(root):
+        assert ledger(root) == taken(root) == 3 * IMAGE
+
+
+# --- processes ------------------------------------------------------------------------------
+
+
+async def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+    """Each sees what the other stores, while both are open."""
+    root = tmp_path / "kv"
+    async with opened(root, capacity_bytes=1 << 30) as engine, process("holding", root, 7) as child:
+        assert await child.line() == "held"
+        keys = [b"held-7-%d" % n for n in range(3)]
+        assert await engine.prefix(keys) == 0
+        assert not await get(engine, keys[0])
+        assert ledger(root) == 3 * IMAGE
+        await put(engine, keys[1])
+        assert await child.end() == ["stored", "present", "stored"]
+        assert await there(engine, keys) == keys
+        assert ledger(root) == taken(root) == 3 * IMAGE
+
+
+async def test_killed_in_the_middle_of_stores(tmp_path: Path) -> None:
+    """What it wrote is swept at the next opening, and given back; what neighbours write is not."""
+    root = tmp_path / "kv"
+    async with process("holding", root, 1) as neighbour, process("holding", root, 2) as child:
+        assert await neighbour.line() == await child.line() == "held"
+        assert len(temporaries(root)) == 6
+        await child.kill()
+        assert len(temporaries(root)) == 6
+        async with opened(root, capacity_bytes=1 << 30) as engine:
+            assert len(temporaries(root)) == 3
+            assert ledger(root) == taken(root) == 3 * IMAGE
+            assert await neighbour.end() == ["stored"] * 3
+            assert await there(engine, [b"held-2-%d" % n for n in range(3)]) == []
+            assert len(await there(engine, [b"held-1-%d" % n for n in range(3)])) == 3
+            assert ledger(root) == taken(root) == 3 * IMAGE
+
+
+async def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Whatever was acknowledged loads right, the rest loads right or not at all."""
+    root, dice = tmp_path / "kv", random.Random(4)
+    async with process("holding", root, 1) as neighbour:
+        assert await neighbour.line() == "held"
+        living = temporaries(root)
+        for seed in range(10, 16):
+            async with process("storing", root, seed) as child:
+                acknowledged = [await child.line() for _ in range(dice.randint(1, 60))]
+                acknowledged += await child.kill()
+            async with opened(root, capacity_bytes=1 << 30) as engine:
+                assert temporaries(root) == living
+                assert ledger(root) == taken(root)
+                told = [line.encode() for line in acknowledged]
+                assert await there(engine, told) == told
+                for n in range(len(told) + 16):
+                    await get(engine, b"%d-%d" % (seed, n))
+                assert engine.statistics().tiers[0].quarantined == 0
+        assert await neighbour.end() == ["stored"] * 3
+
+
+async def test_many_processes_in_little_room(tmp_path: Path) -> None:
+    """Three of them store, load and delete; room is kept by all of them together, to the byte."""
+    root = tmp_path / "kv"
+
+    def check() -> None:
+        with locked(root):
+            assert taken(root, reserved=False) <= ledger(root) == taken(root) <= STRESS_CAPACITY
+
+    async def follow(child: Process) -> dict[str, int]:
+        while (line := await child.line()) == "step":
+            await asyncio.to_thread(check)
+        counts: dict[str, int] = json.loads(line)
+        return counts
+
+    async with contextlib.AsyncExitStack() as stack:
+        children = [await stack.enter_async_context(process("mixing", root, n)) for n in range(3)]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(follow(child)) for child in children]
+        for child in children:
+            await child.end()
+    assert all(min(task.result().values()) > 0 for task in tasks)
+    assert ledger(root) == taken(root) <= STRESS_CAPACITY
+    assert temporaries(root) == []
+    async with opened(root, capacity_bytes=STRESS_CAPACITY) as engine:
+        assert engine.statistics().tiers[0].quarantined == 0
+        assert ledger(root) == taken(root)

@@ -1,0 +1,462 @@
+"""The slab layout against the contract, and what only it can get wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import support
+from faults import FaultyDisk, read_only
+from kvgds import (
+    BlockCorrupt,
+    ConfigError,
+    FileTier,
+    Namespace,
+    PathUnavailable,
+    StorageFull,
+    TransferError,
+    open_engine,
+)
+from kvgds.testing import HeldTransport, TierContract
+from kvgds.tiers.space import slot_bytes_for
+from kvgds.transport import NixlTransport
+from support import (
+    MIB,
+    PAGE,
+    Watched,
+    config,
+    content,
+    opened,
+    places,
+    read_at,
+    stored,
+    turns,
+    write_at,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SIZE = 3 * PAGE
+
+
+class TestSlabs(TierContract):
+    def make_tier_settings(self, root: Path, **changes: Any) -> FileTier:
+        return FileTier(**{"root": root, "capacity_bytes": 64 << 20, **changes})
+
+    def side_get(self, root: Path, namespace: Namespace, key: bytes) -> bytes | None:
+        return support.stored(root, key, namespace)
+
+    def side_set(self, root: Path, namespace: Namespace, key: bytes, payload: bytes) -> None:
+        support.put(root, key, payload, namespace)
+
+    def side_spoil(self, root: Path, namespace: Namespace, key: bytes, at: int) -> None:
+        support.spoil(root, key, at, namespace)
+
+
+# --- the order of things ------------------------------------------------------------------------
+
+
+async def test_the_index_names_a_block_only_once_it_is_down(tmp_path: Path) -> None:
+    """While its bytes are not reported as written, nothing on disk says that it exists."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        engine.held.hold("landing")
+        storing = asyncio.ensure_future(engine.store(b"a", content(b"a", SIZE)))
+        await engine.held.wait_held("landing")
+        assert await engine.prefix([b"a"]) == 0
+        assert await asyncio.to_thread(places, root) == {}
+        engine.held.release()
+        assert await storing
+        assert list(await asyncio.to_thread(places, root)) == [b"a"]
+
+
+async def test_a_slot_is_used_again_only_once_its_removal_is_durable(tmp_path: Path) -> None:
+    """The disk keeps the index's commit waiting: until then, the old block's bytes stay."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root, tier={"capacity_bytes": PAGE + SIZE}) as engine:
+            assert await engine.store(b"old", content(b"old", SIZE))
+            place = (await asyncio.to_thread(places, root))[b"old"]
+            disk.hang("write", match="index.db*")
+            storing = asyncio.ensure_future(engine.store(b"new", content(b"new", SIZE)))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            await turns(50)
+            assert engine.held.submitted == 1
+            backing = disk.backing / "kv" / place.path.name
+            assert read_at(backing, place.offset + PAGE, SIZE) == content(b"old", SIZE)
+            await asyncio.to_thread(disk.release)
+            assert await storing
+            assert stored(disk.backing / "kv", b"new") == content(b"new", SIZE)
+
+
+async def test_a_slot_that_is_being_read_is_not_used_again(tmp_path: Path) -> None:
+    """Deleted under a load: the load gets its bytes, and only then is the slot free."""
+    async with opened(tmp_path / "kv", tier={"capacity_bytes": PAGE + SIZE}) as engine:
+        assert await engine.store(b"old", content(b"old", SIZE))
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        memory = bytearray(SIZE)
+        loading = asyncio.ensure_future(engine.load(b"old", memory))
+        await engine.held.wait_held("start")
+        assert await engine.delete(b"old")
+        storing = asyncio.ensure_future(engine.store(b"new", content(b"new", SIZE)))
+        await turns(50)
+        assert not storing.done()
+        engine.held.release()
+        assert await loading
+        assert memory == content(b"old", SIZE)
+        assert await storing
+
+
+# --- stored bytes that are wrong ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verify", ["full", "stamp"])
+async def test_another_blocks_image_is_not_this_block(tmp_path: Path, verify: str) -> None:
+    """A whole, sound image in the wrong slot: the stamp tells."""
+    root = tmp_path / "kv"
+    async with opened(root, tier={"verify": verify}) as engine:
+        for key in (b"a", b"b"):
+            assert await engine.store(key, content(key, SIZE))
+    one, two = (support.places(root)[key] for key in (b"a", b"b"))
+    write_at(two.path, two.offset, read_at(one.path, one.offset, PAGE + SIZE))
+    async with opened(root, tier={"verify": verify}) as engine:
+        with pytest.raises(BlockCorrupt, match="another block"):
+            await engine.load(b"b", bytearray(SIZE))
+        assert await engine.load(b"a", bytearray(SIZE))
+
+
+@pytest.mark.parametrize("verify", ["full", "stamp"])
+async def test_an_older_image_of_the_same_key_is_not_this_block(
+    tmp_path: Path, verify: str
+) -> None:
+    """What the slot held before, under the same key: the generation tells."""
+    root = tmp_path / "kv"
+    tier = {"verify": verify, "capacity_bytes": PAGE + SIZE}
+    async with opened(root, tier=tier) as engine:
+        assert await engine.store(b"a", content("older", SIZE))
+    place = support.places(root)[b"a"]
+    older = read_at(place.path, place.offset, PAGE + SIZE)
+    async with opened(root, tier=tier) as engine:
+        assert await engine.delete(b"a")
+        assert await engine.store(b"a", content("newer", SIZE))
+        await asyncio.to_thread(write_at, place.path, place.offset, older)
+        with pytest.raises(BlockCorrupt, match="generation"):
+            await engine.load(b"a", bytearray(SIZE))
+
+
+@pytest.mark.parametrize("verify", ["full", "stamp"])
+async def test_a_whole_image_of_another_length_is_not_this_block(
+    tmp_path: Path, verify: str
+) -> None:
+    """Right key, right generation, right checksum of its own payload: the length tells."""
+    root = tmp_path / "kv"
+    async with opened(root, tier={"verify": verify}) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        place = (await asyncio.to_thread(places, root))[b"a"]
+        other = support.image(support.NAMESPACE, b"a", place.generation, content(b"a", SIZE - 1))
+        await asyncio.to_thread(write_at, place.path, place.offset, other)
+        with pytest.raises(BlockCorrupt, match="bytes"):
+            await engine.load(b"a", bytearray(SIZE))
+
+
+@pytest.mark.parametrize("at", [0, 8, 12, 16, 32, 40, 48, 64, 65, 70])
+async def test_every_byte_of_a_stamp_counts(tmp_path: Path, at: int) -> None:
+    """Magic, version, algorithm, lengths, namespace, generation, checksums, key."""
+    root = tmp_path / "kv"
+    async with opened(root, tier={"verify": "stamp"}) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        await asyncio.to_thread(support.spoil, root, b"a", at)
+        with pytest.raises(BlockCorrupt, match="stamp"):
+            await engine.load(b"a", bytearray(SIZE))
+
+
+async def test_a_corrupt_slot_is_never_used_again(tmp_path: Path) -> None:
+    """Quarantine outlives the engine: of two slots, only one is left."""
+    root = tmp_path / "kv"
+    tier = {"capacity_bytes": 2 * (PAGE + SIZE)}
+    async with opened(root, tier=tier) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        bad = (await asyncio.to_thread(places, root))[b"a"].slot
+        await asyncio.to_thread(support.spoil, root, b"a")
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"a", bytearray(SIZE))
+    for _ in range(2):
+        async with opened(root, tier=tier) as engine:
+            for key in (b"b", b"c", b"d"):
+                await engine.store(key, content(key, SIZE))
+                assert bad not in {place.slot for place in places(root).values()}
+            assert await engine.prefix([b"d"]) == 1
+
+
+async def test_two_rows_for_one_key(tmp_path: Path) -> None:
+    """A death between a replacement and the removal of the old row: the newer one counts."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        assert await engine.store(b"a", content("first", SIZE))
+    row = index_rows(root)[0]
+    async with opened(root) as engine:
+        assert await engine.store(b"a", content("second", SIZE - 5))
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        # used later than the newer one, as when it was loaded while that was being written
+        database.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:6], 1 << 60))
+    async with opened(root, tier={"capacity_bytes": MIB}) as engine:
+        memory = bytearray(SIZE - 5)
+        assert await engine.load(b"a", memory)
+        assert memory == content("second", SIZE - 5)
+        for i in range(100):  # both rows are evicted in their turn
+            assert await engine.store(b"%d" % i, content(i, SIZE))
+        assert await engine.prefix([b"a"]) == 0
+
+
+def index_rows(root: Path) -> list[tuple[Any, ...]]:
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        return database.execute("SELECT * FROM block").fetchall()
+
+
+# --- directories that are not as they should be -------------------------------------------------
+
+
+async def filled(root: Path) -> list[bytes]:
+    """Three slabs of blocks."""
+    keys = [b"%d" % i for i in range(40)]
+    async with opened(root) as engine:
+        for key in keys:
+            assert await engine.store(key, content(key, SIZE))
+    return keys
+
+
+async def whole(root: Path, keys: list[bytes]) -> list[bytes]:
+    """Which blocks are there; those that are there are right."""
+    async with opened(root) as engine:
+        there = []
+        for key in keys:
+            memory = bytearray(SIZE)
+            if await engine.load(key, memory):
+                assert memory == content(key, SIZE)
+                there.append(key)
+        await engine.store(b"one more", content(b"one more", SIZE))
+        return there
+
+
+async def test_what_was_left_lying_about_is_swept(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    keys = await filled(root)
+    for name in (
+        "slab-00000077-16384.kv",
+        ".trial-1-0a",
+        ".kvgds.json-0a",
+        "slab-00000000-4096.kv",
+    ):
+        (root / name).write_bytes(b"x")
+    assert await whole(root, keys) == keys
+
+
+async def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    await filled(root)
+    for name in ("README", "slab-1.kv", "slab-00000001-16384.kv.bak"):
+        (root / name).write_text("somebody else's")
+    async with open_engine(config(root)):
+        pass
+    for name in ("README", "slab-1.kv", "slab-00000001-16384.kv.bak"):
+        assert (root / name).read_text() == "somebody else's"
+
+
+async def test_a_slab_that_lost_its_end(tmp_path: Path) -> None:
+    """Blocks behind the cut are misses, those before it load, and the slab is whole again."""
+    root = tmp_path / "kv"
+    keys = await filled(root)
+    slab = min(root.glob("slab-*"))
+    size = slab.stat().st_size
+    os.truncate(slab, 5 * (PAGE + SIZE) + 100)
+    assert await whole(root, keys) == [*keys[:5], *keys[16:]]
+    assert slab.stat().st_size == size
+
+
+async def test_a_slab_that_is_gone(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    keys = await filled(root)
+    min(root.glob("slab-*")).unlink()
+    assert await whole(root, keys) == keys[16:]
+
+
+def plant_link(root: Path, name: str) -> Path:
+    target = root.parent / "target"
+    target.write_bytes(b"untouched")
+    (root / name).unlink()
+    (root / name).symlink_to(target)
+    return target
+
+
+@pytest.mark.parametrize("name", ["kvgds.json", "lock", "index.db", "slab"])
+async def test_a_planted_symlink_is_not_followed(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "kv"
+    await filled(root)
+    target = plant_link(root, min(root.glob("slab-*")).name if name == "slab" else name)
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            async with open_engine(config(root)):
+                pass
+    assert target.read_bytes() == b"untouched"
+
+
+def make_file(root: Path) -> None:
+    root.write_text("a file")
+
+
+def make_marker(text: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        root.mkdir()
+        (root / "kvgds.json").write_text(text)
+
+    return make
+
+
+def make_index(*statements: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        root.mkdir()
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            for statement in statements:
+                database.execute(statement)
+
+    return make
+
+
+def make_garbage(root: Path) -> None:
+    root.mkdir()
+    (root / "index.db").write_bytes(b"garbage" * 4096)
+
+
+def make_slab_folder(root: Path) -> None:
+    root.mkdir()
+    (root / "slab-00000000-16384.kv").mkdir()
+
+
+def make_index_folder(root: Path) -> None:
+    root.mkdir()
+    (root / "index.db").mkdir()
+
+
+BAD_ROOTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no parent": (lambda root: root.parent.rmdir(), "parent"),
+    "a file": (make_file, "not a directory"),
+    "another layout": (make_marker('{"format": 1, "layout": "files"}'), "layout"),
+    "a newer marker": (make_marker('{"format": 2, "layout": "slabs"}'), "layout"),
+    "no marker at all": (make_marker("[1]"), "layout"),
+    "a garbled marker": (make_marker("{"), "can't be used"),
+    "another program's database": (make_index("CREATE TABLE t (x)"), "not an index"),
+    "a newer index": (
+        make_index(
+            "PRAGMA application_id=1802921828", "PRAGMA user_version=99", "CREATE TABLE t (x)"
+        ),
+        "newer",
+    ),
+    "a garbled index": (make_garbage, "damaged"),
+    "a folder named like a slab": (make_slab_folder, "can't be used"),
+    "a folder named like the index": (make_index_folder, "can't be opened"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROOTS)
+async def test_roots_that_can_not_be_used(tmp_path: Path, case: str) -> None:
+    """One error that says what is wrong; and nothing is left locked or running."""
+    make, said = BAD_ROOTS[case]
+    root = tmp_path / "parent" / "kv"
+    root.parent.mkdir()
+    make(root)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=said):
+            async with open_engine(config(root)):
+                pass
+    if root.parent.exists():
+        root.rename(tmp_path / "aside")
+        async with opened(root):
+            pass
+
+
+async def test_a_read_only_directory(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    keys = await filled(root)
+    with read_only(root), pytest.raises(ConfigError, match=r"written|used|opened"):
+        async with open_engine(config(root)):
+            pass
+    assert await whole(root, keys) == keys
+
+
+@pytest.mark.parametrize("op", ["create", "write", "fallocate"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+async def test_a_disk_that_refuses_at_opening(tmp_path: Path, op: Any, number: int) -> None:
+    """An error of ours, and with the disk well again the directory opens."""
+    with FaultyDisk(tmp_path) as disk:
+        disk.fail(op, number)
+        with contextlib.suppress(ConfigError):
+            async with open_engine(config(disk.root / "kv")) as engine:
+                with pytest.raises((StorageFull, TransferError)):
+                    await engine.store(b"a", bytes(8))
+        disk.clear()
+        async with opened(disk.root / "kv") as engine:
+            assert await engine.store(b"a", bytes(8))
+
+
+async def test_a_disk_that_vanishes(tmp_path: Path) -> None:
+    """Every operation fails with an error of ours, and closing does not hang."""
+    with FaultyDisk(tmp_path) as disk:
+        engine = Watched(config(disk.root / "kv"), HeldTransport(NixlTransport()))
+        await engine.open()
+        await engine.store(b"a", content(b"a", SIZE))
+        disk.vanish()
+        for _ in range(2):
+            with pytest.raises(TransferError):
+                await engine.load(b"a", bytearray(SIZE))
+            with pytest.raises((TransferError, StorageFull)):
+                await engine.store(b"b", content(b"b", SIZE))
+        with contextlib.suppress(OSError, sqlite3.Error):
+            await engine.aclose()
+
+
+async def test_direct_io_that_only_seems_to_work(tmp_path: Path) -> None:
+    """Accepted at open, refused at write: `require` says so, `auto` decides once, and says so."""
+    with FaultyDisk(tmp_path) as disk:
+        disk.fail("write", errno.EINVAL, direct=True)
+        with pytest.raises(PathUnavailable, match="O_DIRECT") as caught:
+            async with open_engine(config(disk.root / "kv", tier={"direct_io": "require"})):
+                pass
+        assert any("write" in line for line in caught.value.report)
+        async with opened(disk.root / "kv") as engine:
+            plan = engine.plan[0]
+            assert not plan.direct_io
+            assert any("O_DIRECT" in line for line in plan.refused)
+            assert await engine.store(b"a", content(b"a", SIZE))
+            disk.clear()
+            assert engine.plan == (plan,)
+        async with opened(disk.root / "kv", tier={"direct_io": "require"}) as engine:
+            assert engine.plan[0].direct_io
+            assert await engine.load(b"a", bytearray(SIZE))
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 1 << 40))
+def test_slots_are_little_larger_than_their_blocks(nbytes: int) -> None:
+    """Whole pages, room for stamp and payload, at most a 64th more."""
+    slot = slot_bytes_for(nbytes)
+    image = PAGE + -(-nbytes // PAGE) * PAGE
+    assert slot % PAGE == 0
+    assert image <= slot <= image + max(PAGE - 1, image // 64)
+    assert slot_bytes_for(nbytes + 1) >= slot
+
+
+def test_there_are_few_sizes_of_slots() -> None:
+    sizes = {slot_bytes_for(nbytes) for nbytes in range(1, 64 * MIB, 4097)}
+    assert len(sizes) < 64 * 14

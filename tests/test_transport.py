@@ -1,0 +1,269 @@
+"""Every transport against the contract, and the POSIX one against a disk that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import platform
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults import FaultyDisk
+from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
+from kvgds.transport import File, NixlTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvgds.transport import Transport
+
+PAGE = 4096
+
+
+def started(**settings: object) -> NixlTransport:
+    transport = NixlTransport(**settings)  # type: ignore[arg-type]  # only tests are this lax
+    transport.start()
+    return transport
+
+
+class TestUring(TransportContract):
+    def make_transport(self) -> Transport:
+        return started(queues=("uring",))
+
+
+class TestAio(TransportContract):
+    def make_transport(self) -> Transport:
+        return started(queues=("aio",))
+
+
+class TestThreeLanes(TransportContract):
+    def make_transport(self) -> Transport:
+        return started(lanes=3)
+
+
+class TestHeld(TransportContract):
+    def make_transport(self) -> Transport:
+        return HeldTransport(started())
+
+
+# --- a disk that fails --------------------------------------------------------------------------
+
+
+def blocks(file: File, bench: Bench, count: int, *, write: bool) -> list[PlainTransfer]:
+    """Neighbours in memory and file, which travel together."""
+    return [
+        PlainTransfer(file, [bench.region], [(bench.base + i * PAGE, i * PAGE, PAGE)], write=write)
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(params=["uring", "aio"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(started(queues=(request.param,)))
+    yield bench
+    bench.transport.close().result(20)
+
+
+@contextlib.contextmanager
+def opened_on(disk: FaultyDisk, name: str = "file") -> Iterator[File]:
+    fd = os.open(disk.root / name, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+    try:
+        yield File(fd)
+    finally:
+        with contextlib.suppress(ConnectionError, OSError):  # of a disk that is gone
+            os.close(fd)
+
+
+def test_one_unreadable_page_among_64(tmp_path: Path, bench: Bench) -> None:
+    """EIO for one row, and only its transfer fails, with EIO, though all were one request."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        data = os.urandom(64 * PAGE)
+        (disk.backing / "file").write_bytes(data)
+        disk.fail("read", errno.EIO, offset=40 * PAGE, length=PAGE)
+        transfers = blocks(file, bench, 64, write=False)
+        bench.run(*transfers)
+        failed = [i for i, transfer in enumerate(transfers) if transfer.error]
+        assert failed == [40]
+        assert getattr(transfers[40].error, "errno", None) == errno.EIO
+        assert bench.arena.bytes[: 40 * PAGE] == data[: 40 * PAGE]
+        assert bench.arena.bytes[41 * PAGE : 64 * PAGE] == data[41 * PAGE :]
+        disk.clear()
+        bench.run(*blocks(file, bench, 64, write=False))
+        assert bench.arena.bytes[: 64 * PAGE] == data
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_one_unwritable_page_among_64(tmp_path: Path, bench: Bench, number: int) -> None:
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        bench.arena.bytes[: 64 * PAGE] = data = os.urandom(64 * PAGE)
+        disk.fail("write", number, offset=9 * PAGE, length=PAGE)
+        transfers = blocks(file, bench, 64, write=True)
+        bench.run(*transfers)
+        failed = [i for i, transfer in enumerate(transfers) if transfer.error]
+        assert failed == [9]
+        assert getattr(transfers[9].error, "errno", None) == number
+        written = (disk.backing / "file").read_bytes()
+        assert written[: 9 * PAGE] == data[: 9 * PAGE]
+        assert written[10 * PAGE :] == data[10 * PAGE :]
+
+
+def test_reads_and_writes_that_fall_short(tmp_path: Path, bench: Bench) -> None:
+    """Half a page is no page: EIO, never a success with stale bytes in the rest."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(PAGE))
+        for op, write in (("read", False), ("write", True)):
+            disk.short(op, 512)  # type: ignore[arg-type]  # one of the two that it takes
+            (transfer,) = blocks(file, bench, 1, write=write)
+            bench.run(transfer)
+            assert transfer.calls == ["begin", "fail"]
+            assert getattr(transfer.error, "errno", None) == errno.EIO
+            disk.clear()
+
+
+def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> None:
+    """The oldest transfer is stuck; those after it, to another file, are found all the same."""
+    with (
+        FaultyDisk(tmp_path) as disk,
+        opened_on(disk, "stuck") as stuck,
+        opened_on(disk, "free") as free,
+    ):
+        for name in ("stuck", "free"):
+            (disk.backing / name).write_bytes(bytes(64 * PAGE))
+        disk.hang("read", match="stuck")
+        held = blocks(stuck, bench, 2, write=False)
+        bench.transport.submit(held, bench.desk.put)
+        disk.wait_waiting(1)
+        for _ in range(5):
+            bench.run(*blocks(free, bench, 3, write=False))
+        assert [transfer.calls for transfer in held] == [["begin"]] * 2
+        closing = bench.transport.close()
+        assert not closing.done()
+        disk.release()
+        bench.wait(held)
+        closing.result(20)
+
+
+def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:
+    """What a transfer may still touch is kept for good: what lands late lands in live memory."""
+    bench = Bench(started())
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(b"x" * PAGE)
+        disk.hang("read")
+        (transfer,) = blocks(file, bench, 1, write=False)
+        bench.transport.submit([transfer], bench.desk.put)
+        disk.wait_waiting(1)
+        bench.transport.abandon()
+        disk.release()
+        bench.wait([transfer])
+        assert bench.arena.bytes[:PAGE] == b"x" * PAGE
+    bench.transport.close().result(20)
+
+
+def test_a_disk_that_vanishes(tmp_path: Path, bench: Bench) -> None:
+    """Everything fails, each with an errno, and the transport still closes."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(8 * PAGE))
+        disk.hang("read")
+        transfers = blocks(file, bench, 8, write=False)
+        bench.transport.submit(transfers, bench.desk.put)
+        disk.wait_waiting(1)
+        disk.vanish()
+        bench.wait(transfers)
+        assert all(getattr(transfer.error, "errno", None) for transfer in transfers)
+        bench.transport.detach(file).result(20)
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+FORBIDDING = """
+import ctypes, os, struct, sys
+import kvgds.transport
+from kvgds.errors import PathUnavailable
+
+libc = ctypes.CDLL(None, use_errno=True)
+code = struct.pack("HBBI", 0x20, 0, 0, 0)  # which system call
+for number in map(int, sys.argv[1:]):
+    code += struct.pack("HBBI", 0x15, 0, 1, number)
+    code += struct.pack("HBBI", 0x06, 0, 0, 0x00050000 | 1)  # EPERM
+code += struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)  # any other may go
+buffer = ctypes.create_string_buffer(code)
+program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())
+transport = kvgds.transport.NixlTransport()
+try:
+    transport.start()
+except PathUnavailable as error:
+    print(len(error.report), *error.report)
+else:
+    print(transport.name)
+    transport.close().result(20)
+"""
+IO_URING_SETUP = 425
+IO_SETUP = 0 if platform.machine() == "aarch64" else 206
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "expected"),
+    [
+        ([IO_URING_SETUP], "POSIX/aio"),
+        ([IO_URING_SETUP, IO_SETUP], "2 POSIX/uring: "),
+        ([], "POSIX/uring"),
+    ],
+    ids=["no io_uring", "neither", "all"],
+)
+def test_queues_that_a_container_forbids(forbidden: list[int], expected: str) -> None:
+    """As Docker does it, by seccomp: the next queue is taken, or the error tells of each."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORBIDDING, *map(str, forbidden)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(expected), done
+
+
+async def test_held_transfers_are_let_go_one_by_one(tmp_path: Path) -> None:
+    """The tests' own tool: what it holds is really held, where it says."""
+    held = HeldTransport(await asyncio.to_thread(started))
+    bench = Bench(held)
+    with contextlib.closing(FileOf(tmp_path / "file", os.urandom(4 * PAGE))) as file:
+        held.hold("start", lambda transfer: not transfer.write)
+        reads, writes = blocks(file, bench, 4, write=False), blocks(file, bench, 1, write=True)
+        held.submit([*reads, *writes], bench.desk.put)
+        await held.wait_held("start", 4)
+        await asyncio.to_thread(bench.wait, writes)
+        assert [transfer.calls for transfer in reads] == [[]] * 4
+        held.hold("landing")
+        held.step("start", 3)
+        await held.wait_held("landing", 3)
+        assert [transfer.calls for transfer in reads] == [["begin"]] * 3 + [[]]
+        held.step("landing", 1)
+        await asyncio.to_thread(bench.wait, reads[:1])
+        assert (held.held("start"), held.held("landing")) == (1, 2)
+        closing = held.close()
+        assert not closing.done()
+        held.release()
+        await asyncio.to_thread(bench.wait, reads[1:])
+        await asyncio.wrap_future(closing)
+        assert (held.submitted, held.delivered) == (5, 5)
+
+
+class FileOf(File):
+    """A file of these bytes."""
+
+    __slots__ = ()
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+        super().__init__(os.open(path, os.O_RDWR))
+
+    def close(self) -> None:
+        os.close(self.fd)

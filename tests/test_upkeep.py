@@ -1,0 +1,882 @@
+"""ls, fsck and gc: on both layouts, on sound and on damaged directories, beside engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from faults import FaultyDisk
+from kvgds import (
+    BlockCorrupt,
+    BusyError,
+    ConfigError,
+    EngineConfig,
+    FileTier,
+    Namespace,
+    open_engine,
+)
+from kvgds.upkeep import fsck, gc, layout_of, listing
+from support import SLOT_BITS, content, digest, image, places, read_at, spoil, write_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from kvgds.upkeep import Report
+
+PAGE = 4096
+ONE = Namespace("first/model", revision="7")
+TWO = Namespace("second/model")
+LAYOUTS = ("slabs", "files")
+SIZE = 3 * PAGE + 5
+TAKES = 5 * PAGE  # on disk: a stamp, and the payload padded
+
+
+def config(root: Path, layout: str, namespace: Namespace = ONE, **tier: Any) -> EngineConfig:
+    settings = {"root": root, "capacity_bytes": 8 << 20, "layout": layout, **tier}
+    return EngineConfig(
+        namespace=namespace, tiers=(FileTier(**settings),), bounce_bytes=8 << 20, timeout_s=20.0
+    )
+
+
+def fill(settings: EngineConfig, keys: Iterable[bytes], nbytes: int = SIZE) -> None:
+    """Store blocks with the content of their keys, in this order of use."""
+
+    async def run() -> None:
+        async with open_engine(settings) as engine:
+            for key in keys:
+                assert await engine.store(key, content(key, nbytes))
+
+    asyncio.run(run())
+
+
+def loads(settings: EngineConfig, keys: Iterable[bytes], nbytes: int = SIZE) -> list[bytes]:
+    """Which keys can be loaded; those must be right."""
+
+    async def run() -> list[bytes]:
+        found = []
+        async with open_engine(settings) as engine:
+            for key in keys:
+                memory = bytearray(nbytes)
+                if await engine.load(key, memory):
+                    assert memory == content(key, nbytes)
+                    found.append(key)
+        return found
+
+    return asyncio.run(run())
+
+
+def keys(count: int, first: int = 0) -> list[bytes]:
+    return [b"key-%d" % i for i in range(first, first + count)]
+
+
+def file_of(root: Path, key: bytes, namespace: Namespace = ONE) -> Path:
+    """A block's file in the files layout."""
+    name = blake2b(key, digest_size=20).hexdigest()
+    return root / digest(namespace).hex() / name[:2] / f"{name}.kv"
+
+
+def spoil_block(root: Path, layout: str, key: bytes, at: int) -> None:
+    if layout == "slabs":
+        spoil(root, key, at, ONE)
+        return
+    path = file_of(root, key)
+    (byte,) = read_at(path, at, 1)
+    status = path.stat()
+    write_at(path, at, bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def sql(root: Path, statement: str, *values: object) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        return database.execute(statement, values).fetchall()
+
+
+def kinds(report: Report) -> list[str]:
+    return sorted(problem.kind for problem in report.problems)
+
+
+def ledger_is_right(root: Path) -> bool:
+    """Whether the count of bytes is that of the files there."""
+    stored = [path for path in root.glob("*/*/*.kv") if len(path.parent.parent.name) == 32]
+    stored += (root / "quarantine").iterdir()
+    return int((root / "ledger").read_text()) == sum(path.stat().st_size for path in stored)
+
+
+# --- ls -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ls_counts_blocks_and_bytes_of_each_namespace(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(3), 3 * PAGE)
+    fill(config(root, layout), keys(2, 3), PAGE)
+    fill(config(root, layout, TWO), keys(1), 2 * PAGE)
+    found = listing(root)
+    assert (found.layout, found.quarantined, found.entries) == (layout, 0, ())
+    first, second = found.namespaces
+    assert first.digest == digest(ONE).hex()
+    assert (first.fields["model"], first.fields["revision"]) == ("first/model", "7")
+    assert (first.blocks, first.nbytes) == (5, 11 * PAGE)
+    assert first.disk_bytes == 3 * 4 * PAGE + 2 * 2 * PAGE
+    assert first.sizes == {PAGE: 2, 3 * PAGE: 3}
+    assert (second.fields["model"], second.blocks, second.disk_bytes) == (
+        "second/model",
+        1,
+        3 * PAGE,
+    )
+    assert found.allocated_bytes >= first.disk_bytes + second.disk_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("wanted", "models"),
+    [
+        ("first/model", ["first/model"]),
+        ("*/model", ["first/model", "second/model"]),
+        ("first", []),
+        (digest(TWO).hex()[:8], ["second/model"]),
+        (digest(TWO).hex().upper(), ["second/model"]),
+        (digest(TWO).hex()[:7], []),
+    ],
+)
+def test_ls_shows_the_namespaces_asked_for(
+    tmp_path: Path, layout: str, wanted: str, models: list[str]
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(2))
+    fill(config(root, layout, TWO), keys(1))
+    found = listing(root, namespace=wanted, limit=9)
+    assert [use.fields["model"] for use in found.namespaces] == models
+    assert len(found.entries) == sum(use.blocks for use in found.namespaces)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ls_names_the_blocks_used_last(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(5))
+    if layout == "files":
+        for age, key in enumerate(reversed(keys(5))):
+            os.utime(file_of(root, key), (0, 1_000_000 - age))
+    entries = listing(root, limit=3).entries
+    assert [bytes.fromhex(entry.key) for entry in entries] == [b"key-4", b"key-3", b"key-2"]
+    assert {(entry.nbytes, entry.namespace) for entry in entries} == {(SIZE, digest(ONE).hex())}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_ls_sees_what_a_running_engine_has_stored(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    async with open_engine(config(root, layout)) as engine:
+        for count in (1, 2):
+            await engine.store(b"key-%d" % count, content(count, SIZE))
+            found = await asyncio.to_thread(listing, root, limit=9)
+            assert [use.blocks for use in found.namespaces] == [count]
+            assert len(found.entries) == count
+        assert await engine.load(b"key-1", bytearray(SIZE))
+
+
+def nothing(root: Path) -> None:
+    """The directory is not made at all."""
+
+
+def a_file(root: Path) -> None:
+    root.write_bytes(b"")
+
+
+def foreign(root: Path) -> None:
+    root.mkdir()
+    (root / "notes.txt").write_text("mine")
+
+
+def other_marker(root: Path) -> None:
+    root.mkdir()
+    (root / "kvgds.json").write_text('{"format": 9, "layout": "slabs"}')
+
+
+def no_json(root: Path) -> None:
+    root.mkdir()
+    (root / "kvgds.json").write_bytes(b"\xff\xfe{")
+
+
+def a_list(root: Path) -> None:
+    root.mkdir()
+    (root / "kvgds.json").write_text('["slabs"]')
+
+
+def a_link(root: Path) -> None:
+    root.mkdir()
+    (root / "there").write_text('{"format": 1, "layout": "slabs"}')
+    (root / "kvgds.json").symlink_to("there")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (nothing, "does not exist"),
+        (a_file, "is not a directory"),
+        (foreign, "no kvgds.json"),
+        (other_marker, "does not know it"),
+        (no_json, "can't be read"),
+        (a_list, "does not know it"),
+        (a_link, "can't be read"),
+    ],
+)
+@pytest.mark.parametrize("act", [listing, fsck, lambda root: gc(root, keep_bytes=0)])
+def test_what_is_no_directory_of_blocks_is_refused_and_left_alone(
+    tmp_path: Path, make: Callable[[Path], None], says: str, act: Callable[[Path], Any]
+) -> None:
+    root = tmp_path / "kv"
+    make(root)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=says):
+        act(root)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_path_with_odd_characters_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "a?b#c%20d e"
+    fill(config(root, "slabs"), keys(2))
+    assert listing(root).namespaces[0].blocks == 2
+
+
+# --- fsck: what it finds and mends ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sound_directory_is_clean_and_stays_as_it_is(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(4))
+    fill(config(root, layout), keys(2, 4), 70_000)
+    fill(config(root, layout, TWO, verify="stamp"), keys(3))
+    told: list[tuple[str, int, int]] = []
+    for repair in (False, True):
+        report = fsck(root, repair=repair, progress=lambda *step: told.append(step))
+        assert report.clean
+        assert not report.problems
+        assert (report.blocks, report.nbytes) == (9, 7 * SIZE + 2 * 70_000)
+    assert told
+    assert all(0 < done <= total for _, done, total in told)
+    assert told[-1][1] == told[-1][2]
+    assert loads(config(root, layout), keys(4)) == keys(4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        (0, "no whole stamp"),
+        (70, "no whole stamp"),
+        (PAGE, "does not match its checksum"),
+        (PAGE + SIZE - 1, "does not match its checksum"),
+    ],
+)
+def test_a_changed_byte_is_found_and_its_block_dropped(
+    tmp_path: Path, layout: str, at: int, says: str
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(5))
+    spoil_block(root, layout, b"key-2", at)
+    report = fsck(root)
+    assert kinds(report) == ["corrupt"]
+    assert says in report.problems[0].text
+    assert not report.clean
+    assert fsck(root).problems == report.problems  # looking changes nothing
+    assert [problem.repaired for problem in fsck(root, repair=True).problems] == [True]
+    assert not fsck(root).problems
+    others = [key for key in keys(5) if key != b"key-2"]
+    assert loads(config(root, layout), keys(5)) == others
+    fill(config(root, layout), [b"key-2"])
+    assert loads(config(root, layout), keys(5)) == keys(5)
+    if layout == "files":
+        assert ledger_is_right(root)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_larger_than_one_read_is_checked_to_its_end(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    nbytes = (5 << 20) + 3
+    fill(config(root, layout, capacity_bytes=64 << 20), keys(2), nbytes)
+    assert fsck(root).nbytes == 2 * nbytes
+    assert fsck(root).clean
+    spoil_block(root, layout, b"key-1", PAGE + nbytes - 1)
+    assert kinds(fsck(root)) == ["corrupt"]
+    assert fsck(root, repair=True).clean
+    assert fsck(root).blocks == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quarantined_places_are_told_and_used_again_after_a_repair(
+    tmp_path: Path, layout: str
+) -> None:
+    root = tmp_path / "kv"
+    settings = config(root, layout, capacity_bytes=4 * TAKES)
+    fill(settings, keys(4))
+    spoil_block(root, layout, b"key-1", PAGE + 9)
+    with pytest.raises(BlockCorrupt):
+        loads(settings, [b"key-1"])
+    assert listing(root).quarantined == 1
+    report = fsck(root)
+    assert (kinds(report), report.clean, report.blocks) == (["quarantined"], False, 3)
+    assert fsck(root, repair=True).clean
+    assert listing(root).quarantined == 0
+    assert not fsck(root).problems
+    fill(settings, [b"new"])
+    assert loads(settings, [*keys(4), b"new"]) == [b"key-0", b"key-2", b"key-3", b"new"]
+
+
+def test_a_place_that_cannot_be_read_leaves_its_neighbours_and_stays_in_quarantine(
+    tmp_path: Path,
+) -> None:
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        fill(config(root, "slabs"), keys(5))
+        place = places(root, ONE)[b"key-3"]
+        disk.fail("read", match=place.path.name, offset=place.offset, length=TAKES)
+        report = fsck(root, repair=True)
+        assert kinds(report) == ["corrupt"]
+        assert "Input/output error" in report.problems[0].text
+        assert "stays in quarantine" in report.problems[0].text
+        assert not report.clean
+        assert report.blocks == 5
+        disk.clear()
+        assert listing(root).quarantined == 1
+        assert fsck(root, repair=True).clean
+        assert loads(config(root, "slabs"), keys(5)) == [*keys(3), b"key-4"]
+
+
+def test_fsck_and_gc_leave_a_slab_directory_to_its_engine(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with open_engine(config(root, "slabs")) as engine:
+            for key in keys(3):
+                await engine.store(key, content(key, SIZE))
+            for act in (
+                lambda: fsck(root),
+                lambda: fsck(root, repair=True),
+                lambda: fsck(root, rebuild=True),
+                lambda: gc(root, keep_bytes=0),
+            ):
+                with pytest.raises(BusyError, match=f"process {os.getpid()}"):
+                    await asyncio.to_thread(act)
+            assert (
+                await asyncio.to_thread(lambda: gc(root, keep_bytes=0, dry_run=True))
+            ).blocks == 3
+            assert await engine.load(b"key-0", bytearray(SIZE))
+
+    root = tmp_path / "kv"
+    asyncio.run(run())
+    assert loads(config(root, "slabs"), keys(3)) == keys(3)
+
+
+# --- fsck: slabs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("UPDATE block SET generation = generation + 1 WHERE slot = ?", "another generation"),
+        ("UPDATE block SET nbytes = nbytes + 1 WHERE slot = ?", "another generation"),
+        ("UPDATE block SET nbytes = 1000000 WHERE slot = ?", "more than its place has"),
+        ("UPDATE block SET algorithm = 0 WHERE slot = ?", "another generation"),
+        ("UPDATE block SET key = x'00' WHERE slot = ?", "the stamp is of another block"),
+        ("UPDATE block SET namespace = 77 WHERE slot = ?", "the stamp is of another block"),
+    ],
+)
+def test_an_index_that_lies_about_a_block_is_found_out(
+    tmp_path: Path, change: str, says: str
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    sql(root, change, places(root, ONE)[b"key-1"].slot)
+    report = fsck(root)
+    assert kinds(report) == ["corrupt"]
+    assert says in report.problems[0].text
+    assert fsck(root, repair=True).clean
+    assert not fsck(root).problems
+    assert loads(config(root, "slabs"), keys(3)) == [b"key-0", b"key-2"]
+
+
+@pytest.mark.parametrize("slot", [77 << SLOT_BITS, 1 << 20])
+def test_an_index_entry_for_a_place_that_is_not_there_is_dropped(tmp_path: Path, slot: int) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    sql(root, "UPDATE block SET slot = ? WHERE key = ?", slot, b"key-1")
+    sql(root, "INSERT INTO block VALUES (?, 1, NULL, 1, 1, 1, 1)", slot + 1)
+    assert kinds(fsck(root)) == ["corrupt", "corrupt"]
+    assert fsck(root, repair=True).clean
+    assert not fsck(root).problems
+    assert sql(root, "SELECT key FROM block") == [(b"key-0",)]
+
+
+def test_of_two_entries_for_one_block_the_later_stays(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    old, new = places(root, ONE)[b"key-0"], places(root, ONE)[b"key-1"]
+    payload = content(b"key-0", SIZE)
+    later = sql(root, "SELECT max(generation) + 1 FROM block")[0][0]
+    write_at(new.path, new.offset, image(ONE, b"key-0", later, payload))
+    sql(root, "UPDATE block SET key = ?, generation = ? WHERE slot = ?", b"key-0", later, new.slot)
+    report = fsck(root)
+    assert kinds(report) == ["duplicate"]
+    assert report.problems[0].place.endswith(f"slot {old.slot & 0xFFFFFFFF}")
+    assert fsck(root, repair=True).clean
+    assert not fsck(root).problems
+    assert sql(root, "SELECT slot FROM block WHERE key = ?", b"key-0") == [(new.slot,)]
+    assert loads(config(root, "slabs"), keys(3)) == [b"key-0", b"key-2"]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 2])
+def test_a_slab_that_was_cut_keeps_the_blocks_that_are_whole(tmp_path: Path, rest: int) -> None:
+    root = tmp_path / "kv"
+    settings = config(root, "slabs", capacity_bytes=64 * 4 * TAKES)  # four blocks a slab
+    fill(settings, keys(6))
+    by_slab: dict[Path, list[bytes]] = {}
+    for key, place in sorted(places(root, ONE).items()):
+        by_slab.setdefault(place.path, []).append(key)
+    path, mine = max(by_slab.items(), key=lambda item: len(item[1]))
+    assert len(mine) == 4
+    os.truncate(path, rest * TAKES + (100 if rest else 0))
+    if not rest:
+        path.unlink()
+    report = fsck(root)
+    assert kinds(report) == ["corrupt"] * (4 - rest) + ["truncated"]
+    assert fsck(root, repair=True).clean
+    assert not fsck(root).problems
+    assert path.stat().st_size == 4 * TAKES
+    there = [key for key in keys(6) if key not in mine]
+    kept = [key for key, place in places(root, ONE).items() if place.path == path]
+    assert len(kept) == rest
+    assert loads(settings, keys(6)) == sorted([*there, *kept])
+
+
+def test_a_slab_that_the_index_does_not_know_is_found_and_removed(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    orphan = root / "slab-00000099-8192.kv"
+    orphan.write_bytes(bytes(8192))
+    (root / "slab-notes.txt").write_text("mine")
+    assert kinds(fsck(root)) == ["orphan"]
+    assert orphan.exists()
+    assert fsck(root, repair=True).clean
+    assert not orphan.exists()
+    assert (root / "slab-notes.txt").exists()
+    assert not fsck(root).problems
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def torn(path: Path) -> None:
+    """The first page stays, so that SQLite opens it and finds the damage only later."""
+    with path.open("r+b") as file:
+        file.seek(PAGE)
+        file.write(os.urandom(path.stat().st_size - PAGE))
+
+
+def of_another(path: Path) -> None:
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE recipes (name TEXT)")
+
+
+def torn_aside(path: Path) -> None:
+    """A page that reading the blocks needs not: of the index on namespaces."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        query = "SELECT rootpage FROM sqlite_schema WHERE type = 'index' AND tbl_name = 'namespace'"
+        (page,) = database.execute(query).fetchone()
+    write_at(path, (page - 1) * size, os.urandom(size))
+
+
+def lost(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES = (garbage, emptied, cut, torn, torn_aside, of_another, lost)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_told_with_what_to_do(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(300), 100)
+    damage(root / "index.db")
+    slabs = sorted(root.glob("slab-*"))
+    for repair in (False, True):
+        report = fsck(root, repair=repair)
+        assert (kinds(report), report.clean) == (["index"], False)
+        assert "--rebuild" in report.problems[0].text
+    if damage is not torn_aside:
+        with pytest.raises(ConfigError, match="--rebuild"):
+            gc(root, keep_bytes=0)
+    assert sorted(root.glob("slab-*")) == slabs
+
+
+# --- fsck --rebuild ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_rebuild_brings_every_block_back(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(300), 100)
+    fill(config(root, "slabs"), keys(5, 300))
+    fill(config(root, "slabs", TWO), keys(4), 50_000)
+    damage(root / "index.db")
+    old = (root / "index.db").read_bytes() if (root / "index.db").exists() else None
+    report = fsck(root, rebuild=True)
+    assert report.clean
+    assert (report.blocks, report.unproven) == (309, 0)
+    assert report.nbytes == 300 * 100 + 5 * SIZE + 4 * 50_000
+    if old is None:
+        assert report.kept_aside == ""
+    else:
+        assert report.kept_aside == str(root / "index.db.damaged-1")
+        assert (root / "index.db.damaged-1").read_bytes() == old
+    assert not fsck(root).problems
+    assert loads(config(root, "slabs"), keys(300), 100) == keys(300)
+    assert loads(config(root, "slabs"), keys(5, 300)) == keys(5, 300)
+    assert loads(config(root, "slabs", TWO), keys(4), 50_000) == keys(4)
+
+
+def test_a_rebuild_keeps_every_old_index_and_the_names_of_namespaces(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    fill(config(root, "slabs", TWO), keys(1))
+    for number in (1, 2):
+        report = fsck(root, rebuild=True)
+        assert report.kept_aside.endswith(f"damaged-{number}")
+        models = [use.fields["model"] for use in listing(root).namespaces]
+        assert models == ["first/model", "second/model"]
+    assert sql(root, "SELECT text FROM namespace ORDER BY id")[0] in ((ONE.text,), (TWO.text,))
+
+
+def test_a_rebuild_after_a_kill_has_every_acknowledged_block(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    program = f"""
+        import asyncio, os, signal
+        from test_upkeep import *
+        from pathlib import Path
+
+        async def run():
+            async with open_engine(config(Path({str(root)!r}), "slabs")) as engine:
+                for key in keys(40):
+                    await engine.store(key, content(key, SIZE))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        asyncio.run(run())
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL
+    wal = root / "index.db-wal"
+    assert wal.stat().st_size > 0
+    garbage(root / "index.db")
+    assert fsck(root, rebuild=True).blocks == 40
+    assert not wal.exists()
+    assert (root / "index.db.damaged-1-wal").stat().st_size > 0
+    assert loads(config(root, "slabs"), keys(40)) == keys(40)
+
+
+def test_the_later_of_two_stamps_for_one_block_wins_a_rebuild(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), [b"same"], 3 * PAGE)
+    fill(config(root, "slabs"), [b"same"], 9 * PAGE)  # other memory: stored anew, elsewhere
+    (root / "index.db").unlink()
+    assert fsck(root, rebuild=True).blocks == 1
+    assert loads(config(root, "slabs"), [b"same"], 9 * PAGE) == [b"same"]
+    before = sql(root, "SELECT max(generation) FROM block")[0][0]
+    fill(config(root, "slabs"), [b"more"])
+    assert sql(root, "SELECT generation > ? FROM block WHERE key = ?", before, b"more") == [(1,)]
+
+
+def test_a_rebuild_takes_only_what_is_proven_whole(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    fill(config(root, "slabs", TWO, verify="stamp"), keys(2))
+    spoil(root, b"key-1", PAGE + 1, ONE)
+    spoil(root, b"key-2", 3, ONE)
+    (root / "index.db").unlink()
+    report = fsck(root, rebuild=True)
+    assert (report.blocks, report.unproven) == (1, 2)
+    assert kinds(report) == ["corrupt"]
+    assert report.clean
+    assert loads(config(root, "slabs"), keys(3)) == [b"key-0"]
+    assert not fsck(root).problems
+
+
+def test_a_rebuild_skips_files_that_only_look_like_slabs(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (real,) = {place.path for place in places(root, ONE).values()}
+    (root / "slab-00000500-100.kv").write_bytes(bytes(300))
+    (root / "slab-00000501-0.kv").write_bytes(bytes(300))
+    (root / "slab-00000502-8192.kv").write_bytes(b"")
+    (root / "slab-00000503-8192.kv").symlink_to(real)
+    report = fsck(root, rebuild=True)
+    assert kinds(report) == ["orphan"] * 4
+    assert report.blocks == 2
+    assert loads(config(root, "slabs"), keys(2)) == keys(2)
+
+
+# --- fsck: files ------------------------------------------------------------------------------
+
+
+def renamed(path: Path) -> None:
+    other = path.parent.parent / "00" / ("0" * 40 + ".kv")
+    other.parent.mkdir(exist_ok=True)
+    path.rename(other)
+
+
+def shortened(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - PAGE)
+
+
+def lengthened(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + PAGE)
+
+
+def of_another_namespace(path: Path) -> None:
+    path.write_bytes(image(TWO, b"key-1", 1, content(b"key-1", SIZE)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (renamed, "of another block"),
+        (of_another_namespace, "of another block"),
+        (shortened, "bytes, not"),
+        (lengthened, "bytes, not"),
+        (emptied, "no whole stamp"),
+    ],
+)
+def test_a_file_that_is_not_its_block_is_found_and_removed(
+    tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(3))
+    path = file_of(root, b"key-1")
+    before = path.stat().st_size
+    damage(path)
+    report = fsck(root)
+    assert kinds(report) == ["corrupt"]
+    assert says in report.problems[0].text
+    assert fsck(root, repair=True).clean
+    assert not fsck(root).problems
+    assert loads(config(root, "files"), keys(3)) == [b"key-0", b"key-2"]
+    assert ledger_is_right(root)
+    assert before == TAKES
+
+
+def test_what_others_put_among_the_blocks_is_told_but_not_removed(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    folder = file_of(root, b"key-0").parent
+    (folder / "notes.txt").write_text("mine")
+    link = folder / ("f" * 40 + ".kv")
+    link.symlink_to(file_of(root, b"key-0"))
+    os.mkfifo(folder / ("e" * 40 + ".kv"))
+    report = fsck(root, repair=True)
+    assert kinds(report) == ["orphan"] * 3
+    assert not report.clean
+    assert (folder / "notes.txt").exists()
+    assert link.is_symlink()
+
+
+def test_only_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    world = f"{boot()}.{os.stat('/proc/self/ns/pid').st_ino}"
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        started = field_of(child.pid, 22)
+        assert child.wait() == 0
+    dead = root / "tmp" / f"{world}.{child.pid}.{started}.{'0' * 16}.{TAKES}"
+    live = root / "tmp" / f"{world}.{os.getpid()}.{field_of(os.getpid(), 22)}.{'1' * 16}.{TAKES}"
+    other = root / "tmp" / f"{'9' * 32}.1.{child.pid}.5.{'2' * 16}.{TAKES}"
+    for path in (dead, live, other):
+        path.write_bytes(bytes(PAGE))
+    count = int((root / "ledger").read_text())
+    (root / "ledger").write_text(f"{count + 3 * TAKES:020}\n")
+    report = fsck(root, repair=True)
+    assert [problem.place for problem in report.problems] == [f"tmp/{dead.name}"]
+    assert report.clean
+    assert sorted(path.name for path in (root / "tmp").iterdir()) == sorted([live.name, other.name])
+    assert int((root / "ledger").read_text()) == count + 2 * TAKES
+
+
+def boot() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip().replace("-", "")
+
+
+def field_of(pid: int, number: int) -> str:
+    """A field of /proc/PID/stat, counted as its manual does."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(")")[2].split()[number - 3]
+
+
+async def test_fsck_of_files_works_beside_a_running_engine(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    async with open_engine(config(root, "files")) as engine:
+        for key in keys(20):
+            await engine.store(key, content(key, SIZE))
+        await asyncio.to_thread(spoil_block, root, "files", b"key-7", PAGE)
+        report, _ = await asyncio.gather(
+            asyncio.to_thread(lambda: fsck(root, repair=True)),
+            engine.store_many([(key, content(key, SIZE)) for key in keys(20, 20)]),
+        )
+        assert kinds(report) == ["corrupt"]
+        assert report.clean
+        assert not await engine.load(b"key-7", bytearray(SIZE))
+        for key in (*keys(7), *keys(32, 8)):
+            memory = bytearray(SIZE)
+            assert await engine.load(key, memory)
+            assert memory == content(key, SIZE)
+
+
+def test_a_directory_of_files_has_no_index_to_rebuild(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    with pytest.raises(ConfigError, match="--repair"):
+        fsck(root, rebuild=True)
+
+
+def test_a_description_that_is_damaged_leaves_the_digest_to_name_a_namespace(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    (root / digest(ONE).hex() / "namespace.json").write_bytes(b"\xff{")
+    (use,) = listing(root).namespaces
+    assert (use.fields, use.blocks) == ({}, 1)
+    assert listing(root, namespace=digest(ONE).hex()[:8]).namespaces == (use,)
+    assert listing(root, namespace="first/model").namespaces == ()
+
+
+# --- gc ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_gc_keeps_the_blocks_used_last(tmp_path: Path, layout: str, *, dry_run: bool) -> None:
+    root = tmp_path / "kv"
+    settings = config(root, layout)
+    fill(settings, keys(6))
+    loads(settings, [b"key-0"])
+    if layout == "files":  # where a use within a minute of the last is not noted
+        for age, key in enumerate([b"key-0", *reversed(keys(5, 1))]):
+            os.utime(file_of(root, key), (0, 1_000_000 - age))
+    done = gc(root, keep_bytes=3 * TAKES + 1, dry_run=dry_run)
+    assert (done.blocks, done.nbytes) == (3, 3 * TAKES)
+    assert (done.kept_blocks, done.kept_bytes) == (3, 3 * TAKES)
+    kept = keys(6) if dry_run else [b"key-0", b"key-4", b"key-5"]
+    assert sum(use.blocks for use in listing(root).namespaces) == len(kept)
+    assert not fsck(root).problems
+    assert loads(settings, keys(6)) == kept
+    if layout == "files":
+        assert ledger_is_right(root)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_drops_whole_namespaces_and_their_files(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(3))
+    fill(config(root, layout, TWO), keys(4), 50_000)
+    allocated = listing(root).allocated_bytes
+    done = gc(root, namespace="second/*")
+    assert (done.blocks, done.kept_blocks) == (4, 0)
+    assert done.files > 0
+    assert listing(root).allocated_bytes == allocated - done.freed_bytes
+    assert [use.fields["model"] for use in listing(root).namespaces] == ["first/model"]
+    assert not fsck(root).problems
+    assert loads(config(root, layout), keys(3)) == keys(3)
+    assert loads(config(root, layout, TWO), keys(4), 50_000) == []
+    assert gc(root, namespace="nobody").blocks == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_of_one_namespace_counts_and_drops_only_its_blocks(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(3))
+    fill(config(root, layout, TWO), keys(3))
+    done = gc(root, namespace=digest(TWO).hex()[:12], keep_bytes=TAKES)
+    assert (done.blocks, done.kept_blocks, done.kept_bytes) == (2, 1, TAKES)
+    assert loads(config(root, layout), keys(3)) == keys(3)
+    assert len(loads(config(root, layout, TWO), keys(3))) == 1
+
+
+def test_gc_by_age_goes_by_the_last_use(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(4))
+    now = time.time()
+    for days, key in enumerate(keys(4)):
+        os.utime(file_of(root, key), (now, now - days * 86400))
+    done = gc(root, older_than_s=1.5 * 86400)
+    assert (done.blocks, done.kept_blocks) == (2, 2)
+    assert loads(config(root, "files"), keys(4)) == keys(2)
+    assert ledger_is_right(root)
+
+
+def test_gc_leaves_a_slab_that_has_a_quarantined_place(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    settings = config(root, "slabs", capacity_bytes=64 * 4 * TAKES)
+    fill(settings, keys(8))
+    spoil(root, b"key-0", PAGE, ONE)
+    with pytest.raises(BlockCorrupt):
+        loads(settings, [b"key-0"])
+    done = gc(root, keep_bytes=0)
+    assert (done.blocks, done.files) == (7, 1)
+    assert listing(root).quarantined == 1
+    assert len(list(root.glob("slab-*"))) == 1
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_gc_of_slabs_by_age_is_refused(tmp_path: Path, *, dry_run: bool) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    with pytest.raises(ConfigError, match="--keep-bytes"):
+        gc(root, older_than_s=1.0, dry_run=dry_run)
+    assert loads(config(root, "slabs"), keys(2)) == keys(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_wants_to_be_told_what_goes(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(2))
+    with pytest.raises(ConfigError, match="say what goes"):
+        gc(root)
+    assert loads(config(root, layout), keys(2)) == keys(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_is_told_from_the_marker(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), [])
+    assert layout_of(root) == layout
+    assert json.loads((root / "kvgds.json").read_text())["layout"] == layout
+    assert listing(root).namespaces == ()
+    assert not fsck(root).problems
