@@ -48,7 +48,7 @@ MERGED_BYTES = 1 << 20
 _SIDE_FLIGHTS = 4  # more would only make them smaller, and each costs calls of its own
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
-_SWEEP_S = 2e-3
+_SWEEP_S = 10e-3
 _SLEEP_S = (100e-6, 1e-3)
 _BUSY_BYTES = 4 << 20
 _WINDOW_S = 20e-3
@@ -381,7 +381,9 @@ class _Lane:
             self._swept_at = now
         for side in self._sides:
             for flight in list(side.flights):
-                if not self._check(flight, side) and not sweep:
+                if self._check(flight, side):
+                    self._report()  # at once: whoever waits can go on while the next is checked
+                elif not sweep:
                     break
 
     def _check(self, flight: _Flight, side: _Side) -> bool:
