@@ -29,7 +29,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvgds.blocks import padded
-from kvgds.courtesy import breathe
 from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory import Region, bytes_at
 from kvgds.schedule import coalesce
@@ -310,9 +309,7 @@ class _Lane:
         members, rows, nbytes = [], 0, 0
         while waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
             member = waiting.popleft()
-            begun = self._begin(member)
-            breathe()
-            if begun:
+            if self._begin(member):
                 members.append(member)
                 rows += len(member.rows)
                 nbytes += member.transfer.nbytes
@@ -415,7 +412,6 @@ class _Lane:
                 member.transfer.end()
             except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
                 member.transfer.fail(error)
-            breathe()
         self._ended.extend(flight.members)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
