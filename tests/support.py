@@ -46,7 +46,7 @@ def config(root: Path, *, tier: dict[str, Any] | None = None, **changes: Any) ->
         "namespace": NAMESPACE,
         "bounce_bytes": 2 * MIB,
         "timeout_s": 1e5,
-        "drain_timeout_s": 1e5,
+        "drain_timeout_s": 10.0,
     }
     return EngineConfig(**{**small, "tiers": (file_tier,), **changes})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from faults import FaultyDisk
 from kvgds import (
     BusyError,
     ClosedError,
@@ -370,6 +371,44 @@ async def test_a_bounced_store_past_its_deadline_is_not_published(tmp_path: Path
         await store(engine, b"b")
         assert await engine.prefix([b"a"]) == 0
         assert engine.statistics().quarantined_bytes == 0
+
+
+@PATHS
+async def test_a_store_past_its_deadline_while_the_index_commits(tmp_path: Path, make: Any) -> None:
+    """Its bytes are down and its row is being written: all the same it is never seen."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await store(engine, b"sound")
+            disk.hang("write", match="index.db*")
+            task = soon(engine.store(b"a", engine.register(make(SIZE)), timeout_s=LATE_S))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            error = await late(engine, task)
+            assert await engine.prefix([b"a"]) == 0
+            await asyncio.to_thread(disk.release)
+            if error.settled is not None:
+                await error.settled
+            await until(engine.tier_idle)
+            assert await engine.prefix([b"a"]) == 0
+        async with opened(root) as engine:
+            assert await engine.prefix([b"a"]) == 0
+            assert await engine.prefix([b"sound"]) == 1
+
+
+async def test_a_store_cancelled_while_the_index_commits(tmp_path: Path) -> None:
+    """It is waited for, and it is there: the commit can't be called back."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await store(engine, b"sound")
+            disk.hang("write", match="index.db*")
+            task = soon(engine.store(b"a", content(b"a", SIZE)))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            task.cancel()
+            await turns()
+            assert not task.done()
+            await asyncio.to_thread(disk.release)
+            await is_cancelled(task)
+            assert await engine.load(b"a", bytearray(SIZE))
 
 
 async def test_a_leased_slot_is_not_lent_again_before_the_transfer_is_done(tmp_path: Path) -> None:
