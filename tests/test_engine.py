@@ -861,3 +861,21 @@ def test_errors_of_this_library_are_its_own() -> None:
         assert isinstance(error, KvgdsError)
         assert isinstance(error, kind)
     assert Outcome(b"k", "miss").ok
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+async def test_a_lost_index_costs_no_slabs(tmp_path: Path, *, emptied: bool) -> None:
+    """Without it the slabs look like leftovers; it is an error that says how to rebuild it."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await engine.store(b"a", content(b"a", 4096))
+    for name in ("index.db", "index.db-wal", "index.db-shm"):
+        (root / name).unlink(missing_ok=True)
+    if emptied:
+        (root / "index.db").touch()
+    slabs = sorted(root.glob("slab-*"))
+    with pytest.raises(ConfigError, match="--rebuild"):
+        async with opened(root):
+            pass
+    assert slabs
+    assert sorted(root.glob("slab-*")) == slabs

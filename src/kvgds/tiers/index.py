@@ -74,8 +74,8 @@ class Changes:
 Done = "Callable[[Exception | None], None]"
 
 
-def connect(path: Path, *, power: bool = False) -> sqlite3.Connection:
-    """Open the database, making it if there is none.
+def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Connection:
+    """Open the database, making it if there is none and ``new`` allows that.
 
     Raises:
         ConfigError: it is damaged, of another program, or of a newer format.
@@ -90,6 +90,9 @@ def connect(path: Path, *, power: bool = False) -> sqlite3.Connection:
             raise ConfigError("root", str(path), "is not an index of kvgds; use another directory")
         if version > _FORMAT:
             raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
+        if not tables and not new:
+            rule = "the index of the slabs beside it is lost; `kvgds fsck --rebuild` makes it anew"
+            raise ConfigError("root", str(path), rule)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(f"PRAGMA synchronous={'FULL' if power else 'OFF'}")
         if not tables:

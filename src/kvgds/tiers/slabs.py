@@ -122,7 +122,10 @@ class Slabs:
 
     def _recover(self, progress: Callable[[str, int, int], None]) -> None:
         power = self._settings.durable == "power"
-        database = connect(self._settings.root / "index.db", power=power)
+        root = self._settings.root
+        with os.scandir(root) as entries:
+            slabs = any(SLAB_NAME.fullmatch(e.name) and e.is_file() for e in entries)
+        database = connect(root / "index.db", power=power, new=not slabs)
         self._index = Index(database, self._services.post, self._sync if power else _nothing)
         try:
             namespace = self._namespace
