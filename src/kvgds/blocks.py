@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import xxhash
 
@@ -92,8 +92,7 @@ class Namespace:
         return hashlib.blake2b(self.text.encode(), digest_size=16).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What stands in front of a stored payload."""
 
     namespace: bytes
@@ -140,8 +139,7 @@ def image_bytes(nbytes: int) -> int:
     return PAGE + padded(nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How one block of a batch fared.
 
     Attributes:

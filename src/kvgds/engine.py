@@ -171,6 +171,7 @@ class Engine:
                 self._transport.abandon()
                 left, waited = len(self._flights.running), self.config.drain_timeout_s
                 raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
+            self._flights.deadlines.close()
             try:
                 await self._in_thread(self._tier.close)
             finally:
@@ -407,6 +408,8 @@ class Engine:
         write: bool,
     ) -> Operation:
         self._check_open()
+        if self._flights.scheduler.queued >= self.config.queue_ops:
+            self._flights.pump()  # what only waits for this turn of the loop to end is no queue
         if self._flights.scheduler.queued >= self.config.queue_ops:
             raise QueueFull(f"{self._flights.scheduler.queued} blocks are queued; await some first")
         batch = self._open_batch(1, priority, timeout_s, write=write)

@@ -15,10 +15,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kvgds.blocks import Outcome, check_key
+from kvgds.deadlines import Deadlines
 from kvgds.errors import ClosedError, ConfigError, KvgdsError, TransferError, TransferTimeout
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
-from kvgds.paths import DIRECT, Bounce, Move, path_for
+from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _SETTLE_AT_ONCE = 8
+_PUMP_BYTES = 4 << 20
 _PENDING = Outcome(b"", "pending")
 
 
@@ -57,13 +59,13 @@ class Batch:
 
     __slots__ = (
         "arrivals",
+        "deadlines",
         "expired",
         "left",
         "loop",
         "outcomes",
         "priority",
         "since",
-        "timer",
         "waiter",
         "waiters",
         "write",
@@ -72,6 +74,7 @@ class Batch:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        deadlines: Deadlines[Batch],
         blocks: int,
         priority: Priority,
         *,
@@ -79,6 +82,7 @@ class Batch:
         each: bool,
     ) -> None:
         self.loop = loop
+        self.deadlines = deadlines
         self.write = write
         self.priority = priority
         self.since = loop.time()
@@ -87,7 +91,6 @@ class Batch:
         self.waiters: list[Waiter] = []
         self.arrivals: deque[Outcome] | None = deque() if each else None
         self.waiter: asyncio.Future[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
         self.expired = False
 
     def settle(self, index: int, outcome: Outcome) -> None:
@@ -98,8 +101,9 @@ class Batch:
             self.arrivals.append(outcome)
         elif self.left:
             return
-        if not self.left and self.timer is not None:
-            self.timer.cancel()
+        if not self.left:
+            self.waiters.clear()  # the deadline's entry outlives it, its memory need not
+            self.deadlines.ended()
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
@@ -128,10 +132,11 @@ class Waiter:
 class Flight:
     """One I/O on one block, and everybody who waits for it."""
 
-    __slots__ = ("copying", "key", "leader", "move", "ticket", "waiters", "write")
+    __slots__ = ("copying", "key", "leader", "move", "path", "ticket", "waiters", "write")
 
-    def __init__(self, key: BlockKey, leader: Waiter, *, write: bool) -> None:
+    def __init__(self, key: BlockKey, leader: Waiter, path: Path, *, write: bool) -> None:
         self.key = key
+        self.path = path
         self.write = write
         self.leader = leader  # whose memory moves, even if it waits no longer
         self.waiters = [leader]
@@ -180,6 +185,7 @@ class Flights:
         self.counts = dict.fromkeys(("hit", "miss", "stored", "present", "error", "joined"), 0)
         self.quarantined = 0
         self.territory = Territory()
+        self.deadlines = Deadlines[Batch](self._loop, self._expire)
         self.closed = False
         self._pumping = False
         self._idle: asyncio.Future[None] | None = None
@@ -212,9 +218,9 @@ class Flights:
         timeout = self._config.timeout_s if timeout_s is None else timeout_s
         if not timeout > 0:
             raise ConfigError("timeout_s", timeout_s, "must be above 0")
-        batch = Batch(self._loop, blocks, priority, write=write, each=each)
+        batch = Batch(self._loop, self.deadlines, blocks, priority, write=write, each=each)
         if blocks:
-            batch.timer = self._loop.call_at(batch.since + timeout, self._expire, batch)
+            self.deadlines.add(batch, batch.since + timeout)
         return batch
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
@@ -290,9 +296,10 @@ class Flights:
         waiter.flight = flight
 
     def _book(self, waiter: Waiter, key: BlockKey, priority: Priority) -> Flight:
-        flight = Flight(key, waiter, write=waiter.batch.write)
         nbytes = waiter.view.nbytes
-        lease = path_for(waiter.view, self.tier.plan.alignment).lease_bytes(nbytes)
+        path = path_for(waiter.view, self.tier.plan.alignment)
+        flight = Flight(key, waiter, path, write=waiter.batch.write)
+        lease = path.lease_bytes(nbytes)
         if lease > self._config.bounce_bytes:
             rule = f"a block of {nbytes:,} bytes needs {lease:,}; raise it, or align the memory"
             raise ConfigError("bounce_bytes", self._config.bounce_bytes, rule)
@@ -315,16 +322,15 @@ class Flights:
     # --- pumping ----------------------------------------------------------------------
 
     def pump_soon(self) -> None:
-        """Pump now if nothing is going on, else once for all that this turn of the loop asks."""
-        if self._pumping:
-            return
-        if not self.running:
-            self._pump()
-        else:
+        """Pump once for all that this turn of the loop asks; now, if that is a good load."""
+        if self.scheduler.queued_bytes >= _PUMP_BYTES:
+            self.pump()
+        elif not self._pumping:
             self._pumping = True
-            self._loop.call_soon(self._pump)
+            self._loop.call_soon(self.pump)
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
+        """Start whatever may start."""
         self._pumping = False
         tickets = self.scheduler.take()
         if not tickets:
@@ -348,12 +354,12 @@ class Flights:
             key=flight.key,
             view=view,
             write=flight.write,
-            path=path_for(view, self.tier.plan.alignment),
+            path=flight.path,
             full=self._full,
             owner=flight,
             backend=self.tier.plan.backend,
         )
-        move.lend(self.bounce, ticket.offset or 0)
+        move.lend(self.bounce, ticket.offset or 0, ticket.bounce_bytes)
         flight.move = move
         return move
 
@@ -377,13 +383,12 @@ class Flights:
         self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
         self._close_boarding(flight)
-        others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
         if move.abandoned:
             self.quarantined -= len(move.lease)
             self._free_overdue(flight)
             self._rebook(flight)
-        elif others and move.status == "hit":
-            self._copy(flight, move, others)
+        elif move.status == "hit" and flight.waiters != [flight.leader]:
+            self._copy(flight, move)
         else:
             self._tell(flight, move)
 
@@ -430,11 +435,11 @@ class Flights:
             except KvgdsError as error:
                 self._end(waiter, Outcome(flight.key, "error", error), "none")
 
-    def _copy(self, flight: Flight, move: Move, others: list[Waiter]) -> None:
+    def _copy(self, flight: Flight, move: Move) -> None:
         """Give the others what the leader got, before it gets its memory back."""
         flight.copying = True
         self.running.add(flight)
-        views = [waiter.view for waiter in others]
+        views = [waiter.view for waiter in flight.waiters if waiter is not flight.leader]
 
         def ended(future: ThreadFuture[None]) -> None:
             self.running.discard(flight)
@@ -472,7 +477,7 @@ class Flights:
             if waiter.flight is not None and not self._give_up(waiter, waiter.flight):
                 again = True
         if again:  # a reactor is copying right now; that takes moments
-            batch.timer = self._loop.call_later(_COPY_RETRY_S, self._expire, batch)
+            self.deadlines.add(batch, self._loop.time() + _COPY_RETRY_S)
         self.tier.expire()
         self.wake_closer()
 

@@ -184,8 +184,10 @@ class Claims:
 
     @staticmethod
     def _meets(claims: list[tuple[int, int]], start: int, stop: int, widest: int) -> bool:
-        first = bisect.bisect_right(claims, (start - widest, stop))
-        for begin, end in itertools.islice(claims, first, None):
+        if not claims:
+            return False
+        for i in range(bisect.bisect_right(claims, (start - widest, stop)), len(claims)):
+            begin, end = claims[i]
             if begin >= stop:
                 return False
             if end > start:
@@ -201,6 +203,7 @@ class Region:
 
     Attributes:
         spans: the address ranges.
+        nbytes: bytes of all spans.
         zero_copy: whether transfers may touch this memory directly.
         readonly: whether it may only be stored from.
     """
@@ -209,18 +212,15 @@ class Region:
         self, arrays: Sequence[_Strided], *, zero_copy: bool, claims: Claims | None = None
     ) -> None:
         self.spans = tuple(Span(array.address, array.nbytes) for array in arrays)
+        self.nbytes = sum(span.nbytes for span in self.spans)
         self.readonly = any(array.readonly for array in arrays)
         self.zero_copy = zero_copy
         self.claims = Claims() if claims is None else claims
         self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
+        self._movable = [array for array in arrays if array.data_ptr is not None]
         self.maps = tuple(bytes_at(*span) for span in self.spans)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all spans."""
-        return sum(span.nbytes for span in self.spans)
 
     def __getitem__(self, part: slice) -> View:
         start, stop, step = part.indices(self.nbytes)
@@ -240,7 +240,9 @@ class Region:
     @property
     def live(self) -> bool:
         """Whether it still stands for memory."""
-        return not self.closed and not any(array.moved for array in self._arrays)
+        if self._movable and any(array.moved for array in self._movable):
+            return False
+        return not self.closed
 
     def retire(self) -> None:
         """Take no more transfers; raise BusyError while one uses the memory."""
@@ -251,6 +253,7 @@ class Region:
     def release(self) -> None:
         """Let go of the memory, once nothing names it any more."""
         self._arrays = ()
+        self._movable = []
         self.maps = ()
 
 
@@ -317,7 +320,8 @@ class _Flat:
 
     @property
     def alignment(self) -> int:
-        return _alignment(self._region.spans[0].address + self._start, self._stop - self._start)
+        merged = self._region.spans[0].address + self._start | self._stop - self._start | PAGE
+        return merged & -merged
 
 
 def _alignment(*numbers: int) -> int:

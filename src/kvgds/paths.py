@@ -159,9 +159,8 @@ class Move:
         """Seen from the caller's memory."""
         return "store" if self.write else "load"
 
-    def lend(self, bounce: Bounce, offset: int) -> None:
+    def lend(self, bounce: Bounce, offset: int, nbytes: int) -> None:
         """Give the move its lease of the bounce region."""
-        nbytes = self.path.lease_bytes(self.nbytes)
         self.lease = bounce.arena.bytes[offset : offset + nbytes]
         self.lease_address = bounce.arena.span.address + offset
         direct = self.path is DIRECT

@@ -13,6 +13,7 @@ asked how it is doing, and one call delivers all that has ended.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -20,7 +21,7 @@ import itertools
 import logging
 import mmap
 import os
-import queue
+import select
 import threading
 import time
 from collections import deque
@@ -44,12 +45,13 @@ GROUP_ROWS = 64
 _FILE_BYTES = 1 << 46  # only a bound on offsets
 GROUP_BYTES = 4 << 20
 MERGED_BYTES = 1 << 20
-_SIDE_FLIGHTS = 4  # more would only make them smaller, and each costs calls of its own
+_SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
+_LARGE_BYTES = 1 << 20
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 10e-3
 _SLEEP_S = (100e-6, 1e-3)
-_BUSY_BYTES = 4 << 20
+_POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 _WINDOW_S = 20e-3
 _FIRST_RATE = 2e9  # bytes a second, until measured
 _ids = itertools.count(1)
@@ -135,6 +137,19 @@ def _import_nixl() -> Any:  # noqa: ANN401 - nixl has no types
     raise PathUnavailable("NIXL can't be loaded; pip install 'nixl-cu12>=1.5.1'", tuple(report))
 
 
+_making_ring = threading.Lock()
+
+
+def _rings() -> set[int]:
+    """Descriptors of this process's io_uring rings."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "io_uring" in os.readlink(f"/proc/self/fd/{name}"):
+                found.add(int(name))
+    return found
+
+
 class _Flight:
     """One NIXL transfer: transfers that travel together."""
 
@@ -160,11 +175,58 @@ class _Side:
 
     def __init__(self) -> None:
         self.waiting: deque[_Member] = deque()
+        self.waiting_bytes = 0
         self.flights: deque[_Flight] = deque()
 
     def ready(self) -> bool:
-        """Whether something may be launched."""
-        return bool(self.waiting) and len(self.flights) < _SIDE_FLIGHTS
+        """Whether something may be launched: not small flights when there are many."""
+        return bool(self.waiting) and (
+            len(self.flights) < _SIDE_FLIGHTS or self.waiting_bytes >= _LARGE_BYTES
+        )
+
+
+class _Inbox:
+    """What a reactor is asked for, and how it waits: for that, or for a ring's completions."""
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._bell, select.POLLIN)
+        self._waiting = False
+
+    def put(self, item: object) -> None:
+        """Leave something; wakes the reactor if it waits."""
+        self._items.append(item)
+        if self._waiting:
+            self._waiting = False
+            os.eventfd_write(self._bell, 1)
+
+    def take(self) -> Any:  # noqa: ANN401 - a list of members, or a call
+        """The oldest item, or None."""
+        return self._items.popleft() if self._items else None
+
+    def watch(self, fd: int) -> None:
+        """Let this descriptor end a wait too."""
+        self._poll.register(fd, select.POLLIN)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until there is something."""
+        if timeout_s == 0.0:
+            return
+        if timeout_s is not None and timeout_s < _POLL_LEAST_S:
+            time.sleep(timeout_s)
+            return
+        self._waiting = True
+        if not self._items:
+            ready = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
+            if (self._bell, select.POLLIN) in ready:
+                os.eventfd_read(self._bell)
+        self._waiting = False
+
+    def close(self) -> None:
+        """Let go of the bell; nothing may be put any more."""
+        os.close(self._bell)
 
 
 class _Lane:
@@ -177,7 +239,8 @@ class _Lane:
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
         self._queues = queues
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = _Inbox()
+        self._ring: int | None = None
         self._sides = (_Side(), _Side())  # loads, stores
         self._rate = _FIRST_RATE
         self._alone: deque[_Member] = deque()
@@ -217,12 +280,14 @@ class _Lane:
             return
         self.ready.set_result(None)
         while not self._closing or self._alone or self._working():
+            self._inbox.wait(self._pause())
             self._receive()
             self._launch()
             self._poll()
             self._report()
         for registered in self._registered.values():
             self._agent.deregister_memory(registered, backends=["POSIX"])
+        self._inbox.close()
         self._agent = None
         self.stopped.set_result(None)
 
@@ -236,39 +301,39 @@ class _Lane:
         for kind in self._queues:
             config = nixl.nixl_agent_config(enable_prog_thread=False, backends=[], sync_mode=sync)
             agent = nixl.nixl_agent(self.name, config)
-            try:
-                agent.create_backend("POSIX", {f"use_{kind}": "true", "ios_pool_size": "4096"})
-            except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-                report.append(f"POSIX/{kind}: {error}")
-                continue
+            with _making_ring:
+                before = _rings()
+                try:
+                    agent.create_backend("POSIX", {f"use_{kind}": "true", "ios_pool_size": "4096"})
+                except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+                    report.append(f"POSIX/{kind}: {error}")
+                    continue
+                made = _rings() - before
+            if len(made) == 1:
+                self._ring = made.pop()
+                self._inbox.watch(self._ring)
             self._agent, self.backend = agent, f"POSIX/{kind}"
             return
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
 
     def _receive(self) -> None:
-        """Take what has come in; wait for it if there is nothing better to do."""
-        pause = self._pause()
-        if pause is not None and self._in_flight() > _BUSY_BYTES:
-            time.sleep(pause)  # not to be woken: storage has enough to do meanwhile
-            pause = 0.0
-        try:
-            item = self._inbox.get(pause != 0.0, pause)
-            while True:
-                if isinstance(item, list):
-                    for member in item:
-                        self._sides[member.transfer.write].waiting.append(member)
-                else:
-                    self._call(*item)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
+        """Take what has come in."""
+        while (item := self._inbox.take()) is not None:
+            if isinstance(item, list):
+                for member in item:
+                    side = self._sides[member.transfer.write]
+                    side.waiting.append(member)
+                    side.waiting_bytes += member.transfer.nbytes
+            else:
+                self._call(*item)
 
     def _pause(self) -> float | None:
         """How long to wait for news, in seconds; None: until there are some.
 
-        An eighth of the time that what is in flight should take: storage never runs dry
-        meanwhile, and each look costs some 50 µs of CPU. Something small is watched without a
-        pause at first, since even the shortest sleep takes as long as it does.
+        A ring tells of its completions, so that only a lost one would be waited for. Without
+        a ring, an eighth of the time that what is in flight should take: storage never runs
+        dry meanwhile, and each look costs some 50 µs of CPU. Something small is watched without
+        a pause at first, since even the shortest sleep takes as long as it does.
         """
         if self._alone or any(side.ready() for side in self._sides):
             return 0.0
@@ -277,6 +342,8 @@ class _Lane:
             return 0.0 if self._closing else None
         if nbytes <= _SPIN_BYTES and time.monotonic() - self._moved_at < _SPIN_S:
             return 0.0
+        if self._ring is not None:
+            return _SWEEP_S
         least, most = _SLEEP_S
         return min(max(nbytes / self._rate / 8, least), most)
 
@@ -301,14 +368,15 @@ class _Lane:
             self._post(_Flight([self._alone.popleft()]))
         for side in self._sides:
             while side.ready():
-                flight = self._gather(side.waiting)
+                flight = self._gather(side)
                 if flight.members:
                     self._post(flight)
 
-    def _gather(self, waiting: deque[_Member]) -> _Flight:
+    def _gather(self, side: _Side) -> _Flight:
         members, rows, nbytes = [], 0, 0
-        while waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
-            member = waiting.popleft()
+        while side.waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
+            member = side.waiting.popleft()
+            side.waiting_bytes -= member.transfer.nbytes
             if self._begin(member):
                 members.append(member)
                 rows += len(member.rows)

@@ -272,6 +272,7 @@ class Slabs:
     def load(self, moves: Sequence[Move]) -> None:
         """See ``Tier.load``."""
         settled, going = [], []
+        holds = self._holds
         for move in moves:
             block = self._blocks.get(move.key)
             if block is None:
@@ -281,7 +282,7 @@ class Slabs:
                 move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
             else:
                 self._aim(move, block[0], block[1])
-                self._holds[block[0]] = self._holds.get(block[0], 0) + 1
+                holds[block[0]] = holds.get(block[0], 0) + 1
                 self._touch(block[0])
                 going.append(move)
                 continue
