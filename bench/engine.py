@@ -145,6 +145,7 @@ async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
             for store in (True, False):
                 contenders = {
                     "pool": pool.store if store else pool.load,
+                    "pool, awaited": pool.await_store if store else pool.await_load,
                     "engine": lambda store=store: plain.one_by_one(store=store, in_flight=16),
                     "engine+checksum": lambda store=store: full.one_by_one(
                         store=store, in_flight=16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from kvgds.memory import Arena
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    Call = Callable[[int, list[memoryview], int], int]
 
 
 class Pool:
@@ -35,7 +38,29 @@ class Pool:
     async def load(self) -> Sample:
         return self._run(os.preadv)
 
-    def _run(self, call: Callable[[int, list[memoryview], int], int]) -> Sample:
+    async def await_store(self) -> Sample:
+        return await self._await(os.pwritev)
+
+    async def await_load(self) -> Sample:
+        return await self._await(os.preadv)
+
+    async def _await(self, call: Call) -> Sample:
+        """The same calls as an asyncio program makes them: by run_in_executor."""
+        loop, numbers, moved = asyncio.get_running_loop(), iter(range(self._count)), []
+        sample = Sample(nbytes=self._block * self._count, asked=self._count)
+
+        async def work() -> None:
+            for i in numbers:
+                at = i * self._block
+                part = [self._arena.bytes[at : at + self._block]]
+                moved.append(await loop.run_in_executor(pool, call, self._fd, part, at))
+
+        with ThreadPoolExecutor(self._threads) as pool, timed(sample):
+            await asyncio.gather(*(work() for _ in range(self._threads)))
+        sample.succeeded = sum(n == self._block for n in moved)
+        return sample
+
+    def _run(self, call: Call) -> Sample:
         block, memory, fd = self._block, self._arena.bytes, self._fd
         numbers = iter(range(self._count))
         lock, moved = threading.Lock(), []

@@ -188,6 +188,8 @@ class Flights:
         self.deadlines = Deadlines[Batch](self._loop, self._expire)
         self.closed = False
         self._pumping = False
+        self._ended: deque[Move] = deque()
+        self._settling = False  # already, in this turn of the loop
         self._idle: asyncio.Future[None] | None = None
 
     async def drained(self, deadline: float) -> bool:
@@ -370,10 +372,17 @@ class Flights:
 
         A few in each turn of the loop: every one wakes a task, and others are waiting too.
         """
-        for move in moves[:_SETTLE_AT_ONCE]:
-            self._settle(move)
-        if len(moves) > _SETTLE_AT_ONCE:
-            self._loop.call_soon(self.settle, moves[_SETTLE_AT_ONCE:])
+        self._ended.extend(moves)
+        if not self._settling:
+            self._settle_some()
+
+    def _settle_some(self) -> None:
+        self._settling = bool(self._ended)
+        if not self._settling:
+            return
+        self._loop.call_soon(self._settle_some)
+        for _ in range(min(_SETTLE_AT_ONCE, len(self._ended))):
+            self._settle(self._ended.popleft())
         if self.scheduler.queued:
             self.pump_soon()
         self.wake_closer()
