@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -17,6 +18,7 @@ from kvgds import (
     BusyError,
     ClosedError,
     ConfigError,
+    Engine,
     EngineConfig,
     Event,
     FileTier,
@@ -43,12 +45,12 @@ def soon(coroutine: Awaitable[Any]) -> asyncio.Future[Any]:
     return asyncio.ensure_future(coroutine)
 
 
-async def store(engine: Watched, *names: bytes, nbytes: int = SIZE) -> None:
+async def store(engine: Engine, *names: bytes, nbytes: int = SIZE) -> None:
     for outcome in await engine.store_many([(name, content(name, nbytes)) for name in names]):
         assert outcome.status == "stored"
 
 
-async def is_whole(engine: Watched, *names: bytes, nbytes: int = SIZE) -> bool:
+async def is_whole(engine: Engine, *names: bytes, nbytes: int = SIZE) -> bool:
     """Whether these blocks are there, and right."""
     memory = [bytearray(nbytes) for _ in names]
     outcomes = await engine.load_many(zip(names, memory, strict=True))
@@ -632,9 +634,9 @@ async def test_a_batch_larger_than_the_tier(tmp_path: Path) -> None:
 
 
 async def test_a_disk_smaller_than_the_capacity(tmp_path: Path) -> None:
-    """The capacity says 64 MiB, the disk has 6: the least recently used make room."""
+    """The capacity says 64 MiB, the disk has 10: the least recently used make room."""
     nbytes, tier = MIB // 2 - PAGE, {"capacity_bytes": 64 * MIB}
-    with small_disk(tmp_path, 6 * MIB) as disk:
+    with small_disk(tmp_path, 10 * MIB) as disk:
         async with opened(disk / "kv", tier=tier) as engine:
             keys = [b"%d" % i for i in range(40)]
             for n, key in enumerate(keys):
@@ -691,6 +693,40 @@ def fill(path: Path) -> None:
                     file.write(bytes(size))
             except OSError as error:
                 assert error.errno == errno.ENOSPC  # noqa: PT017 - it ends like this
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_opening_on_a_full_disk(
+    tmp_path: Path, layout: str, kind: Literal["tmpfs", "ext4"]
+) -> None:
+    """Files need no room to be read; an index does, which the error says, and nothing is lost."""
+    with small_disk(tmp_path, 24 * MIB, kind) as disk:
+        settings = config(disk / "kv", tier={"layout": layout, "capacity_bytes": 4 * MIB})
+        async with open_engine(settings) as engine:
+            await store(engine, b"a")
+        fill(disk / "ballast")
+        if layout == "files":
+            async with open_engine(settings) as engine:
+                assert await is_whole(engine, b"a")
+        else:
+            with pytest.raises(ConfigError, match="free some MiB"):
+                async with open_engine(settings):
+                    pass
+        (disk / "ballast").unlink()
+        async with open_engine(settings) as engine:
+            assert await is_whole(engine, b"a")
+
+
+async def test_slabs_leave_room_for_the_index(tmp_path: Path) -> None:
+    """The disk is smaller than the capacity: slabs stop short of its end, and rows go in on."""
+    with small_disk(tmp_path, 12 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 64 * MIB}) as engine:
+            for i in range(600):
+                assert await engine.store(b"%d" % i, content(i, SIZE))
+            assert engine.statistics().tiers[0].evictions
+            free = os.statvfs(disk)
+            assert free.f_bavail * free.f_frsize > 2 * MIB
 
 
 async def test_an_unreadable_block_is_kept(tmp_path: Path) -> None:

@@ -571,6 +571,17 @@ def test_a_rebuild_keeps_every_old_index_and_the_names_of_namespaces(tmp_path: P
     assert sql(root, "SELECT text FROM namespace ORDER BY id")[0] in ((ONE.text,), (TWO.text,))
 
 
+def test_opening_names_a_namespace_that_a_rebuild_could_not(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    fill(config(root, "slabs", TWO), keys(1))
+    (root / "index.db").unlink()
+    fsck(root, rebuild=True)
+    assert sql(root, "SELECT text FROM namespace") == [("",), ("",)]
+    assert loads(config(root, "slabs"), keys(2)) == keys(2)
+    assert sorted(sql(root, "SELECT text FROM namespace")) == [("",), (ONE.text,)]
+
+
 def test_a_rebuild_after_a_kill_has_every_acknowledged_block(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     program = f"""

@@ -381,28 +381,23 @@ def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> 
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         evidence = [f"{root} is on {filesystem_of(root)}", *_dio_alignment(path)]
-        refusal = "not wanted" if mode == "never" else _refusal(path)
-        if refusal is None:
-            evidence.append("O_DIRECT wrote and read back " + _sizes())
-            return DirectoryPlan(direct_io=True, evidence=tuple(evidence))
+        works, why = (False, "not wanted") if mode == "never" else _try_direct(path)
+        if works:
+            return DirectoryPlan(direct_io=True, evidence=(*evidence, why))
         if mode == "require":
             raise PathUnavailable(
                 f"O_DIRECT does not work in {root}; use another file system or direct_io='auto'",
-                (*evidence, refusal),
+                (*evidence, why),
             )
-        refused = (f"O_DIRECT: {refusal}",)
+        refused = (f"O_DIRECT: {why}",)
         return DirectoryPlan(direct_io=False, evidence=tuple(evidence), refused=refused)
     finally:
         os.close(fd)
         os.unlink(path)
 
 
-def _sizes() -> str:
-    return " and ".join(f"{n:,}" for n in _TRIAL_BYTES) + " bytes"
-
-
-def _refusal(path: FilePath) -> str | None:
-    """Why O_DIRECT doesn't work on a file, or None if it does."""
+def _try_direct(path: FilePath) -> tuple[bool, str]:
+    """Whether O_DIRECT works on a file, and how that is known."""
     arena = Arena(2 * max(_TRIAL_BYTES))
     half = max(_TRIAL_BYTES)
     step = "open"
@@ -414,17 +409,19 @@ def _refusal(path: FilePath) -> str | None:
                 sent[:] = secrets.token_bytes(PAGE) * (nbytes // PAGE)
                 step = f"a write of {nbytes:,} bytes"
                 if os.pwritev(fd, [sent], 0) != nbytes:
-                    return f"{step} was short"
+                    return False, f"{step} was short"
                 step = f"a read of {nbytes:,} bytes"
                 if os.preadv(fd, [got], 0) != nbytes or sent != got:
-                    return f"{step} gave other bytes"
+                    return False, f"{step} gave other bytes"
         finally:
             os.close(fd)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            return f"{step} is refused: {error.strerror}"
+            return False, f"{step} is refused: {error.strerror}"
+        if error.errno == errno.ENOSPC:  # what is stored there can be loaded all the same
+            return bool(_dio_alignment(path)), "the disk is full: it was not tried, only asked for"
         raise
-    return None
+    return True, "O_DIRECT wrote and read back " + " and ".join(f"{n:,}" for n in _TRIAL_BYTES)
 
 
 def filesystem_of(root: FilePath) -> str:
@@ -450,5 +447,5 @@ def _dio_alignment(path: FilePath) -> list[str]:
         return []
     memory, offset = (int.from_bytes(page.raw[i : i + 4], "little") for i in (0x98, 0x9C))
     if not offset:
-        return ["statx says that direct I/O is not supported"]
+        return []
     return [f"statx asks for {memory}-byte memory and {offset}-byte file alignment"]

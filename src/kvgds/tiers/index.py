@@ -149,12 +149,11 @@ class Index:
 
     def namespace(self, digest: bytes, text: str) -> int:
         """The namespace's number."""
-        row = self._database.execute("SELECT id FROM namespace WHERE digest=?", (digest,))
-        found = row.fetchone()
-        if found is None:
-            query = "INSERT INTO namespace (digest, text) VALUES (?, ?) RETURNING id"
-            found = self._database.execute(query, (digest, text)).fetchone()
-        return int(found[0])
+        query = (
+            "INSERT INTO namespace (digest, text) VALUES (?, ?) ON CONFLICT (digest) "
+            "DO UPDATE SET text = max(text, excluded.text) RETURNING id"  # '' after a rebuild
+        )
+        return int(self._database.execute(query, (digest, text)).fetchone()[0])
 
     def count_open(self) -> int:
         """How many times the index has been opened, this one included."""

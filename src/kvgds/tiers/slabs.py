@@ -34,6 +34,7 @@ from kvgds.tiers.space import (
     make_slab,
     open_slab,
     remove_slab,
+    room_on_disk,
     slab_name,
     slot_bytes_for,
 )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from kvgds.config import FileTier
     from kvgds.paths import Move
 
+_RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _TOUCHES = 1024  # how many uses may be forgotten by a crash
@@ -117,6 +119,8 @@ class Slabs:
             self._close_files()
             if isinstance(error, OSError | sqlite3.Error):
                 rule = f"can't be used: {error}"
+                if isinstance(error, sqlite3.Error) and room_on_disk(settings.root) < _RESERVE:
+                    rule += "; the index needs room on the disk: free some MiB"
                 raise ConfigError("root", str(settings.root), rule) from error
             raise
 
@@ -667,6 +671,7 @@ class Slabs:
             make_slab,
             path,
             slots * size.slot_bytes,
+            reserve=min(_RESERVE, self._settings.capacity_bytes // 16),
             direct=self.plan.direct_io,
             sync=self._settings.durable == "power",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import OrderedDict, deque
@@ -64,15 +65,26 @@ class SizeClass:
         self.waiting: deque[Move] = deque()  # stores without a slot yet
 
 
-def make_slab(path: Path, nbytes: int, *, direct: bool, sync: bool) -> int:
+def room_on_disk(path: Path) -> int:
+    """Bytes that are free there."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+def make_slab(path: Path, nbytes: int, *, reserve: int, direct: bool, sync: bool) -> int:
     """Make and allocate a slab file, if asked so that it outlives loss of power. Blocks.
 
     Returns:
         Its descriptor.
+
+    Raises:
+        OSError: among others, if it would leave less than ``reserve`` bytes free on the disk.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
     try:
+        if room_on_disk(path) < nbytes + reserve:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.posix_fallocate(fd, 0, nbytes)
         if sync:
             os.fsync(fd)
