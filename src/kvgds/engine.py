@@ -165,18 +165,16 @@ class Engine:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        deadline = self._loop.time() + self.config.drain_timeout_s
+        if not await self._flights.drained(deadline):
+            self._transport.abandon()
+            left, waited = len(self._flights.running), self.config.drain_timeout_s
+            raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
+        self._flights.deadlines.close()
         try:
-            deadline = self._loop.time() + self.config.drain_timeout_s
-            if not await self._flights.drained(deadline):
-                self._transport.abandon()
-                left, waited = len(self._flights.running), self.config.drain_timeout_s
-                raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
-            self._flights.deadlines.close()
-            try:
-                await self._in_thread(self._tier.close)
-            finally:
-                await asyncio.wrap_future(self._transport.close())
+            await self._in_thread(self._tier.close)
         finally:
+            await asyncio.wrap_future(self._transport.close())
             self._executor.shutdown(wait=False)
 
     def _in_thread(self, function: Callable[..., T], *args: object) -> Awaitable[T]:
