@@ -205,6 +205,7 @@ class Region:
         spans: the address ranges.
         nbytes: bytes of all spans.
         zero_copy: whether transfers may touch this memory directly.
+        device: the GPU that it lies in; None: host memory.
         readonly: whether it may only be stored from.
     """
 
@@ -215,6 +216,7 @@ class Region:
         self.nbytes = sum(span.nbytes for span in self.spans)
         self.readonly = any(array.readonly for array in arrays)
         self.zero_copy = zero_copy
+        self.device: int | None = None
         self.claims = Claims() if claims is None else claims
         self.uses = 0  # of its views, now
         self.closed = False

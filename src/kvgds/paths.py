@@ -26,6 +26,7 @@ import xxhash
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
 from kvgds.memory import Arena, copy_pieces
+from kvgds.schedule import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
     from kvgds.memory import Region, View
-    from kvgds.transport import File
+    from kvgds.transport import File, Later
 
-    Rows = list[tuple[int, int, int]]
-
+Rows = list[Row]
+_NO_ROWS: Rows = []
 _TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
 _STATX_DIOALIGN = 0x2000
 
@@ -101,6 +102,8 @@ class Move:
         "abandoned",
         "algorithm",
         "backend",
+        "device",
+        "device_rows",
         "error",
         "file",
         "generation",
@@ -149,6 +152,8 @@ class Move:
         self.regions: Sequence[Region] = ()
         self.file: File = None  # type: ignore[assignment]  # the tier sets it before submitting
         self.offset = 0
+        self.device = view.region.device or 0
+        self.device_rows: Rows = _NO_ROWS
         self.generation: int | None = None  # of a load: the one expected; None: any
         self.place = ""
         self.slot = 0  # slab tier only
@@ -181,16 +186,16 @@ class Move:
         """Reactor: the caller's memory is not needed any more."""
         self._gate.release()
 
-    def begin(self) -> Rows | None:
+    def begin(self) -> Rows | Later | None:
         """Stage what is to be stored; see ``transport.Transfer``."""
         if self.abandoned:
             self.error = self.timeout()
             return None
         return self.path.begin(self)
 
-    def end(self) -> None:
+    def end(self) -> Later | None:
         """Check and hand over what was loaded; see ``transport.Transfer``."""
-        self.path.end(self)
+        return self.path.end(self)
 
     def fail(self, error: Exception) -> None:
         """Record why the bytes did not move; see ``transport.Transfer``."""
@@ -252,10 +257,10 @@ class Path(Protocol):
     def lease_bytes(self, nbytes: int) -> int:
         """Bytes of the bounce region that a block of ``nbytes`` needs, whole pages."""
 
-    def begin(self, move: Move) -> Rows | None:
+    def begin(self, move: Move) -> Rows | Later | None:
         """Make ready what is to be stored; the rows to move, or None if it was abandoned."""
 
-    def end(self, move: Move) -> None:
+    def end(self, move: Move) -> Later | None:
         """Check what was loaded and put it into the view; raises BlockCorrupt."""
 
 

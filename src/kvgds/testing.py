@@ -15,6 +15,7 @@ import errno
 import os
 import queue
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -25,7 +26,7 @@ from kvgds.config import EngineConfig
 from kvgds.engine import Engine
 from kvgds.errors import BlockCorrupt, ClosedError, StorageFull, TransferTimeout
 from kvgds.memory import Arena, region_of
-from kvgds.transport import File, NixlTransport
+from kvgds.transport import LATER, File, NixlTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from kvgds.config import FileTier
     from kvgds.memory import Region
-    from kvgds.transport import Rows, Transfer, Transport
+    from kvgds.transport import Later, Rows, Transfer, Transport
 
 __all__ = [
     "Bench",
@@ -49,6 +50,7 @@ Stage: TypeAlias = Literal["start", "landing"]
 """Where a transfer can be held: before it begins, or with its bytes moved but not reported."""
 
 _WAIT_S = 20.0
+_LATER_S = 1e-4
 _LATE_S = 1000.0
 
 
@@ -69,10 +71,15 @@ class _Passage:
         self.file = transfer.file
         self.regions = transfer.regions
         self.nbytes = transfer.nbytes
+        self.device = transfer.device
         self._moved = False
         self._error: Exception | None = None
 
-    def begin(self) -> Rows | None:
+    @property
+    def device_rows(self) -> Rows:
+        return self.transfer.device_rows
+
+    def begin(self) -> Rows | Later | None:
         return self.transfer.begin()
 
     def end(self) -> None:
@@ -87,7 +94,8 @@ class _Passage:
             self.transfer.fail(self._error)
         elif self._moved:
             try:
-                self.transfer.end()
+                while self.transfer.end() is LATER:
+                    time.sleep(_LATER_S)
             except Exception as error:  # noqa: BLE001 - the transport's contract
                 self.transfer.fail(error)
 
@@ -270,6 +278,8 @@ class PlainTransfer:
         self.calls: list[str] = []
         self.threads: set[int] = set()
         self.error: Exception | None = None
+        self.device = 0
+        self.device_rows: Rows = []
         self._rows: Rows = list(rows)
 
     def _note(self, call: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import errno
 import importlib
 import itertools
@@ -27,7 +28,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvgds.blocks import padded
 from kvgds.errors import ClosedError, PathUnavailable
@@ -47,6 +48,7 @@ GROUP_BYTES = 4 << 20
 MERGED_BYTES = 1 << 20
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
 _LARGE_BYTES = 1 << 20
+_COPY_S = 50e-6  # between two looks at copies
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 10e-3
@@ -54,6 +56,7 @@ _SLEEP_S = (100e-6, 1e-3)
 _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 _WINDOW_S = 20e-3
 _FIRST_RATE = 2e9  # bytes a second, until measured
+_GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
 _ids = itertools.count(1)
 
 
@@ -66,23 +69,40 @@ class File:
         self.fd = fd
 
 
+class Later(enum.Enum):
+    """The answer of a transfer that is not ready to go on."""
+
+    LATER = enum.auto()
+
+
+LATER: Final = Later.LATER
+
+
 class Transfer(Protocol):
     """One block on its way. Every method runs on a reactor thread.
 
-    The transport calls ``begin`` once, moves the rows, then calls ``end`` once (or
-    ``fail``, if they did not move), and then delivers the transfer.
+    The transport calls ``begin`` until it answers, moves the rows, then calls ``end`` until
+    that answers (or ``fail`` once, if they did not move), and then delivers the transfer.
     """
 
     write: bool  # from memory to the file
     file: File
     regions: Sequence[Region]
     nbytes: int
+    device: int  # whose memory device_rows name
 
-    def begin(self) -> Rows | None:
-        """The rows to move: address, file offset, bytes. None: not wanted any more."""
+    @property
+    def device_rows(self) -> Rows:
+        """Once ``begin`` has answered: what moves between the file and GPU memory."""
 
-    def end(self) -> None:
-        """All rows have moved."""
+    def begin(self) -> Rows | Later | None:
+        """The rows of host memory to move: address, file offset, bytes.
+
+        None: not wanted any more. LATER: copies are under way; ask again in a moment.
+        """
+
+    def end(self) -> Later | None:
+        """All rows have moved. LATER: copies are under way; ask again in a moment."""
 
     def fail(self, error: Exception) -> None:
         """The rows have not moved; the memory is dirty, but nothing touches it any more."""
@@ -150,15 +170,32 @@ def _rings() -> set[int]:
     return found
 
 
-class _Flight:
-    """One NIXL transfer: transfers that travel together."""
+class _Leg:
+    """One NIXL transfer."""
 
-    __slots__ = ("handle", "members", "nbytes")
+    __slots__ = ("done", "error", "handle")
 
-    def __init__(self, members: list[_Member]) -> None:
-        self.members = members
-        self.nbytes = sum(member.transfer.nbytes for member in members)
+    def __init__(self) -> None:
         self.handle: Any = None
+        self.done = False
+        self.error: Exception | None = None
+
+
+class _Flight:
+    """Transfers that travel together: a leg for host memory, and one for each GPU's."""
+
+    __slots__ = ("legs", "members", "nbytes", "rows")
+
+    def __init__(self) -> None:
+        self.members: list[_Member] = []
+        self.rows = 0
+        self.nbytes = 0
+        self.legs: list[_Leg] = []
+
+    def add(self, member: _Member) -> None:
+        self.members.append(member)
+        self.rows += len(member.rows) + len(member.transfer.device_rows)
+        self.nbytes += member.transfer.nbytes
 
 
 class _Member:
@@ -176,11 +213,12 @@ class _Side:
     def __init__(self) -> None:
         self.waiting: deque[_Member] = deque()
         self.waiting_bytes = 0
+        self.staging: deque[_Member] = deque()  # begun; copies are under way
         self.flights: deque[_Flight] = deque()
 
     def ready(self) -> bool:
         """Whether something may be launched: not small flights when there are many."""
-        return bool(self.waiting) and (
+        return bool(self.waiting or self.staging) and (
             len(self.flights) < _SIDE_FLIGHTS or self.waiting_bytes >= _LARGE_BYTES
         )
 
@@ -232,9 +270,10 @@ class _Inbox:
 class _Lane:
     """One agent and its thread. All methods but submit, call and start run on that thread."""
 
-    def __init__(self, name: str, queues: Sequence[str]) -> None:
+    def __init__(self, name: str, queues: Sequence[str], gpu: str) -> None:
         self.name = name
         self.backend = ""
+        self._gpu = gpu
         self.load = 0  # bytes queued or in flight; a hint for choosing a lane
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
@@ -244,8 +283,9 @@ class _Lane:
         self._sides = (_Side(), _Side())  # loads, stores
         self._rate = _FIRST_RATE
         self._alone: deque[_Member] = deque()
+        self._landing: deque[_Member] = deque()  # moved; copies are under way
         self._ended: list[_Member] = []
-        self._registered: dict[Region | File, Any] = {}
+        self._registered: dict[Region | File, list[tuple[str, Any]]] = {}
         self._closing = False
         self._moved_at = 0.0
         self._window_bytes = 0
@@ -285,14 +325,15 @@ class _Lane:
             self._launch()
             self._poll()
             self._report()
-        for registered in self._registered.values():
-            self._agent.deregister_memory(registered, backends=["POSIX"])
+        for thing in list(self._registered):
+            self.forget(thing)
         self._inbox.close()
         self._agent = None
         self.stopped.set_result(None)
 
     def _working(self) -> bool:
-        return any(side.waiting or side.flights for side in self._sides)
+        under_way = any(side.waiting or side.staging or side.flights for side in self._sides)
+        return under_way or bool(self._landing)
 
     def _open(self) -> None:
         self._nixl = nixl = _import_nixl()
@@ -313,8 +354,18 @@ class _Lane:
                 self._ring = made.pop()
                 self._inbox.watch(self._ring)
             self._agent, self.backend = agent, f"POSIX/{kind}"
+            if self._gpu:
+                self._open_gpu()
             return
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
+
+    def _open_gpu(self) -> None:
+        try:
+            self._agent.create_backend(self._gpu, _GPU_SETTINGS[self._gpu])
+        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+            raise PathUnavailable(
+                f"NIXL's {self._gpu} plugin can't be used here", (str(error),)
+            ) from None
 
     def _receive(self) -> None:
         """Take what has come in."""
@@ -335,8 +386,10 @@ class _Lane:
         dry meanwhile, and each look costs some 50 µs of CPU. Something small is watched without
         a pause at first, since even the shortest sleep takes as long as it does.
         """
-        if self._alone or any(side.ready() for side in self._sides):
+        if self._alone or any(side.waiting and side.ready() for side in self._sides):
             return 0.0
+        if self._landing or any(side.staging for side in self._sides):
+            return _COPY_S
         nbytes = self._in_flight()
         if not nbytes:
             return 0.0 if self._closing else None
@@ -365,25 +418,30 @@ class _Lane:
     def _launch(self) -> None:
         """Put waiting transfers in flight, together if they go the same way; loads first."""
         while self._alone:
-            self._post(_Flight([self._alone.popleft()]))
+            flight = _Flight()
+            flight.add(self._alone.popleft())
+            self._post(flight)
         for side in self._sides:
             while side.ready():
                 flight = self._gather(side)
-                if flight.members:
-                    self._post(flight)
+                if not flight.members:
+                    break
+                self._post(flight)
 
     def _gather(self, side: _Side) -> _Flight:
-        members, rows, nbytes = [], 0, 0
-        while side.waiting and rows < GROUP_ROWS and nbytes < GROUP_BYTES:
-            member = side.waiting.popleft()
-            side.waiting_bytes -= member.transfer.nbytes
-            if self._begin(member):
-                members.append(member)
-                rows += len(member.rows)
-                nbytes += member.transfer.nbytes
-        return _Flight(members)
+        """Those that can go next, of the ones whose copies were under way and of the others."""
+        flight, again = _Flight(), len(side.staging)
+        while (again or side.waiting) and flight.rows < GROUP_ROWS and flight.nbytes < GROUP_BYTES:
+            if again:
+                again -= 1
+                member = side.staging.popleft()
+            else:
+                member = side.waiting.popleft()
+                side.waiting_bytes -= member.transfer.nbytes
+            self._begin(member, side, flight)
+        return flight
 
-    def _begin(self, member: _Member) -> bool:
+    def _begin(self, member: _Member, side: _Side, flight: _Flight) -> None:
         transfer = member.transfer
         try:
             for region in transfer.regions:
@@ -395,52 +453,86 @@ class _Lane:
             rows = None
         if rows is None:
             self._ended.append(member)
-            return False
-        member.rows = rows
-        return True
+        elif rows is LATER:
+            side.staging.append(member)
+        else:
+            member.rows = rows
+            flight.add(member)
 
     def _register(self, thing: Region | File) -> None:
         if thing in self._registered:
             return
         if isinstance(thing, File):
             entries, kind = [(0, _FILE_BYTES, thing.fd, "")], "FILE"
-        else:
+            backends = ["POSIX", self._gpu] if self._gpu else ["POSIX"]
+        elif thing.device is None:
             entries, kind = [(span.address, span.nbytes, 0, "") for span in thing.spans], "DRAM"
-        self._registered[thing] = self._agent.register_memory(entries, kind, ["POSIX"])
+            backends = ["POSIX"]
+        else:
+            device = thing.device
+            entries = [(span.address, span.nbytes, device, "") for span in thing.spans]
+            kind, backends = "VRAM", [self._gpu]
+        done = self._registered[thing] = []
+        try:
+            for backend in backends:
+                registered = self._agent.register_memory(entries, kind, [backend])
+                done.append((backend, registered))
+        except BaseException:
+            self.forget(thing)
+            raise
 
     def forget(self, thing: Region | File) -> None:
         """Deregister, if it was ever used here."""
-        registered = self._registered.pop(thing, None)
-        if registered is not None:
-            self._agent.deregister_memory(registered, backends=["POSIX"])
+        for backend, registered in self._registered.pop(thing, ()):
+            self._agent.deregister_memory(registered, backends=[backend])
 
     def _post(self, flight: _Flight) -> None:
-        local, remote = _descriptors(flight)
         agent = self._agent
-        try:
-            flight.handle = agent.initialize_xfer(
-                "WRITE" if flight.members[0].transfer.write else "READ",
-                agent.get_xfer_descs(local, "DRAM"),
-                agent.get_xfer_descs(remote, "FILE"),
-                self.name,
-                b"",
-                ["POSIX"],
-            )
-            state = agent.transfer(flight.handle)
-        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-            self._failed(flight, error)
-            return
+        direction = "WRITE" if flight.members[0].transfer.write else "READ"
+        for kind, backend, local, remote in self._legs(flight):
+            leg = _Leg()
+            flight.legs.append(leg)
+            try:
+                leg.handle = agent.initialize_xfer(
+                    direction,
+                    agent.get_xfer_descs(local, kind),
+                    agent.get_xfer_descs(remote, "FILE"),
+                    self.name,
+                    b"",
+                    [backend],
+                )
+                leg.done = agent.transfer(leg.handle) == "DONE"
+            except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+                leg.done, leg.error = True, error
         now = self._moved_at = time.monotonic()
-        if state == "DONE":
-            self._landed(flight)
+        if all(leg.done for leg in flight.legs):
+            self._over(flight)
             return
         if not self._in_flight():
             self._window_bytes, self._window_from = 0, now
         self._sides[flight.members[0].transfer.write].flights.append(flight)
 
+    def _legs(self, flight: _Flight) -> Iterator[tuple[str, str, Rows, Rows]]:
+        """What NIXL is told: memory, backend, (address, bytes, device), (offset, bytes, fd)."""
+        local: Rows = []
+        remote: Rows = []
+        for fd, rows in _rows_by_file(flight):
+            local += [(address, nbytes, 0) for address, _, nbytes in rows]
+            remote += [(offset, nbytes, fd) for _, offset, nbytes in rows]
+        yield "DRAM", "POSIX", local, remote
+        far = [member.transfer for member in flight.members if member.transfer.device_rows]
+        if far:
+            local, remote = [], []
+            for each in far:
+                local += [(address, nbytes, each.device) for address, _, nbytes in each.device_rows]
+                remote += [(offset, nbytes, each.file.fd) for _, offset, nbytes in each.device_rows]
+            yield "VRAM", self._gpu, local, remote
+
     def _poll(self) -> None:
         """Ask the oldest flights; now and then, when it seems stuck, ask them all."""
         now = time.monotonic()
+        for _ in range(len(self._landing)):
+            self._end(self._landing.popleft())
         sweep = now - max(self._swept_at, self._moved_at) > _SWEEP_S
         if sweep:
             self._swept_at = now
@@ -452,18 +544,20 @@ class _Lane:
                     break
 
     def _check(self, flight: _Flight, side: _Side) -> bool:
-        try:
-            if self._agent.check_xfer_state(flight.handle) != "DONE":
-                return False
-        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-            side.flights.remove(flight)
-            self._failed(flight, error)
-            return True
+        for leg in flight.legs:
+            if leg.done:
+                continue
+            try:
+                leg.done = self._agent.check_xfer_state(leg.handle) == "DONE"
+            except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+                leg.done, leg.error = True, error
+        if not all(leg.done for leg in flight.legs):
+            return False
         side.flights.remove(flight)
         now = time.monotonic()
         self._moved_at = now
         self._measure(flight.nbytes, now)
-        self._landed(flight)
+        self._over(flight)
         return True
 
     def _measure(self, nbytes: int, now: float) -> None:
@@ -473,29 +567,35 @@ class _Lane:
             self._rate = max(self._window_bytes / (now - self._window_from), 1e6)
             self._window_bytes, self._window_from = 0, now
 
-    def _landed(self, flight: _Flight) -> None:
-        self._release(flight)
+    def _over(self, flight: _Flight) -> None:
+        """Every leg has ended: only now may what they used be let go."""
+        for leg in flight.legs:
+            if leg.handle is not None:
+                self._agent.release_xfer_handle(leg.handle)
+        error = next((leg.error for leg in flight.legs if leg.error is not None), None)
+        if error is not None:
+            self._failed(flight, error)
+            return
         for member in flight.members:
-            try:
-                member.transfer.end()
-            except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
-                member.transfer.fail(error)
-        self._ended.extend(flight.members)
+            self._end(member)
+
+    def _end(self, member: _Member) -> None:
+        try:
+            if member.transfer.end() is LATER:
+                self._landing.append(member)
+                return
+        except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+            member.transfer.fail(error)
+        self._ended.append(member)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
         """NIXL tells only that something in the flight failed: try each member by itself."""
-        self._release(flight)
         if len(flight.members) > 1:
             self._alone.extend(flight.members)
             return
         (member,) = flight.members
         member.transfer.fail(_diagnose(member.transfer, member.rows, error))
         self._ended.append(member)
-
-    def _release(self, flight: _Flight) -> None:
-        if flight.handle is not None:
-            self._agent.release_xfer_handle(flight.handle)
-            flight.handle = None
 
     def _report(self) -> None:
         """Deliver what has ended, with one call for each receiver."""
@@ -515,18 +615,9 @@ class _Lane:
         for thing in (
             self,
             self._agent,
-            *(flight.handle for side in self._sides for flight in side.flights),
+            *(leg.handle for side in self._sides for flight in side.flights for leg in flight.legs),
         ):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-def _descriptors(flight: _Flight) -> tuple[Rows, Rows]:
-    """NIXL's two lists: (address, bytes, 0) and (offset, bytes, descriptor)."""
-    local, remote = [], []
-    for fd, rows in _rows_by_file(flight):
-        local += [(address, nbytes, 0) for address, _, nbytes in rows]
-        remote += [(offset, nbytes, fd) for _, offset, nbytes in rows]
-    return local, remote
 
 
 def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
@@ -540,14 +631,16 @@ def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
 def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
     """What the system says of the same rows: NIXL's errors carry no errno."""
     fd = transfer.file.fd
-    for address, offset, nbytes in rows:
+    far = [(0, offset, nbytes) for _, offset, nbytes in transfer.device_rows]
+    for address, offset, nbytes in (*rows, *far):
+        # Not closed here: an error's traceback still holds on to the view of it.
+        scratch = memoryview(mmap.mmap(-1, padded(nbytes)))[:nbytes]
         try:
-            if transfer.write:
-                moved = os.pwritev(fd, [bytes_at(address, nbytes)], offset)
+            if transfer.write:  # what lies in GPU memory can't be written so; nothing reads it
+                part = bytes_at(address, nbytes) if address else scratch
+                moved = os.pwritev(fd, [part], offset)
             else:
-                # Not closed here: an error's traceback still holds on to the view of it.
-                scratch = memoryview(mmap.mmap(-1, padded(nbytes)))
-                moved = os.preadv(fd, [scratch[:nbytes]], offset)
+                moved = os.preadv(fd, [scratch], offset)
         except OSError as cause:
             return NotMoved(cause.errno, str(error))
         if moved < nbytes:
@@ -557,11 +650,16 @@ def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
 
 
 class NixlTransport:
-    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents."""
+    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents.
 
-    def __init__(self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio")) -> None:
+    ``gpu`` names the plugin for GPU memory, ``"GDS_MT"`` or ``"GDS"``; "": none.
+    """
+
+    def __init__(
+        self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio"), gpu: str = ""
+    ) -> None:
         number = next(_ids)
-        self._lanes = [_Lane(f"nixl-{number}-{i}", queues) for i in range(lanes)]
+        self._lanes = [_Lane(f"nixl-{number}-{i}", queues, gpu) for i in range(lanes)]
         self._closed = False
         self.name = ""
 
