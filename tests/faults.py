@@ -201,6 +201,18 @@ class FaultyDisk:
         return json.loads(answer)
 
 
+def fill_up(path: Path) -> None:
+    """Take all the space that is left, with a file at ``path``."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+
 @contextmanager
 def small_disk(where: Path, size: int, kind: Literal["tmpfs", "ext4"] = "tmpfs") -> Iterator[Path]:
     """Mount a file system of `size` bytes (ext4: its metadata included, at least 2 MiB) and yield its directory."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 import support
-from faults import FaultyDisk, small_disk
+from faults import FaultyDisk, fill_up, small_disk
 from kvgds import (
     BlockCorrupt,
     BusyError,
@@ -653,7 +653,7 @@ async def test_a_disk_without_room_for_anything(tmp_path: Path) -> None:
     """The first store says so; with room, the next succeeds."""
     with small_disk(tmp_path, 4 * MIB) as disk:
         async with opened(disk / "kv") as engine:
-            fill(disk / "ballast")
+            fill_up(disk / "ballast")
             with pytest.raises(StorageFull, match="free space"):
                 await engine.store(b"a", bytes(SIZE))
             (disk / "ballast").unlink()
@@ -668,7 +668,7 @@ async def test_a_disk_that_is_full_to_the_last_byte(tmp_path: Path) -> None:
         async with opened(root, tier={"capacity_bytes": MIB}) as engine:
             keys = [b"%d" % i for i in range(8)]
             await store(engine, *keys)
-            fill(disk / "ballast")
+            fill_up(disk / "ballast")
             refused = 0
             for i in range(300):
                 try:
@@ -684,17 +684,6 @@ async def test_a_disk_that_is_full_to_the_last_byte(tmp_path: Path) -> None:
             assert await is_whole(engine, b"again")
 
 
-def fill(path: Path) -> None:
-    """Take all the space that is left."""
-    with path.open("wb", buffering=0) as file:
-        for size in (MIB, PAGE):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC  # noqa: PT017 - it ends like this
-
-
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @pytest.mark.parametrize("layout", ["slabs", "files"])
 async def test_opening_on_a_full_disk(
@@ -705,7 +694,7 @@ async def test_opening_on_a_full_disk(
         settings = config(disk / "kv", tier={"layout": layout, "capacity_bytes": 4 * MIB})
         async with open_engine(settings) as engine:
             await store(engine, b"a")
-        fill(disk / "ballast")
+        fill_up(disk / "ballast")
         if layout == "files":
             async with open_engine(settings) as engine:
                 assert await is_whole(engine, b"a")

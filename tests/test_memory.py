@@ -299,6 +299,34 @@ async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:
         assert engine.held.submitted == before
 
 
+@pytest.mark.parametrize("left", [0, SIZE // 2])
+async def test_a_tensor_that_has_no_memory_any_more(tmp_path: Path, left: int) -> None:
+    """As FSDP leaves them: refused, whatever it is handed to."""
+    tensor = torch.zeros(SIZE, dtype=torch.uint8)
+    tensor.untyped_storage().resize_(left)
+    async with opened(tmp_path / "kv") as engine:
+        for act in (engine.register, lambda tensor: engine.register_cache([tensor])):
+            with pytest.raises(ConfigError, match="freed"):
+                act(tensor)
+        with pytest.raises(ConfigError, match="freed"):
+            await engine.store(b"a", tensor)
+
+
+async def test_python_objects_are_no_bytes(tmp_path: Path) -> None:
+    """A load would overwrite the pointers to them."""
+    async with opened(tmp_path / "kv") as engine:
+        with pytest.raises(ConfigError, match="objects"):
+            engine.register(np.array([None, "x"], dtype=object))
+
+
+@pytest.mark.parametrize("part", [3, "x", slice(0, 2 * SIZE), slice(0.5, 2.5), slice(2, 2)])
+async def test_parts_that_are_none(tmp_path: Path, part: Any) -> None:
+    """Neither clamped nor guessed."""
+    async with opened(tmp_path / "kv") as engine:
+        with pytest.raises(ConfigError, match="slice"):
+            engine.register(bytearray(SIZE))[part]
+
+
 # --- caches -------------------------------------------------------------------------------------
 
 BLOCKS, TOKENS, HEADS, WIDTH = 6, 4, 2, 256  # a block of one layer is 4 KiB of float16, or 8
@@ -382,6 +410,24 @@ async def test_a_cache_of_torch_tensors(tmp_path: Path) -> None:
         assert all(outcome.hit for outcome in await engine.load_many(mirrored))
         for layer, wanted in zip(layers, expected, strict=True):
             assert torch.equal(layer.flip(0), wanted)
+
+
+@pytest.mark.parametrize("number", [np.int8, np.int16, np.uint8, torch.tensor])
+@pytest.mark.parametrize("width", [PAGE, PAGE + 8])
+async def test_block_numbers_of_other_libraries(tmp_path: Path, number: Any, width: int) -> None:
+    """They come from block tables: narrow integers, whose products would wrap around."""
+    memory = aligned(100 * width).reshape(100, width)
+    memory[:] = np.arange(100)[:, None]
+    async with opened(tmp_path / "kv") as engine:
+        cache = engine.register_cache([memory])
+        for i in (0, 20, 99):
+            assert await engine.store(b"%d" % i, cache.block(number(i)))
+            back = bytearray(width)
+            assert await engine.load(b"%d" % i, back)
+            assert set(back) == {i}
+        for wrong in (1.5, "3", None):
+            with pytest.raises(ConfigError, match="integer"):
+                cache.block(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", ["K and V in two tensors", "unaligned"])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import support
-from faults import FaultyDisk, read_only
+from faults import FaultyDisk, fill_up, read_only, small_disk
 from kvgds import (
     BlockCorrupt,
     ConfigError,
@@ -37,8 +37,10 @@ from support import (
     opened,
     places,
     read_at,
+    spoil,
     stored,
     turns,
+    until,
     write_at,
 )
 
@@ -462,3 +464,117 @@ def test_slots_are_little_larger_than_their_blocks(nbytes: int) -> None:
 def test_there_are_few_sizes_of_slots() -> None:
     sizes = {slot_bytes_for(nbytes) for nbytes in range(1, 64 * MIB, 4097)}
     assert len(sizes) < 64 * 14
+
+
+# --- rows that must not come back ---------------------------------------------------------------
+
+
+async def test_a_replaced_block_stays_gone(tmp_path: Path) -> None:
+    """The process died after a replacement was committed and before the old row went."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await engine.store(b"k", bytes(SIZE))
+        await engine.store(b"other", bytes(SIZE))
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        old = database.execute("SELECT * FROM block WHERE key = ?", (b"k",)).fetchone()
+    async with opened(root) as engine:
+        await engine.store(b"k", bytes(2 * SIZE))
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        database.execute("INSERT INTO block VALUES (?,?,?,?,?,?,?)", old)
+    async with opened(root) as engine:
+        assert await engine.load(b"k", bytearray(2 * SIZE))
+        assert await engine.delete(b"k")
+    async with opened(root) as engine:
+        assert await engine.prefix([b"k"]) == 0
+        assert await engine.prefix([b"other"]) == 1
+
+
+async def test_a_block_without_a_checksum_does_not_outlive_a_stricter_engine(
+    tmp_path: Path,
+) -> None:
+    """It can't be served, so deleting its key must be the end of it."""
+    root, loose = tmp_path / "kv", {"verify": "stamp"}
+    async with opened(root, tier=loose) as engine:
+        await engine.store(b"k", bytes(SIZE))
+    async with opened(root) as engine:
+        assert await engine.prefix([b"k"]) == 0
+        assert await engine.store(b"k", bytes(SIZE))
+        assert await engine.delete(b"k")
+    async with opened(root, tier=loose) as engine:
+        assert await engine.prefix([b"k"]) == 0
+
+
+async def test_a_slab_of_another_geometry_is_not_removed(tmp_path: Path) -> None:
+    """One wrong number in the index: refused, and a rebuild has every block."""
+    root = tmp_path / "kv"
+    await filled(root)
+    before = sorted(path.name for path in root.glob("slab-*"))
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        database.execute("UPDATE slab SET slot_bytes = slot_bytes + 4096 WHERE id = 0")
+    with pytest.raises(ConfigError, match="--rebuild"):
+        async with open_engine(config(root)):
+            pass
+    assert sorted(path.name for path in root.glob("slab-*")) == before
+
+
+async def test_quarantine_goes_with_its_slab(tmp_path: Path) -> None:
+    """A slab that another size takes over leaves nothing in the index, and nothing counted."""
+    root = tmp_path / "kv"
+    async with opened(root, tier={"capacity_bytes": MIB}) as engine:
+        await engine.store(b"bad", content("bad", SIZE))
+        spoil(root, b"bad")
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"bad", bytearray(SIZE))
+        assert engine.statistics().tiers[0].quarantined == 1
+        await engine.store(b"big", bytes(MIB - PAGE))
+        assert engine.statistics().tiers[0].quarantined == 0
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        assert database.execute("SELECT count(*) FROM block").fetchone() == (1,)
+
+
+async def test_a_capacity_far_above_the_disk(tmp_path: Path) -> None:
+    """Slabs are made as large as there is room for."""
+    with small_disk(tmp_path, 24 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 1 << 40}) as engine:
+            assert await engine.store(b"k", bytes(SIZE))
+            assert await engine.load(b"k", bytearray(SIZE))
+
+
+async def test_an_index_that_takes_nothing_loses_nothing(tmp_path: Path) -> None:
+    """Its disk is full when a slab is to change hands: refused, and all is there as before."""
+    with small_disk(tmp_path, 4 * MIB) as disk:
+        root = disk / "kv"
+        async with opened(root, tier={"capacity_bytes": MIB}) as engine:
+            keys = [b"%d" % i for i in range(60)]
+            for key in keys:
+                await engine.store(key, content(key, SIZE))
+            there = [key for key in keys if await engine.prefix([key])]
+            fill_up(disk / "ballast")
+            for i in range(40):
+                with contextlib.suppress(StorageFull):
+                    await engine.store(b"big %d" % i, bytes(20 * SIZE + i))
+            allocated = sum(path.stat().st_size for path in root.glob("slab-*"))
+            assert allocated <= MIB
+            left = [key for key in there if await engine.prefix([key])]
+            for key in left:
+                memory = bytearray(SIZE)
+                assert await engine.load(key, memory)
+                assert memory == content(key, SIZE)
+            (disk / "ballast").unlink()
+            assert await engine.store(b"again", bytes(SIZE))
+
+
+async def test_an_index_that_another_holds(tmp_path: Path, monkeypatch: Any) -> None:
+    """Something reads it with a lock: stores fail with that reason, and slabs don't pile up."""
+    root = tmp_path / "kv"
+    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
+    async with opened(root, tier={"capacity_bytes": 4 * MIB}) as engine:
+        await engine.store(b"k", bytes(PAGE))
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            for i in range(4):
+                with pytest.raises(TransferError, match="locked"):
+                    await engine.store(b"%d" % i, bytes(MIB // 2 + i * 5 * PAGE))
+            database.rollback()
+        await until(lambda: len(list(root.glob("slab-*"))) == 1)
+        assert await engine.store(b"after", bytes(MIB // 2))

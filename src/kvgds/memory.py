@@ -13,6 +13,7 @@ import bisect
 import ctypes
 import itertools
 import mmap
+import operator
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -80,13 +81,20 @@ class _Strided:
     strides: tuple[int, ...]  # bytes
     itemsize: int
     readonly: bool
-    owner: Any  # keeps the memory alive
-    data_ptr: Any  # torch only
+    owner: Any  # keeps the memory alive, unless it is torch's
+
+    @property
+    def movable(self) -> bool:
+        """Whether the memory may go while the owner is kept: torch's storages can be resized."""
+        return hasattr(self.owner, "untyped_storage")
 
     @property
     def moved(self) -> bool:
-        """Whether torch has freed or moved the memory."""
-        return self.data_ptr is not None and self.data_ptr() != self.address
+        """Whether torch has freed, moved or cut the memory."""
+        tensor = self.owner
+        needed = tensor.storage_offset() * self.itemsize + self.nbytes
+        there: int = tensor.untyped_storage().nbytes()
+        return there < needed or bool(tensor.data_ptr() != self.address)
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +111,8 @@ def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array 
         raise ConfigError(field, type(buffer).__name__, "is GPU memory; copy it to the host first")
     else:
         strided = _describe_host(buffer, field)
+    if strided.movable and strided.moved:
+        raise ConfigError(field, strided.shape, "its memory was freed; give a tensor that has some")
     if 0 in strided.shape:
         raise ConfigError(field, strided.shape, "is empty; give memory of at least one byte")
     if any(s < 0 for s in strided.strides):
@@ -124,7 +134,6 @@ def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torc
         itemsize=size,
         readonly=False,
         owner=tensor,
-        data_ptr=tensor.data_ptr,
     )
 
 
@@ -136,10 +145,12 @@ def _describe_host(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any b
         raise ConfigError(field, type(buffer).__name__, rule) from None
     except ValueError as error:
         raise ConfigError(field, type(buffer).__name__, f"can't be used: {error}") from None
+    if view.format == "O":
+        raise ConfigError(field, type(buffer).__name__, "holds Python objects, not bytes")
     if view.ndim == 0 or view.shape is None or view.strides is None:
         raise ConfigError(field, type(buffer).__name__, "must have at least one axis")
     address = np.asarray(view).ctypes.data if view.nbytes else 0
-    return _Strided(address, view.shape, view.strides, view.itemsize, view.readonly, view, None)
+    return _Strided(address, view.shape, view.strides, view.itemsize, view.readonly, view)
 
 
 def _contiguous(strided: _Strided) -> bool:
@@ -221,12 +232,16 @@ class Region:
         self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
-        self._movable = [array for array in arrays if array.data_ptr is not None]
+        self._movable = [array for array in arrays if array.movable]
         self.maps = tuple(bytes_at(*span) for span in self.spans)
 
     def __getitem__(self, part: slice) -> View:
-        start, stop, step = part.indices(self.nbytes)
-        if step != 1 or start >= stop or len(self.spans) != 1:
+        try:
+            start, stop, step = part.indices(self.nbytes)
+            within = part.stop is None or part.stop <= self.nbytes
+        except (AttributeError, TypeError):
+            raise ConfigError("view", part, "must be a slice: region[start:stop]") from None
+        if step != 1 or start >= stop or not within or len(self.spans) != 1:
             raise ConfigError("view", part, f"must be a non-empty slice within {self.nbytes} bytes")
         base = self.spans[0].address
         return View(self, _Flat(self, start, stop), base + start, base + stop, stop - start)
@@ -369,6 +384,10 @@ class Cache:
 
     def block(self, index: int) -> View:
         """The view of block ``index``; raise ConfigError if there is none."""
+        try:
+            index = operator.index(index)  # a narrow integer of numpy or torch would overflow
+        except TypeError:
+            raise ConfigError("block", index, "must be an integer") from None
         if not 0 <= index < self.blocks:
             raise ConfigError("block", index, f"must be 0 to {self.blocks - 1}")
         return View(self.region, _Paged(self, index), index, index + 1, self.block_bytes)

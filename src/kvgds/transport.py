@@ -594,7 +594,11 @@ class _Lane:
             self._alone.extend(flight.members)
             return
         (member,) = flight.members
-        member.transfer.fail(_diagnose(member.transfer, member.rows, error))
+        try:
+            reason = _diagnose(member.transfer, member.rows, error)
+        except Exception as cause:  # noqa: BLE001 - rows that no call takes; the lane must live
+            reason = NotMoved(None, f"{error}: {cause}")
+        member.transfer.fail(reason)
         self._ended.append(member)
 
     def _report(self) -> None:

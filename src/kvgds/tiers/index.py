@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvgds.errors import ConfigError
+from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ class Changes:
         quarantine: slots that must never be used again.
         put: rows of the block table.
         add_slab: (id, slot_bytes, slots).
-        drop_slab: id.
+        drop_slab: id; its blocks go too, those in quarantine included.
     """
 
     drop: list[int] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Changes:
         self.drop_slab += other.drop_slab
 
 
+WAIT_S = 5.0  # for another program, a backup perhaps, that has the database locked
 Done = "Callable[[Exception | None], None]"
 
 
@@ -87,7 +89,7 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         ConfigError: it is damaged, of another program, or of a newer format.
     """
     _make_private(path)
-    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
     try:
         application = database.execute("PRAGMA application_id").fetchone()[0]
         version = database.execute("PRAGMA user_version").fetchone()[0]
@@ -265,6 +267,8 @@ class Index:
         for slab in changes.add_slab:
             execute("INSERT INTO slab VALUES (?,?,?)", slab)
         for slab_id in changes.drop_slab:
+            first = slab_id << SLOT_BITS
+            execute("DELETE FROM block WHERE slot BETWEEN ? AND ?", (first, first | SLOT_MASK))
             execute("DELETE FROM slab WHERE id=?", (slab_id,))
 
 

@@ -36,6 +36,7 @@ from kvgds.tiers.space import (
     remove_slab,
     room_on_disk,
     slab_name,
+    slabs_in,
     slot_bytes_for,
 )
 from kvgds.transport import File
@@ -143,6 +144,12 @@ class Slabs:
             self._load_blocks(progress, lost)
             self._sweep()
             self._shrink()
+        except (TypeError, ValueError, OverflowError) as error:  # of values no engine wrote
+            self._index.close()
+            if isinstance(error, ConfigError):
+                raise
+            rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
+            raise ConfigError("root", str(root / "index.db"), rule) from None
         except BaseException:
             self._index.close()
             raise
@@ -151,8 +158,14 @@ class Slabs:
     def _open_slabs(self) -> dict[int, int]:
         """Open every slab of the index. For each that lost bytes, how many slots it still has."""
         lost = {}
+        there = slabs_in(self._settings.root)
         for slab_id, slot_bytes, slots in self._index.slabs():
             path = self._settings.root / slab_name(slab_id, slot_bytes)
+            if there.get(slab_id, path.name) != path.name:
+                rule = (
+                    f"is {there[slab_id]} by its name; `kvgds fsck --rebuild` makes the index anew"
+                )
+                raise ConfigError("root", str(path), rule)
             fd, whole = open_slab(path, slot_bytes * slots, direct=self.plan.direct_io)
             if whole < slot_bytes * slots:
                 lost[slab_id] = whole // slot_bytes
@@ -162,16 +175,19 @@ class Slabs:
 
     def _load_blocks(self, progress: Callable[[str, int, int], None], lost: dict[int, int]) -> None:
         total, done = self._index.count(), 0
-        wrong, taken = [], set()
+        wrong: list[int] = []
+        taken = set()
         slots = {slab.id: lost.get(slab.id, slab.slots) for slab in self._slabs.values()}
         for chunk in self._index.blocks():
             for row in chunk:
                 slot = row[0]
+                unusable: int | None = slot
                 if slot & SLOT_MASK < slots.get(slot >> SLOT_BITS, 0):
                     taken.add(slot)
-                    self._adopt(row)
-                else:
-                    wrong.append(slot)
+                    unusable = self._adopt(row)
+                if unusable is not None:
+                    taken.discard(unusable)
+                    wrong.append(unusable)
             done += len(chunk)
             progress("recovering the index", done, total)
         self._index.apply(Changes(drop=wrong))
@@ -182,28 +198,32 @@ class Slabs:
         for size in self._classes.values():
             size.free.sort(reverse=True)
 
-    def _adopt(self, row: tuple[int, int, bytes | None, int, int, int]) -> None:
-        """Take one row of the index. Rows that this engine must not serve wait for eviction."""
+    def _adopt(self, row: tuple[int, int, bytes | None, int, int, int]) -> int | None:
+        """Take one row of the index; the slot whose row must go, if one must.
+
+        Blocks of other namespaces wait for eviction. What this engine may not serve, and what
+        has been replaced, goes at once: it would come back when the later one is deleted.
+        """
         slot, namespace, key, generation, nbytes, algorithm = row
         if key is None:
             self._quarantined += 1
-            return
+            return None
         size = self._class_of[slot >> SLOT_BITS]
-        self._bytes += size.slot_bytes
-        unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
-        if namespace != self._namespace_id or unchecked:
+        if namespace != self._namespace_id:
+            self._bytes += size.slot_bytes
             size.used[slot] = None
-            return
+            return None
         rival = self._blocks.get(key)
-        if rival is not None:  # its replacement was cut short before the old row went
-            if rival[1] > generation:
-                size.used[slot] = None
-                return
-            self._class_of[rival[0] >> SLOT_BITS].used[rival[0]] = None
+        unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
+        if unchecked or (rival is not None and rival[1] > generation):
+            return slot
+        gone = None if rival is None else self._forget(rival[0]).slot
+        self._bytes += size.slot_bytes
         size.used[slot] = key
         used_at = len(self._blocks)  # rows come in order of use
         self._blocks[key] = (slot, generation, nbytes, used_at)
         self._slabs[slot >> SLOT_BITS].used_at = used_at
+        return gone
 
     def _sweep(self) -> None:
         """Remove what was cut short: temporaries, and slab files that the index does not know."""
@@ -219,7 +239,8 @@ class Slabs:
             slab = self._least_wanted_slab(None)
             if slab is None:  # pragma: no cover - nothing is in flight at open
                 return
-            self._index.apply(self._remove_slab(slab))
+            self._remove_slab(slab)
+            self._index.apply(Changes(drop_slab=[slab.id]))
             os.close(slab.file.fd)
             os.unlink(slab.path)
 
@@ -618,10 +639,12 @@ class Slabs:
         return True
 
     def _give_up(self, slab: Slab) -> None:
-        changes = self._remove_slab(slab)
+        size = self._class_of[slab.id]
+        gone, free = self._remove_slab(slab)
         self._growing = True
         self._under_way += 1
-        self._index.commit(changes, partial(self._unindexed, slab))
+        done = partial(self._unindexed, slab, size, gone, free)
+        self._index.commit(Changes(drop_slab=[slab.id]), done)
 
     def _least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
         """The slab of another class that was not used for longest, and that nobody uses now."""
@@ -633,31 +656,54 @@ class Slabs:
         )
         return min(idle, key=lambda slab: slab.used_at, default=None)
 
-    def _remove_slab(self, slab: Slab) -> Changes:
+    def _remove_slab(self, slab: Slab) -> tuple[list[_Forgotten], list[int]]:
+        """Forget a slab: the blocks and the free slots that it had; the rest is in quarantine."""
         size = self._class_of[slab.id]
-        slots = [slot for slot in size.used if slot >> SLOT_BITS == slab.id]
-        for slot in slots:
-            self._forget(slot)
-        self._evictions += len(slots)
+        gone = [self._forget(slot) for slot in list(size.used) if slot >> SLOT_BITS == slab.id]
+        free = [slot for slot in size.free if slot >> SLOT_BITS == slab.id]
         size.free = [slot for slot in size.free if slot >> SLOT_BITS != slab.id]
+        self._evictions += len(gone)
+        self._quarantined -= slab.slots - len(gone) - len(free)
         size.slots -= slab.slots
         del self._class_of[slab.id], self._slabs[slab.id]
         self._slab_bytes -= slab.slots * size.slot_bytes
-        return Changes(drop=slots, drop_slab=[slab.id])
+        return gone, free
 
-    def _unindexed(self, slab: Slab, error: Exception | None) -> None:
-        if error is not None:
-            self._grown_badly(error)
+    def _unindexed(
+        self,
+        slab: Slab,
+        size: SizeClass,
+        gone: list[_Forgotten],
+        free: list[int],
+        error: Exception | None,
+    ) -> None:
+        if error is not None:  # the index still names it: go on with it
+            self._add_slab(slab, size.slot_bytes)
+            size.free[:0] = free
+            self._evictions -= len(gone)
+            self._quarantined += slab.slots - len(gone) - len(free)
+            for block in reversed(gone):
+                self._remember(block)
+            self._not_grown(error)
             return
         detached = self._services.transport.detach(slab.file)
         self._services.run(partial(remove_slab, slab, detached), self._removed)
 
     def _removed(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._not_grown(error)
+            return
         self._growing = False
         self._under_way -= 1
-        if error := future.exception():
-            self._refuse_all(error)
         self._serve_waiting()
+
+    def _not_grown(self, error: BaseException) -> None:
+        """The index can't take it, or a file won't go: another try would end alike."""
+        self._growing = False
+        self._under_way -= 1
+        for size in self._classes.values():
+            self._refuse_moves(size, lambda: self._growth_error(error))
 
     def _refuse(self, size: SizeClass) -> None:
         self._refuse_moves(size, lambda: self._too_big(size.slot_bytes))
@@ -668,10 +714,6 @@ class Slabs:
             f"{self.name}: no room for a block that takes {slot_bytes:,} bytes with its stamp, "
             f"and nothing to evict; raise capacity_bytes={capacity:,}"
         )
-
-    def _refuse_all(self, error: BaseException) -> None:
-        for size in self._classes.values():
-            self._refuse_moves(size, lambda: self._full(f"can't make room: {error}"))
 
     def _refuse_moves(self, size: SizeClass, make: Callable[[], Exception]) -> None:
         moves = list(size.waiting)
@@ -695,20 +737,22 @@ class Slabs:
         make = partial(
             make_slab,
             path,
-            slots * size.slot_bytes,
+            size.slot_bytes,
+            slots,
             reserve=min(_RESERVE, self._settings.capacity_bytes // 16),
             direct=self.plan.direct_io,
             sync=self._settings.durable == "power",
         )
-        self._services.run(make, partial(self._made, size, slab_id, slots, path))
+        self._services.run(make, partial(self._made, size, slab_id, path))
 
     def _made(
-        self, size: SizeClass, slab_id: int, slots: int, path: Path, future: Future[int]
+        self, size: SizeClass, slab_id: int, path: Path, future: Future[tuple[int, int]]
     ) -> None:
         if error := future.exception():
             self._grown_badly(error)
             return
-        slab = Slab(slab_id, slots, path, File(future.result()))
+        fd, slots = future.result()
+        slab = Slab(slab_id, slots, path, File(fd))
         self._index.commit(
             Changes(add_slab=[(slab_id, size.slot_bytes, slots)]),
             partial(self._indexed, size, slab),
@@ -716,8 +760,9 @@ class Slabs:
 
     def _indexed(self, size: SizeClass, slab: Slab, error: Exception | None) -> None:
         if error is not None:
-            os.close(slab.file.fd)
-            self._grown_badly(error)
+            self._under_way += 1
+            self._services.run(partial(remove_slab, slab), self._unmade)
+            self._not_grown(error)
             return
         self._growing = self._disk_full = False
         self._under_way -= 1
@@ -725,6 +770,9 @@ class Slabs:
         base = slab.id << SLOT_BITS
         size.free[:0] = range(base + slab.slots - 1, base - 1, -1)
         self._serve_waiting()
+
+    def _unmade(self, _: Future[None]) -> None:
+        self._under_way -= 1  # what could not be removed goes when the directory is next opened
 
     def _add_slab(self, slab: Slab, slot_bytes: int) -> None:
         size = self._size_class(slot_bytes)
@@ -743,7 +791,12 @@ class Slabs:
                 continue
             if size.used or self._steal(size):
                 continue
-            self._refuse_moves(size, lambda: self._full(f"can't make a slab: {error}"))
+            self._refuse_moves(size, lambda: self._growth_error(error))
+
+    def _growth_error(self, error: BaseException) -> Exception:
+        if isinstance(error, sqlite3.Error):
+            return self._commit_error(error)
+        return self._full(f"can't make a slab: {error}")
 
     # --- deleting ---------------------------------------------------------------------
 

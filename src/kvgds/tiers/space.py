@@ -39,6 +39,12 @@ def slab_name(slab_id: int, slot_bytes: int) -> str:
     return f"slab-{slab_id:08d}-{slot_bytes}.kv"
 
 
+def slabs_in(root: Path) -> dict[int, str]:
+    """The slab files that lie there: id to name."""
+    matches = (SLAB_NAME.fullmatch(name) for name in os.listdir(root))
+    return {int(match[1]): match[0] for match in matches if match}
+
+
 class Slab:
     """One slab file and how many of its slots are in use just now."""
 
@@ -72,21 +78,24 @@ def room_on_disk(path: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def make_slab(path: Path, nbytes: int, *, reserve: int, direct: bool, sync: bool) -> int:
+def make_slab(
+    path: Path, slot_bytes: int, slots: int, *, reserve: int, direct: bool, sync: bool
+) -> tuple[int, int]:
     """Make and allocate a slab file, if asked so that it outlives loss of power. Blocks.
 
     Returns:
-        Its descriptor.
+        Its descriptor, and its slots: fewer where the disk has not room for all.
 
     Raises:
-        OSError: among others, if it would leave less than ``reserve`` bytes free on the disk.
+        OSError: among others, if one slot would leave less than ``reserve`` bytes of the disk.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
     try:
-        if room_on_disk(path) < nbytes + reserve:
+        slots = min(slots, (room_on_disk(path) - reserve) // slot_bytes)
+        if slots < 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.posix_fallocate(fd, 0, nbytes)
+        os.posix_fallocate(fd, 0, slots * slot_bytes)
         if sync:
             os.fsync(fd)
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -98,7 +107,7 @@ def make_slab(path: Path, nbytes: int, *, reserve: int, direct: bool, sync: bool
         os.close(fd)
         os.unlink(path)
         raise
-    return fd
+    return fd, slots
 
 
 def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
@@ -118,8 +127,9 @@ def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
     return fd, min(had, nbytes)
 
 
-def remove_slab(slab: Slab, detached: Future[None]) -> None:
-    """Delete a slab file once NIXL has forgotten its descriptor. Blocks."""
-    detached.result()
+def remove_slab(slab: Slab, detached: Future[None] | None = None) -> None:
+    """Delete a slab file once NIXL, if it knows it, has forgotten its descriptor. Blocks."""
+    if detached is not None:
+        detached.result()
     os.close(slab.file.fd)
     os.unlink(slab.path)
