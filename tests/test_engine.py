@@ -94,6 +94,14 @@ async def test_prefix_stops_at_the_first_gap(tmp_path: Path) -> None:
         assert await engine.prefix([b"d", b"b", b"a"]) == 3
 
 
+async def test_prefix_takes_any_iterable_once(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a", b"b")
+        keys = iter([b"a", b"b", b"c"])
+        assert await engine.prefix(key for key in keys) == 2
+        assert await engine.prefix({b"a": 1, b"b": 2}) == 2
+
+
 async def test_memory_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
     """It is the caller's mistake, not the block's: that stays."""
     async with opened(tmp_path / "kv") as engine:
@@ -138,11 +146,36 @@ async def test_the_longest_key(tmp_path: Path) -> None:
         assert await is_whole(engine, key)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan")])
-async def test_a_deadline_lies_ahead(tmp_path: Path, timeout_s: float) -> None:
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf"), "soon", b"5", True])
+async def test_a_deadline_lies_ahead(tmp_path: Path, timeout_s: Any) -> None:
+    """Every call refuses what can't be one, and says what it was."""
     async with opened(tmp_path / "kv") as engine:
-        with pytest.raises(ConfigError, match="timeout_s"):
-            await engine.store(b"a", bytes(8), timeout_s=timeout_s)
+        calls: list[Any] = [
+            lambda: engine.store(b"a", bytes(8), timeout_s=timeout_s),
+            lambda: engine.load_many([(b"a", bytearray(8))], timeout_s=timeout_s),
+            lambda: anext(aiter(engine.load_each([(b"a", bytearray(8))], timeout_s=timeout_s))),
+            lambda: engine.prefix([b"a"], timeout_s=timeout_s),
+            lambda: engine.delete(b"a", timeout_s=timeout_s),
+        ]
+        for call in calls:
+            with pytest.raises(ConfigError, match="timeout_s=") as caught:
+                await call()
+            assert caught.value.value is timeout_s
+        with pytest.raises(ConfigError, match="timeout_s="):
+            engine.store_nowait(b"a", bytes(8), timeout_s=timeout_s)
+        await store(engine, b"a")
+
+
+@pytest.mark.parametrize("priority", [7, -1, None, "x", 1])
+async def test_a_priority_is_one_of_three(tmp_path: Path, priority: Any) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        for act in (engine.store, engine.load):
+            with pytest.raises(ConfigError, match=r"Priority\.DEMAND") as caught:
+                await act(b"a", bytearray(8), priority=priority)
+            assert (caught.value.field, caught.value.value) == ("priority", priority)
+        with pytest.raises(ConfigError, match="priority"):
+            await engine.store_many([(b"a", bytes(8))], priority=priority)
+        await store(engine, b"a")
 
 
 async def test_a_batch_that_is_no_batch_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -853,6 +886,21 @@ async def test_a_disk_that_hangs(tmp_path: Path) -> None:
             await settled
             assert (bounced == 7).all()
             assert await is_whole(engine, b"a", b"b", b"c")
+
+
+async def test_a_delete_has_a_deadline(tmp_path: Path) -> None:
+    """It says that the block may still be dropped; here it is."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await store(engine, b"a", b"b")
+            disk.hang("write", match="index.db*")
+            with pytest.raises(TransferTimeout, match=r"it may still happen$") as caught:
+                await engine.delete(b"a", timeout_s=0.05)
+            assert (caught.value.direction, caught.value.key) == ("delete", b"a")
+            assert caught.value.errno == errno.ETIMEDOUT
+            await asyncio.to_thread(disk.release)
+            assert await engine.delete(b"b")
+            assert await engine.prefix([b"a"]) == 0
 
 
 async def tick(late: list[float]) -> None:

@@ -498,6 +498,25 @@ async def test_a_store_abandoned_while_it_is_linked_is_taken_back(
             assert temporaries(root) == []
 
 
+async def test_prefix_and_delete_have_deadlines(tmp_path: Path) -> None:
+    """The directory does not answer; those who ask are told in time, and it all ends well."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"here")
+            async with opened(root) as other:
+                await put(other, b"there")
+            disk.hang("lookup", match="*.kv")
+            with pytest.raises(TransferTimeout, match=r"prefix passed its deadline$"):
+                await engine.prefix([b"there"], timeout_s=0.05)
+            disk.release()
+            assert await engine.prefix(iter([b"here", b"there", b"gone"])) == 2
+            with locked(root), pytest.raises(TransferTimeout, match=r"it may still happen$"):
+                await engine.delete(b"here", timeout_s=0.05)
+            assert await engine.delete(b"there")
+            assert await engine.prefix([b"here"]) == 0
+
+
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:
     """Not even for the moment that another process would need to see it."""
     with FaultyDisk(tmp_path) as disk:

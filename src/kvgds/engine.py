@@ -12,6 +12,7 @@ import logging
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
@@ -338,36 +339,53 @@ class Engine:
         """Start a load; await the result later. Raises QueueFull instead of queueing more."""
         return self._start_now(key, memory, Priority.DEMAND, timeout_s, write=False)
 
-    async def prefix(self, keys: Sequence[BlockKey]) -> int:
-        """Length of the longest prefix of ``keys`` whose blocks are all stored."""
+    async def prefix(self, keys: Iterable[BlockKey], *, timeout_s: float | None = None) -> int:
+        """Length of the longest prefix of ``keys`` whose blocks are all stored.
+
+        Raises:
+            ConfigError: a key or the timeout can't be. ClosedError: the engine is closed.
+            TransferTimeout: no answer in time.
+        """
         self._check_open()
-        for key in keys:
+        timeout = self._flights.timeout_of(timeout_s)
+        wanted = tuple(keys)
+        for key in wanted:
             check_key(key)
-        future: asyncio.Future[int] = self._loop.create_future()
+        answer: asyncio.Future[int] = self._loop.create_future()
 
         def done(length: int) -> None:
-            if not future.done():
-                future.set_result(length)
+            if not answer.done():
+                answer.set_result(length)
 
-        self._tier.prefix(keys, done)
-        return await future
+        self._tier.prefix(wanted, done)
+        late = TransferTimeout("prefix passed its deadline", direction="prefix", errno=ETIMEDOUT)
+        return await _in_time(answer, timeout, late)
 
-    async def delete(self, key: BlockKey) -> bool:
-        """Drop a block; True if it was there. Returns when that survives the process's death."""
+    async def delete(self, key: BlockKey, *, timeout_s: float | None = None) -> bool:
+        """Drop a block; True if it was there. Returns when that survives the process's death.
+
+        Raises:
+            ConfigError: the key or the timeout can't be. ClosedError: the engine is closed.
+            TransferError: the block could not be dropped; it is still there.
+            TransferTimeout: no answer in time; the block may still be dropped.
+        """
         self._check_open()
+        timeout = self._flights.timeout_of(timeout_s)
         check_key(key)
-        future: asyncio.Future[bool] = self._loop.create_future()
+        answer: asyncio.Future[bool] = self._loop.create_future()
 
         def done(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
-            if future.done():
+            if answer.done():
                 return
             if error is None:
-                future.set_result(there)
+                answer.set_result(there)
             else:
-                future.set_exception(TransferError(str(error), direction="delete", key=key))
+                answer.set_exception(TransferError(str(error), direction="delete", key=key))
 
         self._tier.delete(key, done)
-        return await future
+        text = "passed its deadline; it may still happen"
+        late = TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
+        return await _in_time(answer, timeout, late)
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
@@ -495,6 +513,16 @@ def _value(outcome: Outcome) -> bool:
     if outcome.error is not None:
         raise outcome.error
     return outcome.status in ("hit", "stored")
+
+
+async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTimeout) -> T:
+    if answer.done():  # without a timer: the index of slabs answers at once
+        return answer.result()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        raise late from None
 
 
 def _log_progress(what: str, done: int, total: int) -> None:

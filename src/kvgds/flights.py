@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -217,13 +218,22 @@ class Flights:
         each: bool = False,
     ) -> Batch:
         """Begin a call of so many blocks: its deadline runs from now."""
-        timeout = self._config.timeout_s if timeout_s is None else timeout_s
-        if not timeout > 0:
-            raise ConfigError("timeout_s", timeout_s, "must be above 0")
+        timeout = self.timeout_of(timeout_s)
+        _check_priority(priority)
         batch = Batch(self._loop, self.deadlines, blocks, priority, write=write, each=each)
         if blocks:
             self.deadlines.add(batch, batch.since + timeout)
         return batch
+
+    def timeout_of(self, timeout_s: float | None) -> float:
+        """Seconds that a call may take; the settings' where it names none."""
+        if timeout_s is None:
+            return self._config.timeout_s
+        if type(timeout_s) is bool or not isinstance(timeout_s, float | int):
+            raise ConfigError("timeout_s", timeout_s, "must be a number of seconds, or None")
+        if not 0 < timeout_s < math.inf:
+            raise ConfigError("timeout_s", timeout_s, "must be above 0 and finite")
+        return timeout_s
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
         """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
@@ -585,6 +595,12 @@ class Flights:
             batch.left -= len(items) - admitted
             await self._call_off(batch, gone)
             raise
+
+
+def _check_priority(priority: object) -> None:
+    if not isinstance(priority, Priority):
+        rule = "must be Priority.DEMAND, Priority.PREFETCH or Priority.BACKGROUND"
+        raise ConfigError("priority", priority, rule)
 
 
 def _copy_all(source: View, targets: list[View]) -> None:
