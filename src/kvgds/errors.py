@@ -33,12 +33,13 @@ class ConfigError(KvgdsError, ValueError):
 
     Attributes:
         field: name of the setting or argument.
-        value: what was given.
+        value: what was given; ``...`` where nothing was.
         rule: what it has to be, in words that say what to do.
     """
 
     def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(f"{field}={value!r}: {rule}")
+        given = "" if value is ... else f"={value!r}"
+        super().__init__(f"{field}{given}: {rule}")
         self.field = field
         self.value = value
         self.rule = rule
