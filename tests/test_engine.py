@@ -306,17 +306,26 @@ async def test_identical_loads_in_flight_are_one_read(tmp_path: Path, make: Any)
 
 
 async def test_identical_stores_in_flight_are_one_write(tmp_path: Path) -> None:
+    """The first has stored it, the others find it present; each block written counts once."""
     async with opened(tmp_path / "kv") as engine:
+        engine.observe(events := Events())
         engine.held.hold("landing")
         tasks = [soon(engine.store(b"a", content(b"a", SIZE))) for _ in range(5)]
         await engine.held.wait_held("landing")
         tasks.append(soon(engine.store(b"a", content(b"a", 5))))  # not the same block
         await engine.held.wait_held("landing", 2)
         engine.held.release()
-        assert await asyncio.gather(*tasks) == [True] * 6
+        assert await asyncio.gather(*tasks) == [True, False, False, False, False, True]
         assert engine.held.submitted == 2
-        assert engine.statistics().joined == 4
-        assert engine.statistics().tiers[0].blocks == 1
+        counts = engine.statistics()
+        assert (counts.stored, counts.joined, counts.errors) == (2, 4, 0)
+        assert counts.tiers[0].blocks == 1
+        ended = sorted((event.outcome, event.path, event.nbytes) for event in events.seen)
+        present = [("present", "none", SIZE)] * 4
+        assert ended == [*present, ("stored", "bounce", 5), ("stored", "bounce", SIZE)]
+        row = {"direction": "store", "tier": f"slabs:{tmp_path / 'kv'}", "path": "bounce"}
+        value = engine.metrics.registry.get_sample_value
+        assert value("kvgds_bytes_total", {**row, "outcome": "stored"}) == SIZE + 5
 
 
 async def test_those_who_share_a_read_share_its_failure(tmp_path: Path) -> None:
@@ -374,6 +383,25 @@ async def test_nowait_refuses_to_queue_more(tmp_path: Path) -> None:
         assert await engine.load_nowait(b"1", memory)
         assert memory == content(1, SIZE)
         assert not await engine.load_nowait(b"late", memory)
+
+
+async def test_an_operation_may_be_awaited_again(tmp_path: Path) -> None:
+    """By one task at a time; the memory is free when it has ended, awaited or not."""
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("landing")
+        memory = engine.register(aligned(SIZE, content(b"a", SIZE)))
+        operation = engine.store_nowait(b"a", memory)
+        first = soon(operation)
+        await engine.held.wait_held("landing")
+        with pytest.raises(BusyError, match="another task"):
+            await operation
+        engine.held.release()
+        assert await first
+        assert await operation
+        loading = engine.load_nowait(b"a", memory)
+        await support.until(lambda: engine.statistics().hits == 1)
+        assert await engine.store(b"b", memory)
+        assert await loading
 
 
 async def test_nowait_goes_on_without_being_awaited(tmp_path: Path) -> None:
@@ -439,6 +467,17 @@ async def test_a_bounce_region_too_small_for_a_block(tmp_path: Path) -> None:
         assert await engine.store(b"b", engine.register(aligned(8 * PAGE)))
 
 
+async def test_a_cache_is_a_list_of_tensors(tmp_path: Path) -> None:
+    """A tensor alone would be taken for one tensor a row."""
+    async with opened(tmp_path / "kv") as engine:
+        tensor = aligned(8 * PAGE).reshape(4, 2 * PAGE)
+        wrongs: tuple[Any, ...] = (tensor, tensor.data, 7)
+        for wrong in wrongs:
+            with pytest.raises(ConfigError, match=r"layers=.*must be a list of tensors"):
+                engine.register_cache(wrong)
+        assert engine.register_cache(iter([tensor])).blocks == 4
+
+
 # --- being told -----------------------------------------------------------------------------------
 
 
@@ -463,11 +502,11 @@ async def test_statistics_and_metrics_add_up(tmp_path: Path) -> None:
         rows = [
             ("store", "direct", "stored", 1, SIZE),
             ("store", "bounce", "stored", 1, 100),
-            ("store", "direct", "present", 1, 0),
+            ("store", "none", "present", 1, 0),
             ("load", "direct", "hit", 1, SIZE),
             ("load", "bounce", "hit", 1, SIZE),
             ("load", "none", "miss", 1, 0),
-            ("load", "bounce", "error", 1, 0),
+            ("load", "none", "error", 1, 0),
         ]
         for direction, path, outcome, ops, nbytes in rows:
             row = {"direction": direction, "tier": tier, "path": path, "outcome": outcome}

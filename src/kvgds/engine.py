@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
@@ -65,7 +66,8 @@ class Statistics:
         misses: loads that did not.
         stored: blocks written.
         errors: blocks that ended in an error.
-        joined: blocks that shared another's I/O instead of one of their own.
+        joined: blocks that shared another's I/O instead of one of their own. Such a load is a
+            hit too; such a store is not counted in ``stored``.
         quarantined_bytes: bounce memory still owned by transfers past their deadline.
         tiers: the tiers' own numbers.
     """
@@ -82,7 +84,11 @@ class Statistics:
 
 
 class Operation:
-    """A started operation. Await it, once: the memory is in use until then."""
+    """A started operation. It ends whether awaited or not; the memory is in use until then.
+
+    One task at a time may await it (another gets BusyError), also again after it has ended.
+    To cancel that task is to cancel the operation.
+    """
 
     def __init__(self, run: Callable[[], Generator[Any, None, bool]]) -> None:
         self._run = run
@@ -205,17 +211,17 @@ class Engine:
         self._check_open()
         return self._flights.territory.register(buffer)
 
-    def register_cache(self, layers: Sequence[object], block_axis: int = 0) -> Cache:
+    def register_cache(self, layers: Iterable[object], block_axis: int = 0) -> Cache:
         """Register a paged KV cache: one or more tensors a layer, blocks along one axis.
 
         ``cache.block(i)`` is block ``i`` of every tensor, in the order given here.
 
         Raises:
-            ConfigError: tensors that differ in their number of blocks, overlap, are empty, or
-                are registered already.
+            ConfigError: one tensor instead of a list of them, or tensors that differ in their
+                number of blocks, overlap, are empty, or are registered already.
         """
         self._check_open()
-        return self._flights.territory.register_cache(layers, block_axis)
+        return self._flights.territory.register_cache(_list_of(layers), block_axis)
 
     async def deregister(self, memory: Region | Cache) -> None:
         """Forget registered memory; it may be freed afterwards.
@@ -243,7 +249,8 @@ class Engine:
         A key names its content: when a block of this size is there already, nothing moves.
 
         Returns:
-            True if the block was written, False if it was there already.
+            True if the block was written, False if it was there already, or another store
+            of it that was under way wrote it.
 
         Raises:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
@@ -507,6 +514,13 @@ def _arena(nbytes: int) -> Arena:
     except (OSError, OverflowError) as error:
         rule = f"that much memory can't be had: {error}"
         raise ConfigError("bounce_bytes", nbytes, rule) from None
+
+
+def _list_of(layers: object) -> list[object]:
+    if hasattr(layers, "shape") or not isinstance(layers, Iterable):  # a tensor has a shape
+        rule = "must be a list of tensors; for a single one give [tensor]"
+        raise ConfigError("layers", type(layers).__name__, rule)
+    return list(layers)
 
 
 def _value(outcome: Outcome) -> bool:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds.blocks import Outcome, check_key
 from kvgds.deadlines import Deadlines
-from kvgds.errors import ClosedError, ConfigError, KvgdsError, TransferError, TransferTimeout
+from kvgds.errors import (
+    BusyError,
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    KvgdsError,
+    TransferError,
+    TransferTimeout,
+)
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
@@ -110,6 +118,8 @@ class Batch:
 
     async def news(self) -> None:
         """Wait until something has ended that the task has not seen."""
+        if self.waiter is not None:
+            raise BusyError("another task awaits this operation; it wakes one alone")
         self.waiter = self.loop.create_future()
         try:
             await self.waiter
@@ -425,6 +435,7 @@ class Flights:
             leader.overdue.set()
 
     def _tell(self, flight: Flight, move: Move) -> None:
+        """Tell all who wait. One block was written: of those who share a store, once."""
         self._free_overdue(flight)
         outcome = (
             Outcome(flight.key, move.status)
@@ -432,7 +443,9 @@ class Flights:
             else Outcome(flight.key, "error", move.error)
         )
         for waiter in flight.waiters:
-            self._end(waiter, outcome, move.path.name)
+            self._end(waiter, outcome, _path_of(outcome, move))
+            if outcome.status == "stored":
+                outcome = Outcome(flight.key, "present")
         flight.waiters.clear()
 
     def _end(self, waiter: Waiter, outcome: Outcome, path: str) -> None:
@@ -595,6 +608,14 @@ class Flights:
             batch.left -= len(items) - admitted
             await self._call_off(batch, gone)
             raise
+
+
+def _path_of(outcome: Outcome, move: Move) -> str:
+    """How the block's bytes moved; "none" where none had to."""
+    still = outcome.status in ("miss", "present") or isinstance(
+        outcome.error, ConfigError | CapacityError
+    )
+    return "none" if still else move.path.name
 
 
 def _check_priority(priority: object) -> None:

@@ -197,7 +197,7 @@ class Result:
         asked: blocks of all requests: those found and those not.
         hits: blocks loaded and right.
         misses: blocks that were not there, or had gone when they were to be loaded.
-        stored: blocks written; two requests that wrote one block together both count it.
+        stored: blocks written.
         bytes_verified: bytes compared with what they have to be.
         load_gb_s: bytes loaded over the time in which loads were under way.
         errors: blocks that failed or were wrong.
