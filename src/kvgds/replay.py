@@ -280,6 +280,8 @@ async def replay(
     """
     part_blocks = _part_blocks(settings)
     total = await asyncio.to_thread(lambda: sum(1 for _ in requests_of(trace, settings.limit)))
+    if not total:
+        raise ConfigError("trace", os.fspath(trace), "is empty; it must hold a request a line")
     config = EngineConfig(
         namespace=namespace(settings.block_bytes),
         tiers=(
