@@ -9,8 +9,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytest
 
+import kvgds
 import support
 from faults import FaultyDisk, small_disk
 from kvgds import (
@@ -32,6 +34,7 @@ from kvgds import (
     TransferTimeout,
     open_engine,
 )
+from kvgds.engine import logged_progress
 from support import MIB, PAGE, Watched, aligned, config, content, opened, turns, unaligned
 
 if TYPE_CHECKING:
@@ -454,6 +457,22 @@ async def test_without_direct_io_nothing_has_to_be_aligned(tmp_path: Path) -> No
         assert [event.path for event in events.seen] == ["direct", "bounce", "direct"]
 
 
+async def test_aligned_memory_goes_direct(tmp_path: Path) -> None:
+    memory = kvgds.aligned(3 * PAGE + 5)
+    assert (memory.nbytes, bytes(memory)) == (3 * PAGE + 5, bytes(3 * PAGE + 5))
+    array = np.frombuffer(kvgds.aligned(SIZE), np.uint8)
+    assert array.ctypes.data % PAGE == 0
+    async with opened(tmp_path / "kv") as engine:
+        engine.observe(events := Events())
+        array[:] = np.frombuffer(content(b"a", SIZE), np.uint8)
+        await engine.store(b"a", engine.register(array))
+        assert await is_whole(engine, b"a")
+        assert events.seen[0].path == "direct"
+    for wrong in (0, -1, 1.5, "1", True, 1 << 60, 1 << 70):
+        with pytest.raises(ConfigError, match="nbytes="):
+            kvgds.aligned(wrong)  # type: ignore[arg-type]
+
+
 async def test_a_bounce_region_too_small_for_a_block(tmp_path: Path) -> None:
     """The error says how many bytes it takes; aligned memory of that size goes direct."""
     async with opened(tmp_path / "kv", bounce_bytes=2 * PAGE) as engine:
@@ -587,6 +606,30 @@ async def test_another_loop_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ClosedError, match="loop"):
                 await asyncio.to_thread(asyncio.run, act(b"a", bytearray(8)))
         await store(engine, b"a")
+
+
+async def test_progress_is_logged_only_when_opening_takes_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing within a second, then a few lines however many steps there are."""
+    settings = config(tmp_path / "kv", tier={"layout": "files"})
+    caplog.set_level(logging.INFO, "kvgds")
+    for _ in range(2):
+        async with open_engine(settings) as engine:
+            await engine.store_many([(b"%d" % i, b"x") for i in range(100)])
+    assert caplog.messages == []
+    now = iter(range(101))
+    told = logged_progress(lambda: next(now))
+    for step in range(100):
+        told("looking", step, 100)
+    assert 2 <= len(caplog.messages) <= 6
+    assert caplog.messages[0] == "looking: 1 of 100"
+
+
+async def test_an_engine_says_which_it_is(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        assert repr(engine) == f"<Engine open slabs:{tmp_path / 'kv'}>"
+    assert repr(engine).startswith("<Engine closed ")
 
 
 async def test_one_engine_a_directory(tmp_path: Path) -> None:

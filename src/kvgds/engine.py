@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -122,11 +123,16 @@ class Engine:
         self._flights.tier = self._tier
         self._closing: asyncio.Future[None] | None = None
 
+    def __repr__(self) -> str:
+        state = "open" if self._closing is None else "closed"
+        return f"<Engine {state} {self._tier.name}>"
+
     # --- opening and closing ----------------------------------------------------------
 
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Probe, recover and get ready. Called by :func:`open_engine`."""
-        starting = asyncio.ensure_future(self._in_thread(self._start, progress or _log_progress))
+        told = progress or logged_progress()
+        starting = asyncio.ensure_future(self._in_thread(self._start, told))
         try:
             self._flights.bounce = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -255,6 +261,7 @@ class Engine:
         Raises:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
             StorageFull: no room. BusyError: a load into this memory is in flight.
+            ConfigError: an argument can't be. ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, write=True)
         await self._flights.carry_out(batch, [(key, memory)])
@@ -278,6 +285,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time. The
                 memory's content is then undefined.
             BusyError: another transfer uses this memory.
+            ConfigError: an argument can't be, or the block has another size than the memory.
+            ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, write=False)
         await self._flights.carry_out(batch, [(key, memory)])
@@ -508,12 +517,26 @@ async def _opened(
         await engine.aclose()
 
 
-def _arena(nbytes: int) -> Arena:
+def aligned(nbytes: int) -> memoryview:
+    """Page-aligned memory, on huge pages where the kernel gives them.
+
+    Once registered it moves without a copy. It is zeroed, and freed with the last view of it:
+    ``numpy.frombuffer`` and ``torch.frombuffer`` make arrays of it that keep it alive.
+
+    Raises:
+        ConfigError: that much memory can't be had.
+    """
+    if type(nbytes) is not int or nbytes < 1:
+        raise ConfigError("nbytes", nbytes, "must be a number of bytes, at least 1")
+    return _arena(nbytes, "nbytes").bytes
+
+
+def _arena(nbytes: int, field: str = "bounce_bytes") -> Arena:
     try:
         return Arena(nbytes)
     except (OSError, OverflowError) as error:
         rule = f"that much memory can't be had: {error}"
-        raise ConfigError("bounce_bytes", nbytes, rule) from None
+        raise ConfigError(field, nbytes, rule) from None
 
 
 def _list_of(layers: object) -> list[object]:
@@ -539,5 +562,16 @@ async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTi
         raise late from None
 
 
-def _log_progress(what: str, done: int, total: int) -> None:
-    _log.info("%s: %d of %d", what, done, total)
+def logged_progress(clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:
+    """Log progress only when it takes more than a second, then after twice as long each time."""
+    since = clock()
+    wait_s = 1.0
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal wait_s
+        passed = clock() - since
+        if passed > wait_s:
+            wait_s = 2 * passed
+            _log.info("%s: %d of %d", what, done, total)
+
+    return told

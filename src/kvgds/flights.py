@@ -13,7 +13,7 @@ import errno
 import logging
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import Outcome, check_key
 from kvgds.deadlines import Deadlines
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from kvgds.config import EngineConfig
     from kvgds.tiers import Tier
 
-Memory = Any  # a View, a Region, or any object with a buffer
+Memory: TypeAlias = Any
+"""Memory of one block: a View (`cache.block(i)`, `region[a:b]`), a whole Region, or what
+:meth:`~kvgds.Engine.register` takes, which then bounces. Loads need it writable."""
 
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
