@@ -95,7 +95,7 @@ class Watched(Engine):
         used = [slot for size in sizes for slot in size.used]
         free = [slot for size in sizes for slot in size.free]
         assert len({*used, *free}) == len(used) + len(free)
-        assert {slot for slot, _, _ in tier._blocks.values()} <= set(used)
+        assert {slot for slot, *_ in tier._blocks.values()} <= set(used)
         named = sorted(key for size in sizes for key in size.used.values() if key is not None)
         assert named == sorted(tier._blocks)
         assert tier._bytes == sum(len(size.used) * size.slot_bytes for size in sizes)

@@ -833,6 +833,25 @@ async def test_opening_on_a_full_disk(
             assert await is_whole(engine, b"a")
 
 
+async def test_the_least_recently_used_go_first_whatever_their_size(tmp_path: Path) -> None:
+    """Small blocks push out large ones that were not used for longer, and no others."""
+    tier = {"capacity_bytes": 4 * MIB}
+    async with opened(tmp_path / "kv", tier=tier) as engine:
+        await store(engine, b"old", b"older", nbytes=MIB - PAGE)
+        await store(engine, b"small", nbytes=15 * PAGE)
+        await store(engine, b"kept", nbytes=MIB - PAGE)
+        small = [b"%d" % i for i in range(24)]
+        for key in small:
+            await store(engine, key, nbytes=15 * PAGE)
+            assert await is_whole(engine, b"kept", nbytes=MIB - PAGE)
+        assert await is_whole(engine, *small, nbytes=15 * PAGE)
+        assert not await is_whole(engine, b"old", nbytes=MIB - PAGE)
+    async with opened(tmp_path / "kv", tier=tier) as engine:  # their order outlives the engine
+        more = [b"more %d" % i for i in range(30)]
+        await store(engine, *more, nbytes=15 * PAGE)
+        assert await is_whole(engine, *more, *small[-8:], nbytes=15 * PAGE)
+
+
 async def test_slabs_leave_room_for_the_index(tmp_path: Path) -> None:
     """The disk is smaller than the capacity: slabs stop short of its end, and rows go in on."""
     with small_disk(tmp_path, 12 * MIB) as disk:

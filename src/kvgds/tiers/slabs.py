@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
@@ -50,9 +50,13 @@ if TYPE_CHECKING:
     from kvgds.paths import Move
 
 _RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
+_SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _TOUCHES = 1024  # how many uses may be forgotten by a crash
+
+
+Block: TypeAlias = tuple[int, int, int, int]  # slot, generation, bytes, when it was last used
 
 
 class _Forgotten(NamedTuple):
@@ -60,7 +64,7 @@ class _Forgotten(NamedTuple):
 
     slot: int
     key: BlockKey | None = None
-    block: tuple[int, int, int] = (0, 0, 0)
+    block: Block = (0, 0, 0, 0)
 
 
 class Slabs:
@@ -74,7 +78,7 @@ class Slabs:
         self._settings = settings
         self._namespace = namespace
         self._services = services
-        self._blocks: dict[BlockKey, tuple[int, int, int]] = {}  # slot, generation, bytes
+        self._blocks: dict[BlockKey, Block] = {}
         self._classes: dict[int, SizeClass] = {}
         self._slabs: dict[int, Slab] = {}
         self._class_of: dict[int, SizeClass] = {}  # by slab
@@ -197,7 +201,9 @@ class Slabs:
                 return
             self._class_of[rival[0] >> SLOT_BITS].used[rival[0]] = None
         size.used[slot] = key
-        self._blocks[key] = (slot, generation, nbytes)
+        used_at = len(self._blocks)  # rows come in order of use
+        self._blocks[key] = (slot, generation, nbytes, used_at)
+        self._slabs[slot >> SLOT_BITS].used_at = used_at
 
     def _sweep(self) -> None:
         """Remove what was cut short: temporaries, and slab files that the index does not know."""
@@ -287,7 +293,7 @@ class Slabs:
             else:
                 self._aim(move, block[0], block[1])
                 holds[block[0]] = holds.get(block[0], 0) + 1
-                self._touch(block[0])
+                self._touch(move.key, block)
                 going.append(move)
                 continue
             settled.append(move)
@@ -305,9 +311,13 @@ class Slabs:
         move.place = f"slab {slab_id} slot {place}"
         move.slot = slot
 
-    def _touch(self, slot: int) -> None:
+    def _touch(self, key: BlockKey, block: Block) -> None:
+        slot, generation, nbytes, _ = block
+        now = next(self._clock)
+        self._blocks[key] = (slot, generation, nbytes, now)
         self._class_of[slot >> SLOT_BITS].used.move_to_end(slot)
-        self._touched[slot] = next(self._clock)
+        self._slabs[slot >> SLOT_BITS].used_at = now
+        self._touched[slot] = now
         if len(self._touched) >= _TOUCHES:
             self._index.commit(Changes(touch=self._touched), _ignore)
             self._touched = {}
@@ -352,7 +362,7 @@ class Slabs:
             block = self._blocks.get(move.key)
             if block is not None and block[2] == move.nbytes:
                 move.status = "present"
-                self._touch(block[0])
+                self._touch(move.key, block)
                 settled.append(move)
                 continue
             slot_bytes = slot_bytes_for(move.nbytes)
@@ -447,8 +457,10 @@ class Slabs:
 
     def _publish(self, move: Move) -> None:
         size = self._class_of[move.slot >> SLOT_BITS]
-        self._blocks[move.key] = (move.slot, move.generation or 0, move.nbytes)
+        number = move.generation or 0
+        self._blocks[move.key] = (move.slot, number, move.nbytes, number)
         size.used[move.slot] = move.key
+        self._slabs[move.slot >> SLOT_BITS].used_at = number
         self._bytes += size.slot_bytes
         move.status = "stored"
 
@@ -479,13 +491,15 @@ class Slabs:
 
     def _serve_waiting(self) -> None:
         """Give slots to waiting stores, and see to it that there will be more."""
-        for size in list(self._classes.values()):
+        for size in self._classes.values():
             going = []
             while size.waiting and size.free:
                 move = size.waiting.popleft()
                 self._take_slot(move, size)
                 going.append(move)
             self._send(going)
+        # Those that wait come first: the room made for them is not to be taken ahead of need.
+        for size in sorted(self._classes.values(), key=lambda size: not size.waiting):
             if size.waiting or self._low(size):
                 self._make_room(size)
 
@@ -499,6 +513,8 @@ class Slabs:
             return
         if self._room() >= size.slot_bytes and not (self._disk_full and size.used):
             self._grow(size)
+            return
+        if size.waiting and self._older_elsewhere(size):
             return
         needed = len(size.waiting) - size.going
         ahead = min(_EVICT, size.slots // 16)
@@ -584,29 +600,38 @@ class Slabs:
         free = self._class_of[slot >> SLOT_BITS].free
         free.insert(0 if last else len(free), slot)
 
+    def _older_elsewhere(self, size: SizeClass) -> bool:
+        """Give up another class's slab if all of it is older than anything of this class."""
+        slab = self._least_wanted_slab(size)
+        oldest = next(iter(size.used.values()), None)
+        if slab is None or oldest is None or slab.used_at > self._blocks[oldest][3]:
+            return False
+        self._give_up(slab)
+        return True
+
     def _steal(self, size: SizeClass) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
         slab = self._least_wanted_slab(size)
         if slab is None:
             return any(slab.busy for slab in self._slabs.values()) or bool(self._holds)
+        self._give_up(slab)
+        return True
+
+    def _give_up(self, slab: Slab) -> None:
         changes = self._remove_slab(slab)
         self._growing = True
         self._under_way += 1
         self._index.commit(changes, partial(self._unindexed, slab))
-        return True
 
     def _least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
-        """A slab of the largest other class, one with an old block, that nobody uses now."""
-        for size in sorted(self._classes.values(), key=lambda s: -s.slots * s.slot_bytes):
-            if size is other_than:
-                continue
-            order = [slot >> SLOT_BITS for slot in itertools.islice(size.used, 10_000)]
-            mine = [slab for slab, owner in self._class_of.items() if owner is size]
-            held = {slot >> SLOT_BITS for slot in self._holds}
-            for slab_id in dict.fromkeys((*order, *mine)):
-                if not self._slabs[slab_id].busy and slab_id not in held:
-                    return self._slabs[slab_id]
-        return None
+        """The slab of another class that was not used for longest, and that nobody uses now."""
+        held = {slot >> SLOT_BITS for slot in self._holds}
+        idle = (
+            slab
+            for slab in self._slabs.values()
+            if not slab.busy and slab.id not in held and self._class_of[slab.id] is not other_than
+        )
+        return min(idle, key=lambda slab: slab.used_at, default=None)
 
     def _remove_slab(self, slab: Slab) -> Changes:
         size = self._class_of[slab.id]
@@ -660,7 +685,7 @@ class Slabs:
 
     def _grow(self, size: SizeClass) -> None:
         """Make one more slab; in the executor, because allocating it may take a while."""
-        part = max(self._settings.capacity_bytes // _SLABS, size.slot_bytes)
+        part = max(min(self._settings.capacity_bytes // _SLABS, _SLAB_MOST), size.slot_bytes)
         slots = min(part, self._room()) // size.slot_bytes
         slab_id = self._next_slab
         self._next_slab += 1

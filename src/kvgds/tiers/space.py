@@ -42,7 +42,7 @@ def slab_name(slab_id: int, slot_bytes: int) -> str:
 class Slab:
     """One slab file and how many of its slots are in use just now."""
 
-    __slots__ = ("busy", "file", "id", "path", "slots")
+    __slots__ = ("busy", "file", "id", "path", "slots", "used_at")
 
     def __init__(self, slab_id: int, slots: int, path: Path, file: File) -> None:
         self.id = slab_id
@@ -50,6 +50,7 @@ class Slab:
         self.path = path
         self.file = file
         self.busy = 0  # slots being written, or waiting for a commit
+        self.used_at = 0  # when one of its blocks was last stored or loaded, by the tier's clock
 
 
 class SizeClass:
