@@ -399,7 +399,7 @@ def test_doctor_tells_how_bytes_move_and_leaves_nothing(tmp_path: Path, layout: 
     assert (part["path"], part["backend"]) == ("direct", answer["nixl"]["summary"])
     assert part["direct_io"] == (part["alignment"] == PAGE)
     assert part["free_bytes"] > 0
-    assert any("holds 3 blocks in 1 namespaces" in line for line in part["evidence"])
+    assert any("holds 3 blocks in 1 namespace" in line for line in part["evidence"])
     in_tmp = any(line.startswith(f"{root / 'tmp'} is on") for line in part["evidence"])
     assert in_tmp == (layout == "files")  # it was the layout that is there which was tried
     assert any(f"{root}" in line and part["filesystem"] in line for line in part["evidence"])
@@ -412,6 +412,16 @@ def test_doctor_looks_beside_a_directory_that_is_not_there_yet(tmp_path: Path) -
     assert part["ok"]
     assert part["path"] == "direct"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_one_thing_once(tmp_path: Path) -> None:
+    result = call("doctor", "--root", tmp_path / "a" / "kv")
+    assert result.exit_code == 1
+    assert "".join(result.stdout.split()).count("isnotadirectory") == 1
+    (part,) = found("doctor", "--root", tmp_path / "a" / "kv", status=1)["roots"]
+    assert part["refused"] == [
+        {"what": "directory", "why": f"{tmp_path / 'a'} is not a directory", "fix": "make it one"}
+    ]
 
 
 def test_doctor_removes_what_a_killed_one_left(tmp_path: Path) -> None:
@@ -585,7 +595,7 @@ def test_fsck_prints_what_it_found_and_mended(tmp_path: Path) -> None:
     bad = call("fsck", root)
     assert bad.exit_code == 1
     assert "found: corrupt: slab 0 slot" in bad.stdout
-    assert "1 problems left" in bad.stdout
+    assert "1 problem left" in bad.stdout
     mended = call("fsck", root, "--repair")
     assert mended.exit_code == 0
     assert "repaired: corrupt" in mended.stdout
@@ -602,8 +612,39 @@ def test_a_damaged_index_leads_to_rebuild_and_back(tmp_path: Path) -> None:
     mended = process("fsck", root, "--rebuild")
     assert (mended.returncode, mended.stderr) == (0, "")
     assert f"the old index is {root}/index.db.damaged-1" in mended.stdout
-    assert "3 blocks (36.0 KiB) are in the new index: clean" in mended.stdout
+    assert "3 blocks (36.0 KiB) in the new index: clean" in mended.stdout
     assert found("ls", root)["namespaces"][0]["blocks"] == 3
+
+
+def test_without_index_and_slabs_nothing_is_to_be_rebuilt(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root)
+    for path in (*root.glob("index.db*"), *root.glob("slab-*")):
+        path.unlink()
+    for text in (call("ls", root).stderr, call("fsck", root).stdout):
+        assert "holds no blocks" in text
+        assert "rebuild" not in text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_of_a_namespace_that_is_not_there(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 1, layout)
+    result = call("gc", root, "--namespace", "foo*")
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line == "error: namespace='foo*': names none of those that are there: first/model"
+    assert "dropped 1 block (16.0 KiB)" in call("gc", root, "--namespace", "first*").stdout
+
+
+def test_one_of_a_thing_is_told_in_the_singular(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root, 1)
+    assert call("fsck", root).stdout == "1 block (12.0 KiB) checked: clean\n"
+    text = call("gc", root, "--keep-bytes", "1G").stdout
+    assert "dropped 0 blocks (0 B), 0 files" in text
+    assert "left: 1 block (16.0 KiB)" in text
+    assert "holds 1 block in 1 namespace" in json.dumps(found("doctor", "--root", root))
 
 
 def test_fsck_prints_at_most_a_screenful(tmp_path: Path) -> None:
@@ -674,6 +715,41 @@ def test_replay_prints_one_table(tmp_path: Path, trace: Path) -> None:
     assert (answer["requests"], answer["hit_rate"], answer["errors"]) == (39, 1.0, 0)
     assert set(answer["load_many"]) == {"calls", "p50_ms", "p95_ms", "p99_ms"}
     assert found(*arguments, "--limit", 3)["requests"] == 3
+
+
+def test_a_replay_that_loads_nothing_tells_no_times(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text('{"hash_ids": [1]}\n')
+    text = call("replay", trace, "--root", tmp_path / "kv", "--capacity", "64M").stdout
+    rows = {cells[1].strip(): cells[2].strip() for line in text.splitlines()
+            if len(cells := line.split("│")) == 4}  # fmt: skip
+    assert (rows["load_many"], rows["loaded"]) == ("not called", "nothing")
+    assert rows["store_many"].startswith("1 call, p50")
+    assert rows["blocks asked"] == "1: 0 hits, 1 miss"
+
+
+def test_an_empty_trace_is_an_error(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text("\n\n")
+    result = call("replay", trace, "--root", tmp_path / "kv")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: trace='{trace}': is empty; it must hold a request a line\n"
+    assert not (tmp_path / "kv").exists()
+
+
+def test_help_says_what_a_trace_is_and_how_sizes_are_meant() -> None:
+    text = words_of(call("replay", "--help").stdout)
+    for words in ('{"hash_ids": [0, 1, 2]}', "--in-flight 1", "64K (64 KiB)"):
+        assert words in text
+    assert "(64K)]" not in text
+    assert "100G is 100 GiB" in words_of(call("gc", "--help").stdout)
+    assert "Only with layout files" in words_of(call("gc", "--help").stdout)
+    assert "not with layout files" in words_of(call("fsck", "--help").stdout)
+
+
+def words_of(text: str) -> str:
+    """What a table says, however it is broken into lines."""
+    return " ".join(text.replace("│", " ").split())
 
 
 def test_a_wrong_byte_ends_a_replay_with_1(tmp_path: Path, trace: Path) -> None:

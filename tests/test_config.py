@@ -91,6 +91,46 @@ def test_engines_that_can_not_be(field: str, value: Any) -> None:
     assert caught.value.rule
 
 
+def test_tiers_may_be_a_list() -> None:
+    assert EngineConfig(**{**BASE, "tiers": [TIER]}).tiers == (TIER,)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tiers": (TIER,)}, "EngineConfig.namespace: must be given"),
+        ({**BASE, "tiers": ()}, "EngineConfig.tiers=(): must be a tuple or list of exactly one"),
+        ({**BASE, "tiers": 7}, "EngineConfig.tiers=7: must be a tuple or list of exactly one"),
+        ({**BASE, "tiers": [7]}, "EngineConfig.tiers.0=7: must be a"),
+        ({**BASE, "timeout": 5}, "EngineConfig.timeout=5: is no setting; those are namespace, "),
+        ({**BASE, "timeout_s": 0}, "EngineConfig.timeout_s=0: must be greater than 0"),
+        (
+            {**BASE, "tiers": [{"root": "/kv", "capacity": 1}]},
+            "FileTier.capacity=1: is no setting; those are root, capacity_bytes, ",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_clear_sentence(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**values)
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"root": "/kv"}, "FileTier.capacity_bytes: must be given"),
+        ({"root": "", "capacity_bytes": 8192}, "FileTier.root='': must be the path of a directory"),
+        ({"root": "/kv", "capacity": 8192}, "FileTier.capacity=8192: is no setting; those are "),
+    ],
+)
+def test_what_is_wrong_with_a_tier_too(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FileTier(**values)
+    assert str(caught.value).startswith(says)
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="namespace"):
         EngineConfig(tiers=(TIER,))  # type: ignore[call-arg]

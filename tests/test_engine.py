@@ -9,8 +9,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytest
 
+import kvgds
 import support
 from faults import FaultyDisk, fill_up, small_disk
 from kvgds import (
@@ -32,6 +34,7 @@ from kvgds import (
     TransferTimeout,
     open_engine,
 )
+from kvgds.engine import logged_progress
 from support import MIB, PAGE, Watched, aligned, config, content, opened, turns, unaligned
 
 if TYPE_CHECKING:
@@ -94,6 +97,14 @@ async def test_prefix_stops_at_the_first_gap(tmp_path: Path) -> None:
         assert await engine.prefix([b"d", b"b", b"a"]) == 3
 
 
+async def test_prefix_takes_any_iterable_once(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a", b"b")
+        keys = iter([b"a", b"b", b"c"])
+        assert await engine.prefix(key for key in keys) == 2
+        assert await engine.prefix({b"a": 1, b"b": 2}) == 2
+
+
 async def test_memory_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
     """It is the caller's mistake, not the block's: that stays."""
     async with opened(tmp_path / "kv") as engine:
@@ -138,11 +149,36 @@ async def test_the_longest_key(tmp_path: Path) -> None:
         assert await is_whole(engine, key)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan")])
-async def test_a_deadline_lies_ahead(tmp_path: Path, timeout_s: float) -> None:
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf"), "soon", b"5", True])
+async def test_a_deadline_lies_ahead(tmp_path: Path, timeout_s: Any) -> None:
+    """Every call refuses what can't be one, and says what it was."""
     async with opened(tmp_path / "kv") as engine:
-        with pytest.raises(ConfigError, match="timeout_s"):
-            await engine.store(b"a", bytes(8), timeout_s=timeout_s)
+        calls: list[Any] = [
+            lambda: engine.store(b"a", bytes(8), timeout_s=timeout_s),
+            lambda: engine.load_many([(b"a", bytearray(8))], timeout_s=timeout_s),
+            lambda: anext(aiter(engine.load_each([(b"a", bytearray(8))], timeout_s=timeout_s))),
+            lambda: engine.prefix([b"a"], timeout_s=timeout_s),
+            lambda: engine.delete(b"a", timeout_s=timeout_s),
+        ]
+        for call in calls:
+            with pytest.raises(ConfigError, match="timeout_s=") as caught:
+                await call()
+            assert caught.value.value is timeout_s
+        with pytest.raises(ConfigError, match="timeout_s="):
+            engine.store_nowait(b"a", bytes(8), timeout_s=timeout_s)
+        await store(engine, b"a")
+
+
+@pytest.mark.parametrize("priority", [7, -1, None, "x", 1])
+async def test_a_priority_is_one_of_three(tmp_path: Path, priority: Any) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        for act in (engine.store, engine.load):
+            with pytest.raises(ConfigError, match=r"Priority\.DEMAND") as caught:
+                await act(b"a", bytearray(8), priority=priority)
+            assert (caught.value.field, caught.value.value) == ("priority", priority)
+        with pytest.raises(ConfigError, match="priority"):
+            await engine.store_many([(b"a", bytes(8))], priority=priority)
+        await store(engine, b"a")
 
 
 async def test_a_batch_that_is_no_batch_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -273,17 +309,26 @@ async def test_identical_loads_in_flight_are_one_read(tmp_path: Path, make: Any)
 
 
 async def test_identical_stores_in_flight_are_one_write(tmp_path: Path) -> None:
+    """The first has stored it, the others find it present; each block written counts once."""
     async with opened(tmp_path / "kv") as engine:
+        engine.observe(events := Events())
         engine.held.hold("landing")
         tasks = [soon(engine.store(b"a", content(b"a", SIZE))) for _ in range(5)]
         await engine.held.wait_held("landing")
         tasks.append(soon(engine.store(b"a", content(b"a", 5))))  # not the same block
         await engine.held.wait_held("landing", 2)
         engine.held.release()
-        assert await asyncio.gather(*tasks) == [True] * 6
+        assert await asyncio.gather(*tasks) == [True, False, False, False, False, True]
         assert engine.held.submitted == 2
-        assert engine.statistics().joined == 4
-        assert engine.statistics().tiers[0].blocks == 1
+        counts = engine.statistics()
+        assert (counts.stored, counts.joined, counts.errors) == (2, 4, 0)
+        assert counts.tiers[0].blocks == 1
+        ended = sorted((event.outcome, event.path, event.nbytes) for event in events.seen)
+        present = [("present", "none", SIZE)] * 4
+        assert ended == [*present, ("stored", "bounce", 5), ("stored", "bounce", SIZE)]
+        row = {"direction": "store", "tier": f"slabs:{tmp_path / 'kv'}", "path": "bounce"}
+        value = engine.metrics.registry.get_sample_value
+        assert value("kvgds_bytes_total", {**row, "outcome": "stored"}) == SIZE + 5
 
 
 async def test_those_who_share_a_read_share_its_failure(tmp_path: Path) -> None:
@@ -343,6 +388,25 @@ async def test_nowait_refuses_to_queue_more(tmp_path: Path) -> None:
         assert not await engine.load_nowait(b"late", memory)
 
 
+async def test_an_operation_may_be_awaited_again(tmp_path: Path) -> None:
+    """By one task at a time; the memory is free when it has ended, awaited or not."""
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("landing")
+        memory = engine.register(aligned(SIZE, content(b"a", SIZE)))
+        operation = engine.store_nowait(b"a", memory)
+        first = soon(operation)
+        await engine.held.wait_held("landing")
+        with pytest.raises(BusyError, match="another task"):
+            await operation
+        engine.held.release()
+        assert await first
+        assert await operation
+        loading = engine.load_nowait(b"a", memory)
+        await support.until(lambda: engine.statistics().hits == 1)
+        assert await engine.store(b"b", memory)
+        assert await loading
+
+
 async def test_nowait_goes_on_without_being_awaited(tmp_path: Path) -> None:
     async with opened(tmp_path / "kv") as engine:
         engine.store_nowait(b"a", content(b"a", SIZE))
@@ -393,6 +457,22 @@ async def test_without_direct_io_nothing_has_to_be_aligned(tmp_path: Path) -> No
         assert [event.path for event in events.seen] == ["direct", "bounce", "direct"]
 
 
+async def test_aligned_memory_goes_direct(tmp_path: Path) -> None:
+    memory = kvgds.aligned(3 * PAGE + 5)
+    assert (memory.nbytes, bytes(memory)) == (3 * PAGE + 5, bytes(3 * PAGE + 5))
+    array = np.frombuffer(kvgds.aligned(SIZE), np.uint8)
+    assert array.ctypes.data % PAGE == 0
+    async with opened(tmp_path / "kv") as engine:
+        engine.observe(events := Events())
+        array[:] = np.frombuffer(content(b"a", SIZE), np.uint8)
+        await engine.store(b"a", engine.register(array))
+        assert await is_whole(engine, b"a")
+        assert events.seen[0].path == "direct"
+    for wrong in (0, -1, 1.5, "1", True, 1 << 60, 1 << 70):
+        with pytest.raises(ConfigError, match="nbytes="):
+            kvgds.aligned(wrong)  # type: ignore[arg-type]
+
+
 async def test_a_bounce_region_too_small_for_a_block(tmp_path: Path) -> None:
     """The error says how many bytes it takes; aligned memory of that size goes direct."""
     async with opened(tmp_path / "kv", bounce_bytes=2 * PAGE) as engine:
@@ -404,6 +484,17 @@ async def test_a_bounce_region_too_small_for_a_block(tmp_path: Path) -> None:
         assert error.field == "bounce_bytes"
         assert f"{3 * PAGE:,}" in error.rule
         assert await engine.store(b"b", engine.register(aligned(8 * PAGE)))
+
+
+async def test_a_cache_is_a_list_of_tensors(tmp_path: Path) -> None:
+    """A tensor alone would be taken for one tensor a row."""
+    async with opened(tmp_path / "kv") as engine:
+        tensor = aligned(8 * PAGE).reshape(4, 2 * PAGE)
+        wrongs: tuple[Any, ...] = (tensor, tensor.data, 7)
+        for wrong in wrongs:
+            with pytest.raises(ConfigError, match=r"layers=.*must be a list of tensors"):
+                engine.register_cache(wrong)
+        assert engine.register_cache(iter([tensor])).blocks == 4
 
 
 # --- being told -----------------------------------------------------------------------------------
@@ -430,11 +521,11 @@ async def test_statistics_and_metrics_add_up(tmp_path: Path) -> None:
         rows = [
             ("store", "direct", "stored", 1, SIZE),
             ("store", "bounce", "stored", 1, 100),
-            ("store", "direct", "present", 1, 0),
+            ("store", "none", "present", 1, 0),
             ("load", "direct", "hit", 1, SIZE),
             ("load", "bounce", "hit", 1, SIZE),
             ("load", "none", "miss", 1, 0),
-            ("load", "bounce", "error", 1, 0),
+            ("load", "none", "error", 1, 0),
         ]
         for direction, path, outcome, ops, nbytes in rows:
             row = {"direction": direction, "tier": tier, "path": path, "outcome": outcome}
@@ -515,6 +606,30 @@ async def test_another_loop_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ClosedError, match="loop"):
                 await asyncio.to_thread(asyncio.run, act(b"a", bytearray(8)))
         await store(engine, b"a")
+
+
+async def test_progress_is_logged_only_when_opening_takes_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing within a second, then a few lines however many steps there are."""
+    settings = config(tmp_path / "kv", tier={"layout": "files"})
+    caplog.set_level(logging.INFO, "kvgds")
+    for _ in range(2):
+        async with open_engine(settings) as engine:
+            await engine.store_many([(b"%d" % i, b"x") for i in range(100)])
+    assert caplog.messages == []
+    now = iter(range(101))
+    told = logged_progress(lambda: next(now))
+    for step in range(100):
+        told("looking", step, 100)
+    assert 2 <= len(caplog.messages) <= 6
+    assert caplog.messages[0] == "looking: 1 of 100"
+
+
+async def test_an_engine_says_which_it_is(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        assert repr(engine) == f"<Engine open slabs:{tmp_path / 'kv'}>"
+    assert repr(engine).startswith("<Engine closed ")
 
 
 async def test_one_engine_a_directory(tmp_path: Path) -> None:
@@ -861,6 +976,21 @@ async def test_a_disk_that_hangs(tmp_path: Path) -> None:
             await settled
             assert (bounced == 7).all()
             assert await is_whole(engine, b"a", b"b", b"c")
+
+
+async def test_a_delete_has_a_deadline(tmp_path: Path) -> None:
+    """It says that the block may still be dropped; here it is."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await store(engine, b"a", b"b")
+            disk.hang("write", match="index.db*")
+            with pytest.raises(TransferTimeout, match=r"it may still happen$") as caught:
+                await engine.delete(b"a", timeout_s=0.05)
+            assert (caught.value.direction, caught.value.key) == ("delete", b"a")
+            assert caught.value.errno == errno.ETIMEDOUT
+            await asyncio.to_thread(disk.release)
+            assert await engine.delete(b"b")
+            assert await engine.prefix([b"a"]) == 0
 
 
 async def tick(late: list[float]) -> None:

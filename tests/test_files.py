@@ -20,6 +20,7 @@ from faults import FaultyDisk, read_only, small_disk
 from kvgds import (
     BlockCorrupt,
     ConfigError,
+    Event,
     FileTier,
     Namespace,
     StorageFull,
@@ -496,6 +497,54 @@ async def test_a_store_abandoned_while_it_is_linked_is_taken_back(
             assert not path_of(root, b"key").exists()
             assert ledger(root) == taken(root) == 2 * IMAGE
             assert temporaries(root) == []
+
+
+async def test_where_nothing_moves_there_is_no_path(tmp_path: Path) -> None:
+    """A block that is there, one that is not, memory of another size, no room: path "none"."""
+
+    class Events:
+        def settled(self, event: Event) -> None:
+            seen.append((event.outcome, event.path))
+
+    seen: list[tuple[str, str]] = []
+    async with opened(tmp_path / "kv") as engine:
+        engine.observe(Events())
+        memory = engine.register(aligned(NBYTES))
+        assert await engine.store(b"a", memory)
+        assert not await engine.store(b"a", memory)
+        assert not await engine.load(b"b", memory)
+        for nbytes in (PAGE, NBYTES - 1):
+            with pytest.raises(ConfigError):
+                await engine.load(b"a", bytearray(nbytes))
+        with pytest.raises(StorageFull):
+            await engine.store(b"c", engine.register(aligned(65 * IMAGE)))
+        assert await engine.load(b"a", memory)
+    assert seen == [
+        ("stored", "bounce"),
+        ("present", "none"),
+        ("miss", "none"),
+        *[("error", "none")] * 3,
+        ("hit", "bounce"),
+    ]
+
+
+async def test_prefix_and_delete_have_deadlines(tmp_path: Path) -> None:
+    """The directory does not answer; those who ask are told in time, and it all ends well."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"here")
+            async with opened(root) as other:
+                await put(other, b"there")
+            disk.hang("lookup", match="*.kv")
+            with pytest.raises(TransferTimeout, match=r"prefix passed its deadline$"):
+                await engine.prefix([b"there"], timeout_s=0.05)
+            disk.release()
+            assert await engine.prefix(iter([b"here", b"there", b"gone"])) == 2
+            with locked(root), pytest.raises(TransferTimeout, match=r"it may still happen$"):
+                await engine.delete(b"here", timeout_s=0.05)
+            assert await engine.delete(b"there")
+            assert await engine.prefix([b"here"]) == 0
 
 
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:

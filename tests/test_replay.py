@@ -229,6 +229,13 @@ def test_a_second_run_finds_everything(tmp_path: Path, layout: str) -> None:
     assert steps == [("requests", n, 80) for n in range(1, 81)]
 
 
+def test_a_block_that_many_write_at_once_counts_once(tmp_path: Path) -> None:
+    trace = write(tmp_path / "trace", [list(range(50))] * 8)
+    result = run(trace, tmp_path / "kv", in_flight=8)
+    assert (result.stored, result.bytes_stored) == (50, 50 * 2 * PAGE)
+    assert (result.hits + result.misses, result.errors) == (400, 0)
+
+
 def test_blocks_of_another_size_are_other_blocks(tmp_path: Path) -> None:
     trace = write(tmp_path / "trace", made_up(10))
     run(trace, tmp_path / "kv")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvgds.blocks import BlockKey, Namespace, Outcome
 from kvgds.config import EngineConfig, FileTier, load_config
-from kvgds.engine import Engine, Operation, Statistics, open_engine
+from kvgds.engine import Engine, Operation, Statistics, aligned, open_engine
 from kvgds.errors import (
     BlockCorrupt,
     BusyError,
@@ -18,10 +18,12 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
+from kvgds.flights import Memory
 from kvgds.memory import Cache, Region, View
-from kvgds.metrics import Event, Observer
+from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import PathPlan
 from kvgds.schedule import Priority
+from kvgds.tiers import TierStatistics
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ __all__ = [
     "Event",
     "FileTier",
     "KvgdsError",
+    "Memory",
+    "Metrics",
     "Namespace",
     "Observer",
     "Operation",
@@ -49,9 +53,11 @@ __all__ = [
     "Region",
     "Statistics",
     "StorageFull",
+    "TierStatistics",
     "TransferError",
     "TransferTimeout",
     "View",
+    "aligned",
     "load_config",
     "open_engine",
 ]

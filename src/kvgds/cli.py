@@ -28,13 +28,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from kvgds.errors import KvgdsError
+from kvgds.upkeep.records import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvgds.config import FileTier
     from kvgds.doctor import Diagnosis, Part
-    from kvgds.replay import Result
+    from kvgds.replay import Latency, Result
     from kvgds.upkeep import Listing, Report, Retention
 
 _SHOWN = 50  # problems printed one by one; --json has all
@@ -115,7 +116,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Named = Annotated[
     str | None,
     typer.Option(
-        help="Only this namespace: its model (* and ? work), or its digest's first digits."
+        help="Only this namespace: its model (* and ? work), or 8 or more digits of its digest."
     ),
 ]
 
@@ -245,7 +246,9 @@ def _state(part: Part) -> str:
 def _part_text(part: Part) -> str:
     lines = [part.summary]
     lines += [f"because {line}" for line in part.evidence]
-    lines += [f"not {way.what}: {way.why}\n  to change that: {way.fix}" for way in part.refused]
+    for way in part.refused:
+        lines += [f"not {way.what}: {way.why}"] if way.why != part.summary else []
+        lines += [f"  to change that: {way.fix}"] if way.fix != way.why else []
     return "\n".join(lines)
 
 
@@ -275,7 +278,7 @@ def list_blocks(
 def _print_listing(found: Listing) -> None:
     title = f"{found.root}: layout {found.layout}, {size_text(found.allocated_bytes)} allocated"
     if found.quarantined:
-        title += f", {found.quarantined:,} places in quarantine (kvgds fsck --repair)"
+        title += f", {counted(found.quarantined, 'place')} in quarantine (kvgds fsck --repair)"
     table = _table(title, "namespace", "digest", "blocks", "payload", "on disk", "block sizes")
     for use in found.namespaces:
         sizes = [f"{size_text(nbytes)} x {count:,}" for nbytes, count in use.sizes.items()]
@@ -313,7 +316,12 @@ def fsck(
     *,
     repair: Annotated[bool, typer.Option("--repair", help="Drop what is wrong.")] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make a new index from the stamps in the slabs.")
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Make a new index from the stamps in the slabs (not with layout files); the old "
+            "one is kept aside.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -336,15 +344,15 @@ def _print_report(report: Report, *, rebuilt: bool) -> None:
     if len(report.problems) > _SHOWN:
         typer.echo(f"and {len(report.problems) - _SHOWN:,} more; --json has all")
     if report.unproven:
-        typer.echo(
-            f"{report.unproven:,} blocks without a checksum were left out: nothing proves them"
-        )
+        blocks = counted(report.unproven, "block")
+        typer.echo(f"left out, for want of a checksum that proves them: {blocks}")
     if report.kept_aside:
         typer.echo(f"the old index is {report.kept_aside}")
     left = sum(not problem.repaired for problem in report.problems)
-    done = "are in the new index" if rebuilt else "checked"
-    verdict = f"{left:,} problems left" if left else "clean"
-    typer.echo(f"{report.blocks:,} blocks ({size_text(report.nbytes)}) {done}: {verdict}")
+    done = "in the new index" if rebuilt else "checked"
+    verdict = f"{counted(left, 'problem')} left" if left else "clean"
+    blocks = counted(report.blocks, "block")
+    typer.echo(f"{blocks} ({size_text(report.nbytes)}) {done}: {verdict}")
 
 
 @app.command()
@@ -353,12 +361,19 @@ def gc(
     *,
     older_than: Annotated[
         float | None,
-        typer.Option(parser=parse_age, metavar="AGE", help="Drop what was not used for this long."),
+        typer.Option(
+            parser=parse_age,
+            metavar="AGE",
+            help="Drop what was not used for this long, for example 12h or 7d. Only with layout "
+            "files: slabs know no times.",
+        ),
     ] = None,
     keep_bytes: Annotated[
         int | None,
         typer.Option(
-            parser=parse_size, metavar="SIZE", help="Drop the least recently used beyond."
+            parser=parse_size,
+            metavar="SIZE",
+            help="Drop the least recently used beyond. 100G is 100 GiB.",
         ),
     ] = None,
     namespace: Named = None,
@@ -386,9 +401,9 @@ def gc(
 def _print_retention(done: Retention) -> None:
     verb = "would drop" if done.dry_run else "dropped"
     typer.echo(
-        f"{verb} {done.blocks:,} blocks ({size_text(done.nbytes)}), {done.files:,} files "
-        f"({size_text(done.freed_bytes)} given back); "
-        f"{done.kept_blocks:,} blocks stay ({size_text(done.kept_bytes)})"
+        f"{verb} {counted(done.blocks, 'block')} ({size_text(done.nbytes)}), "
+        f"{counted(done.files, 'file')} ({size_text(done.freed_bytes)} given back); "
+        f"left: {counted(done.kept_blocks, 'block')} ({size_text(done.kept_bytes)})"
     )
 
 
@@ -397,22 +412,45 @@ def _print_retention(done: Retention) -> None:
 
 @app.command()
 def replay(
-    trace: Annotated[Path, typer.Argument(help="Mooncake-format trace, JSON lines.")],
+    trace: Annotated[Path, typer.Argument(help="File of requests, JSON lines.")],
     *,
     root: Annotated[Path, typer.Option(help="Directory for the blocks.")],
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many requests.")
     ] = None,
     block_bytes: Annotated[
-        int, typer.Option(parser=parse_size, metavar="SIZE", show_default="64K")
+        int,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            show_default=False,
+            help="Size of a block, whole pages; 64K (64 KiB) if not given.",
+        ),
     ] = 64 << 10,
-    capacity: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", show_default="2G")] = 2
-    << 30,
+    capacity: Annotated[
+        int,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            show_default=False,
+            help="Most bytes of blocks kept; 2G (2 GiB) if not given.",
+        ),
+    ] = 2 << 30,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     layout: Annotated[str, typer.Option(help="slabs or files.")] = "slabs",
     as_json: AsJson = False,
 ) -> None:
-    """Replay a trace: load what is stored of each request, check every byte, store the rest."""
+    """Replay a trace: load what is stored of each request, check every byte, store the rest.
+
+    A trace has a JSON object a line, a request each, with the ids of the
+    blocks of its prompt in order: {"hash_ids": [0, 1, 2]}. Equal ids are
+    equal blocks, and an id stands for all before it too. Mooncake's traces
+    are such files; other fields are ignored.
+
+    A prefix that two requests share while both are in flight can't hit,
+    because neither has stored it yet. With --in-flight 1 every prefix that
+    was stored before hits.
+    """
     from kvgds.replay import Settings
     from kvgds.replay import replay as run
 
@@ -432,26 +470,35 @@ def _print_result(result: Result) -> None:
     table = _table("replay")
     table.add_row("path", escape(result.path))
     table.add_row("requests", f"{result.requests:,} in {result.seconds:,.1f} s")
-    table.add_row(
-        "blocks asked", f"{result.asked:,}: {result.hits:,} hits, {result.misses:,} misses"
-    )
-    table.add_row("hit rate", f"{result.hit_rate:.1%} of blocks; {result.evictions:,} evictions")
-    table.add_row("loaded", f"{size_text(result.bytes_loaded)}, {result.load_gb_s} GB/s")
-    table.add_row("stored", f"{size_text(result.bytes_stored)}, {result.store_gb_s} GB/s")
+    hits, misses = counted(result.hits, "hit"), counted(result.misses, "miss", "misses")
+    table.add_row("blocks asked", f"{result.asked:,}: {hits}, {misses}")
+    evictions = counted(result.evictions, "eviction")
+    table.add_row("hit rate", f"{result.hit_rate:.1%} of blocks; {evictions}")
+    table.add_row("loaded", _rate(result.bytes_loaded, result.load_gb_s))
+    table.add_row("stored", _rate(result.bytes_stored, result.store_gb_s))
     table.add_row("verified", f"{result.bytes_verified:,} bytes")
     for name in ("prefix", "load_many", "store_many"):
-        times = getattr(result, name)
-        spread = f"{times.p50_ms:.3f} / {times.p95_ms:.3f} / {times.p99_ms:.3f} ms"
-        table.add_row(name, f"{times.calls:,} calls, p50 / p95 / p99: {spread}")
+        table.add_row(name, _times(getattr(result, name)))
     table.add_row("errors", f"{result.errors:,}")
     _console().print(table)
+
+
+def _rate(nbytes: int, gb_s: float) -> str:
+    return f"{size_text(nbytes)}, {gb_s} GB/s" if nbytes else "nothing"
+
+
+def _times(of: Latency) -> str:
+    if not of.calls:
+        return "not called"
+    spread = f"{of.p50_ms:.3f} / {of.p95_ms:.3f} / {of.p99_ms:.3f} ms"
+    return f"{counted(of.calls, 'call')}, p50 / p95 / p99: {spread}"
 
 
 @app.command()
 def demo(
     root: Annotated[Path | None, typer.Option(help="Directory for the blocks.")] = None,
 ) -> None:
-    """Serve a small model in two processes that share their KV cache through files."""
+    """Serve prompts with a small random model, exit, and go on from its blocks in a new process."""
     from kvgds.demo import run
 
     raise typer.Exit(run(root, Console()))

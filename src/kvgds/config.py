@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvgds.blocks import PAGE, Namespace
 from kvgds.errors import ConfigError
@@ -31,7 +31,7 @@ class _Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _config_error(type(self).__name__, error) from None
+            raise _config_error(type(self), error) from None
 
 
 class FileTier(_Settings):
@@ -58,14 +58,12 @@ class FileTier(_Settings):
     direct_io: Literal["auto", "require", "never"] = "auto"
     durable: Literal["process", "power"] = "process"
 
-    @model_validator(mode="before")
+    @field_validator("root", mode="before")
     @classmethod
-    def _paths(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic's own signature
-        if isinstance(values, dict) and isinstance(values.get("root"), str):
-            if not values["root"]:
-                raise ValueError("root: must name a directory")
-            return {**values, "root": Path(values["root"])}
-        return values
+    def _path(cls, root: object) -> object:
+        if not isinstance(root, str | os.PathLike) or not os.fspath(root):
+            raise ValueError("must be the path of a directory")
+        return Path(root)
 
 
 class EngineConfig(_Settings):
@@ -73,7 +71,7 @@ class EngineConfig(_Settings):
 
     Attributes:
         namespace: what the blocks belong to; blocks of different namespaces never mix.
-        tiers: where blocks go.
+        tiers: where blocks go: one FileTier, in a tuple or list.
         path: for GPU memory; aligned host memory always goes direct.
         bounce_bytes: budget of the bounce region, padding included.
         timeout_s: deadline of an operation that names none.
@@ -95,11 +93,12 @@ class EngineConfig(_Settings):
     inflight_bytes: Annotated[int, Field(ge=PAGE)] = 64 << 20
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
 
-    @model_validator(mode="after")
-    def _one_tier(self) -> EngineConfig:
-        if len(self.tiers) != 1:
-            raise ValueError("tiers: must hold exactly one FileTier")
-        return self
+    @field_validator("tiers", mode="before")
+    @classmethod
+    def _tiers(cls, tiers: object) -> object:
+        if not isinstance(tiers, list | tuple) or len(tiers) != 1:
+            raise ValueError("must be a tuple or list of exactly one FileTier")
+        return tuple(tiers)
 
 
 def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
@@ -162,8 +161,18 @@ def _from_tree(tree: dict[str, Any]) -> EngineConfig:
     return EngineConfig(namespace=name, tiers=tuple(FileTier(**tier) for tier in tiers), **tree)
 
 
-def _config_error(model: str, error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    field = ".".join((model, *map(str, first["loc"])))
-    rule = first["msg"].removeprefix("Value error, ")
-    return ConfigError(field, first["input"] if first["loc"] else "...", rule)
+def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError:
+    """The first of its errors; a misspelt setting goes before the one that is then missing."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    within = first.get("ctx", {}).get("error")
+    if isinstance(within, ConfigError):  # of a tier that was given as a table
+        return within
+    field = ".".join((model.__name__, *map(str, first["loc"])))
+    if first["type"] == "missing":
+        return ConfigError(field, ..., "must be given")
+    if first["type"] == "extra_forbidden":
+        names = ", ".join(model.model_fields)
+        return ConfigError(field, first["input"], f"is no setting; those are {names}")
+    rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return ConfigError(field, first["input"], rule)

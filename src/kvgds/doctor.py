@@ -27,6 +27,7 @@ from kvgds.memory import Arena
 from kvgds.paths import filesystem_of
 from kvgds.transport import NixlTransport
 from kvgds.upkeep import layout_of, listing
+from kvgds.upkeep.records import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -238,11 +239,18 @@ def _root(tier: FileTier, *, works: bool) -> RootPart:
     except KvgdsError as error:
         report = error.report if isinstance(error, PathUnavailable) else ()
         part.evidence += report
-        fix = error.rule if isinstance(error, ConfigError) else "see what was tried"
-        part.fail("directory", str(error).partition("\n")[0], fix)
+        part.fail("directory", *_why_and_fix(error))
     except OSError as error:
         part.fail("directory", _reason(error), "make it a directory that you can write to")
     return part
+
+
+def _why_and_fix(error: KvgdsError) -> tuple[str, str]:
+    """A rule says what is wrong and then, behind a semicolon, what to do."""
+    if not isinstance(error, ConfigError):
+        return str(error).partition("\n")[0], "see what was tried"
+    why, _, fix = error.rule.rpartition("; ")
+    return why or fix, fix
 
 
 def _reason(error: OSError) -> str:
@@ -272,9 +280,12 @@ def _look(tier: FileTier, part: RootPart) -> FileTier:
         part.summary = f"in use by process {owner}, so nothing was tried there"
     there = listing(tier.root)
     blocks = sum(use.blocks for use in there.namespaces)
-    part.evidence.append(f"it holds {blocks:,} blocks in {len(there.namespaces)} namespaces")
+    part.evidence.append(
+        f"it holds {counted(blocks, 'block')} in {counted(len(there.namespaces), 'namespace')}"
+    )
     if there.quarantined:
-        why = f"{there.quarantined:,} places are out of use since they gave back wrong bytes"
+        places = counted(there.quarantined, "place")
+        why = f"{places} out of use, because of wrong bytes that came back"
         part.refused.append(Refusal("quarantine", why, "kvgds fsck --repair"))
     return tier.model_copy(update={"layout": part.layout})
 

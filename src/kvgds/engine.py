@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
@@ -33,7 +36,7 @@ from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
@@ -64,7 +67,8 @@ class Statistics:
         misses: loads that did not.
         stored: blocks written.
         errors: blocks that ended in an error.
-        joined: blocks that shared another's I/O instead of one of their own.
+        joined: blocks that shared another's I/O instead of one of their own. Such a load is a
+            hit too; such a store is not counted in ``stored``.
         quarantined_bytes: bounce memory still owned by transfers past their deadline.
         tiers: the tiers' own numbers.
     """
@@ -81,7 +85,11 @@ class Statistics:
 
 
 class Operation:
-    """A started operation. Await it, once: the memory is in use until then."""
+    """A started operation. It ends whether awaited or not; the memory is in use until then.
+
+    One task at a time may await it (another gets BusyError), also again after it has ended.
+    To cancel that task is to cancel the operation.
+    """
 
     def __init__(self, run: Callable[[], Generator[Any, None, bool]]) -> None:
         self._run = run
@@ -115,11 +123,16 @@ class Engine:
         self._flights.tier = self._tier
         self._closing: asyncio.Future[None] | None = None
 
+    def __repr__(self) -> str:
+        state = "open" if self._closing is None else "closed"
+        return f"<Engine {state} {self._tier.name}>"
+
     # --- opening and closing ----------------------------------------------------------
 
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Probe, recover and get ready. Called by :func:`open_engine`."""
-        starting = asyncio.ensure_future(self._in_thread(self._start, progress or _log_progress))
+        told = progress or logged_progress()
+        starting = asyncio.ensure_future(self._in_thread(self._start, told))
         try:
             self._flights.bounce = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -204,17 +217,17 @@ class Engine:
         self._check_open()
         return self._flights.territory.register(buffer)
 
-    def register_cache(self, layers: Sequence[object], block_axis: int = 0) -> Cache:
+    def register_cache(self, layers: Iterable[object], block_axis: int = 0) -> Cache:
         """Register a paged KV cache: one or more tensors a layer, blocks along one axis.
 
         ``cache.block(i)`` is block ``i`` of every tensor, in the order given here.
 
         Raises:
-            ConfigError: tensors that differ in their number of blocks, overlap, are empty, or
-                are registered already.
+            ConfigError: one tensor instead of a list of them, or tensors that differ in their
+                number of blocks, overlap, are empty, or are registered already.
         """
         self._check_open()
-        return self._flights.territory.register_cache(layers, block_axis)
+        return self._flights.territory.register_cache(_list_of(layers), block_axis)
 
     async def deregister(self, memory: Region | Cache) -> None:
         """Forget registered memory; it may be freed afterwards.
@@ -242,11 +255,13 @@ class Engine:
         A key names its content: when a block of this size is there already, nothing moves.
 
         Returns:
-            True if the block was written, False if it was there already.
+            True if the block was written, False if it was there already, or another store
+            of it that was under way wrote it.
 
         Raises:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
             StorageFull: no room. BusyError: a load into this memory is in flight.
+            ConfigError: an argument can't be. ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, write=True)
         await self._flights.carry_out(batch, [(key, memory)])
@@ -270,6 +285,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time. The
                 memory's content is then undefined.
             BusyError: another transfer uses this memory.
+            ConfigError: an argument can't be, or the block has another size than the memory.
+            ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, write=False)
         await self._flights.carry_out(batch, [(key, memory)])
@@ -338,36 +355,53 @@ class Engine:
         """Start a load; await the result later. Raises QueueFull instead of queueing more."""
         return self._start_now(key, memory, Priority.DEMAND, timeout_s, write=False)
 
-    async def prefix(self, keys: Sequence[BlockKey]) -> int:
-        """Length of the longest prefix of ``keys`` whose blocks are all stored."""
+    async def prefix(self, keys: Iterable[BlockKey], *, timeout_s: float | None = None) -> int:
+        """Length of the longest prefix of ``keys`` whose blocks are all stored.
+
+        Raises:
+            ConfigError: a key or the timeout can't be. ClosedError: the engine is closed.
+            TransferTimeout: no answer in time.
+        """
         self._check_open()
-        for key in keys:
+        timeout = self._flights.timeout_of(timeout_s)
+        wanted = tuple(keys)
+        for key in wanted:
             check_key(key)
-        future: asyncio.Future[int] = self._loop.create_future()
+        answer: asyncio.Future[int] = self._loop.create_future()
 
         def done(length: int) -> None:
-            if not future.done():
-                future.set_result(length)
+            if not answer.done():
+                answer.set_result(length)
 
-        self._tier.prefix(keys, done)
-        return await future
+        self._tier.prefix(wanted, done)
+        late = TransferTimeout("prefix passed its deadline", direction="prefix", errno=ETIMEDOUT)
+        return await _in_time(answer, timeout, late)
 
-    async def delete(self, key: BlockKey) -> bool:
-        """Drop a block; True if it was there. Returns when that survives the process's death."""
+    async def delete(self, key: BlockKey, *, timeout_s: float | None = None) -> bool:
+        """Drop a block; True if it was there. Returns when that survives the process's death.
+
+        Raises:
+            ConfigError: the key or the timeout can't be. ClosedError: the engine is closed.
+            TransferError: the block could not be dropped; it is still there.
+            TransferTimeout: no answer in time; the block may still be dropped.
+        """
         self._check_open()
+        timeout = self._flights.timeout_of(timeout_s)
         check_key(key)
-        future: asyncio.Future[bool] = self._loop.create_future()
+        answer: asyncio.Future[bool] = self._loop.create_future()
 
         def done(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
-            if future.done():
+            if answer.done():
                 return
             if error is None:
-                future.set_result(there)
+                answer.set_result(there)
             else:
-                future.set_exception(TransferError(str(error), direction="delete", key=key))
+                answer.set_exception(TransferError(str(error), direction="delete", key=key))
 
         self._tier.delete(key, done)
-        return await future
+        text = "passed its deadline; it may still happen"
+        late = TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
+        return await _in_time(answer, timeout, late)
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
@@ -483,12 +517,33 @@ async def _opened(
         await engine.aclose()
 
 
-def _arena(nbytes: int) -> Arena:
+def aligned(nbytes: int) -> memoryview:
+    """Page-aligned memory, on huge pages where the kernel gives them.
+
+    Once registered it moves without a copy. It is zeroed, and freed with the last view of it:
+    ``numpy.frombuffer`` and ``torch.frombuffer`` make arrays of it that keep it alive.
+
+    Raises:
+        ConfigError: that much memory can't be had.
+    """
+    if type(nbytes) is not int or nbytes < 1:
+        raise ConfigError("nbytes", nbytes, "must be a number of bytes, at least 1")
+    return _arena(nbytes, "nbytes").bytes
+
+
+def _arena(nbytes: int, field: str = "bounce_bytes") -> Arena:
     try:
         return Arena(nbytes)
     except (OSError, OverflowError) as error:
         rule = f"that much memory can't be had: {error}"
-        raise ConfigError("bounce_bytes", nbytes, rule) from None
+        raise ConfigError(field, nbytes, rule) from None
+
+
+def _list_of(layers: object) -> list[object]:
+    if hasattr(layers, "shape") or not isinstance(layers, Iterable):  # a tensor has a shape
+        rule = "must be a list of tensors; for a single one give [tensor]"
+        raise ConfigError("layers", type(layers).__name__, rule)
+    return list(layers)
 
 
 def _value(outcome: Outcome) -> bool:
@@ -497,5 +552,26 @@ def _value(outcome: Outcome) -> bool:
     return outcome.status in ("hit", "stored")
 
 
-def _log_progress(what: str, done: int, total: int) -> None:
-    _log.info("%s: %d of %d", what, done, total)
+async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTimeout) -> T:
+    if answer.done():  # without a timer: the index of slabs answers at once
+        return answer.result()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        raise late from None
+
+
+def logged_progress(clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:
+    """Log progress only when it takes more than a second, then after twice as long each time."""
+    since = clock()
+    wait_s = 1.0
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal wait_s
+        passed = clock() - since
+        if passed > wait_s:
+            wait_s = 2 * passed
+            _log.info("%s: %d of %d", what, done, total)
+
+    return told

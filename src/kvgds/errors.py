@@ -33,12 +33,13 @@ class ConfigError(KvgdsError, ValueError):
 
     Attributes:
         field: name of the setting or argument.
-        value: what was given.
+        value: what was given; ``...`` where nothing was.
         rule: what it has to be, in words that say what to do.
     """
 
     def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(f"{field}={value!r}: {rule}")
+        given = "" if value is ... else f"={value!r}"
+        super().__init__(f"{field}{given}: {rule}")
         self.field = field
         self.value = value
         self.rule = rule
@@ -63,9 +64,9 @@ class TransferError(KvgdsError, OSError):
     stored bytes are :class:`BlockCorrupt`.
 
     Attributes:
-        direction: ``"load"`` or ``"store"``.
-        key: the block's key.
-        path: ``"direct"`` or ``"bounce"``.
+        direction: ``"load"``, ``"store"``, ``"delete"`` or ``"prefix"``.
+        key: the block's key; ``b""`` for a prefix.
+        path: ``"direct"`` or ``"bounce"``; "" where no byte had to move.
         backend: the transport that failed, for example ``"POSIX/io_uring"``.
         errno: the system's error number where it could be found out, else ``None``.
     """
@@ -81,7 +82,9 @@ class TransferError(KvgdsError, OSError):
         errno: int | None = None,
     ) -> None:
         where = f"{direction} of block {key.hex()[:32]}: " if key else ""
-        why = f" ({os.strerror(errno)})" if errno else ""
+        # For a deadline the system's words would be of a connection that timed out.
+        own = isinstance(self, TransferTimeout)
+        why = f" ({os.strerror(errno)})" if errno and not own else ""
         super().__init__(f"{where}{message}{why}")
         self.direction = direction
         self.key = key
@@ -91,7 +94,7 @@ class TransferError(KvgdsError, OSError):
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """The operation passed its deadline. Nothing of it becomes visible later.
+    """The operation passed its deadline. Nothing of it becomes visible later, but a delete may.
 
     Attributes:
         settled: ``None`` where the caller's memory is free already (the transfer was

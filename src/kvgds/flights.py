@@ -11,12 +11,21 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import Outcome, check_key
 from kvgds.deadlines import Deadlines
-from kvgds.errors import ClosedError, ConfigError, KvgdsError, TransferError, TransferTimeout
+from kvgds.errors import (
+    BusyError,
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    KvgdsError,
+    TransferError,
+    TransferTimeout,
+)
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
@@ -30,7 +39,9 @@ if TYPE_CHECKING:
     from kvgds.config import EngineConfig
     from kvgds.tiers import Tier
 
-Memory = Any  # a View, a Region, or any object with a buffer
+Memory: TypeAlias = Any
+"""Memory of one block: a View (`cache.block(i)`, `region[a:b]`), a whole Region, or what
+:meth:`~kvgds.Engine.register` takes, which then bounces. Loads need it writable."""
 
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
@@ -109,6 +120,8 @@ class Batch:
 
     async def news(self) -> None:
         """Wait until something has ended that the task has not seen."""
+        if self.waiter is not None:
+            raise BusyError("another task awaits this operation; it wakes one alone")
         self.waiter = self.loop.create_future()
         try:
             await self.waiter
@@ -217,13 +230,22 @@ class Flights:
         each: bool = False,
     ) -> Batch:
         """Begin a call of so many blocks: its deadline runs from now."""
-        timeout = self._config.timeout_s if timeout_s is None else timeout_s
-        if not timeout > 0:
-            raise ConfigError("timeout_s", timeout_s, "must be above 0")
+        timeout = self.timeout_of(timeout_s)
+        _check_priority(priority)
         batch = Batch(self._loop, self.deadlines, blocks, priority, write=write, each=each)
         if blocks:
             self.deadlines.add(batch, batch.since + timeout)
         return batch
+
+    def timeout_of(self, timeout_s: float | None) -> float:
+        """Seconds that a call may take; the settings' where it names none."""
+        if timeout_s is None:
+            return self._config.timeout_s
+        if type(timeout_s) is bool or not isinstance(timeout_s, float | int):
+            raise ConfigError("timeout_s", timeout_s, "must be a number of seconds, or None")
+        if not 0 < timeout_s < math.inf:
+            raise ConfigError("timeout_s", timeout_s, "must be above 0 and finite")
+        return timeout_s
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
         """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
@@ -415,6 +437,7 @@ class Flights:
             leader.overdue.set()
 
     def _tell(self, flight: Flight, move: Move) -> None:
+        """Tell all who wait. One block was written: of those who share a store, once."""
         self._free_overdue(flight)
         outcome = (
             Outcome(flight.key, move.status)
@@ -422,7 +445,9 @@ class Flights:
             else Outcome(flight.key, "error", move.error)
         )
         for waiter in flight.waiters:
-            self._end(waiter, outcome, move.path.name)
+            self._end(waiter, outcome, _path_of(outcome, move))
+            if outcome.status == "stored":
+                outcome = Outcome(flight.key, "present")
         flight.waiters.clear()
 
     def _end(self, waiter: Waiter, outcome: Outcome, path: str) -> None:
@@ -585,6 +610,20 @@ class Flights:
             batch.left -= len(items) - admitted
             await self._call_off(batch, gone)
             raise
+
+
+def _path_of(outcome: Outcome, move: Move) -> str:
+    """How the block's bytes moved; "none" where none had to."""
+    still = outcome.status in ("miss", "present") or isinstance(
+        outcome.error, ConfigError | CapacityError
+    )
+    return "none" if still else move.path.name
+
+
+def _check_priority(priority: object) -> None:
+    if not isinstance(priority, Priority):
+        rule = "must be Priority.DEMAND, Priority.PREFETCH or Priority.BACKGROUND"
+        raise ConfigError("priority", priority, rule)
 
 
 def _copy_all(source: View, targets: list[View]) -> None:

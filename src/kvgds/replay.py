@@ -197,7 +197,7 @@ class Result:
         asked: blocks of all requests: those found and those not.
         hits: blocks loaded and right.
         misses: blocks that were not there, or had gone when they were to be loaded.
-        stored: blocks written; two requests that wrote one block together both count it.
+        stored: blocks written.
         bytes_verified: bytes compared with what they have to be.
         load_gb_s: bytes loaded over the time in which loads were under way.
         errors: blocks that failed or were wrong.
@@ -280,6 +280,8 @@ async def replay(
     """
     part_blocks = _part_blocks(settings)
     total = await asyncio.to_thread(lambda: sum(1 for _ in requests_of(trace, settings.limit)))
+    if not total:
+        raise ConfigError("trace", os.fspath(trace), "is empty; it must hold a request a line")
     config = EngineConfig(
         namespace=namespace(settings.block_bytes),
         tiers=(

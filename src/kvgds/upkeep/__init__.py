@@ -153,7 +153,8 @@ def gc(
 
     Raises:
         BusyError: an engine has the directory.
-        ConfigError: not a directory of kvgds, or nothing says what is to go.
+        ConfigError: not a directory of kvgds, nothing says what is to go, or no namespace is
+            named so.
     """
     rule = Rule(keep_bytes, older_than_s, namespace)
     rule.check()

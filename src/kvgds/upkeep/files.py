@@ -23,7 +23,7 @@ from kvgds.memory import Arena
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
 from kvgds.upkeep.images import WINDOW, read_fully
-from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of
+from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of, no_match
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -266,7 +266,10 @@ def _remove(root: int, files: Sequence[_Seen]) -> set[_Seen]:
 def gc_files(path: Path, rule: Rule, done: Retention) -> None:
     """Remove blocks that are too old or too many."""
     with _opened(path) as root:
-        uses = _spaces(root, rule.namespace)
+        uses = list(_spaces(root, rule.namespace))
+        if rule.namespace is not None and not uses:
+            spaces = ((use.digest, use.text) for use in _spaces(root, None))
+            raise no_match(rule.namespace, spaces)
         blocks = sorted(seen for use in uses for seen in _blocks(root, use))
         done.kept_blocks, done.kept_bytes = len(blocks), sum(seen.nbytes for seen in blocks)
         chosen = _choose(blocks, rule, done.kept_bytes)

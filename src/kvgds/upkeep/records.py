@@ -8,12 +8,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from kvgds.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
 
 _DIGITS = 8  # of a digest, at least, to name a namespace
+_SHOWN = 10  # names in an error
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number of things, for people: "1 block", "2 blocks"."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -83,6 +91,15 @@ def matches(wanted: str | None, digest: bytes, text: str) -> bool:
     if len(wanted) >= _DIGITS and digest.hex().startswith(wanted.lower()):
         return True
     return fnmatch.fnmatchcase(str(_fields(text).get("model", "")), wanted)
+
+
+def no_match(wanted: str | None, spaces: Iterable[tuple[bytes, str]]) -> ConfigError:
+    """The error for a name that no namespace has; it tells those that there are."""
+    names = {str(_fields(text).get("model") or digest.hex()[:_DIGITS]) for digest, text in spaces}
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    there = f"names none of those that are there: {shown}{more}" if names else "there is none"
+    return ConfigError("namespace", wanted, there)
 
 
 def _fields(text: str) -> dict[str, object]:

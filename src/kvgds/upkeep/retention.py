@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvgds.errors import ConfigError
 from kvgds.tiers.index import Changes
 from kvgds.tiers.space import SLOT_BITS
-from kvgds.upkeep.records import Retention, matches
+from kvgds.upkeep.records import Retention, matches, no_match
 from kvgds.upkeep.slabs import indexed_slabs, reading, writing
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
 def _choose(database: sqlite3.Connection, rule: Rule, done: Retention) -> list[int]:
     spaces = database.execute("SELECT id, digest, text FROM namespace").fetchall()
     mine = {number for number, *names in spaces if matches(rule.namespace, *names)}
+    if rule.namespace is not None and not mine:
+        raise no_match(rule.namespace, (row[1:] for row in spaces))
     query = (
         "SELECT slot, namespace, slot_bytes FROM block JOIN slab ON slab.id = block.slot >> ? "
         "WHERE key IS NOT NULL ORDER BY used"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvgds.upkeep.records import Progress
 
 _ROWS = 1024  # slots a batch
+_EMPTY = "holds no blocks, neither an index nor slabs; the next engine starts anew"
 _REBUILD = "`kvgds fsck --rebuild` makes it anew from the slabs"
 
 
@@ -36,7 +37,9 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     """
     path = root / "index.db"
     if not path.exists():
-        raise ConfigError("root", str(path), f"the index is missing; {_REBUILD}")
+        if any(map(SLAB_NAME.fullmatch, os.listdir(root))):
+            raise ConfigError("root", str(path), f"the index is missing; {_REBUILD}")
+        raise ConfigError("root", str(root), _EMPTY)
     # Without a log nobody has it open: then not even SQLite's own files need to be made.
     mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}"
