@@ -263,7 +263,9 @@ class Machine(RuleBasedStateMachine):
         assert {name: getattr(now, name) for name in self.counts} == self.counts
         assert (now.queued, now.in_flight, now.quarantined_bytes) == (0, 0, 0)
         assert tier.blocks == len(self.known)
-        assert tier.quarantined == self.corrupted
+        # A slab that changes hands takes its quarantine with it.
+        lowest = self.corrupted if len(self.sizes) == 1 else 0
+        assert lowest <= tier.quarantined <= self.corrupted
         assert tier.bytes_used <= self.capacity
 
     @invariant()
