@@ -139,7 +139,7 @@ static __thread struct stream *per_thread[MAX_DEVICES];
 #define COUNTERS(C) \
     C(copies) C(async_copies) C(unpinned_copies) C(refused_copies) C(events_recorded) \
     C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) C(live_streams) \
-    C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending)
+    C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
 #define FIELD(name) int64_t name;
 #define NAME(name) #name,
 static struct { COUNTERS(FIELD) } count;
@@ -470,7 +470,11 @@ static struct mark submit(struct stream *stream, struct operation *op, struct ma
 }
 
 static void wait_for(struct mark mark) {
+    if (reached(mark)) return;
+    count.waiting++;
+    pthread_cond_broadcast(&changed);
     while (!reached(mark)) pthread_cond_wait(&changed, &lock);
+    count.waiting--;
 }
 
 static void wait_for_device(int device) {
@@ -758,18 +762,18 @@ void simcuda_hold_all(int held) {
     pthread_mutex_unlock(&lock);
 }
 
-/* Wait until so many operations are queued or running: 0, or ETIMEDOUT. */
-int simcuda_wait_pending(int64_t least, int64_t timeout_ms) {
+/* Wait until a counter has reached this: 0, or ETIMEDOUT. */
+int simcuda_wait_counter(int index, int64_t least, int64_t timeout_ms) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += timeout_ms / 1000;
     until.tv_nsec += timeout_ms % 1000 * 1000000;
     if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+    const int64_t *value = (const int64_t *)&count + index;
     int error = 0;
     pthread_mutex_lock(&lock);
-    while (count.pending < least && !error)
-        error = pthread_cond_timedwait(&changed, &lock, &until);
-    error = count.pending < least ? ETIMEDOUT : 0;
+    while (*value < least && !error) error = pthread_cond_timedwait(&changed, &lock, &until);
+    error = *value < least ? ETIMEDOUT : 0;
     pthread_mutex_unlock(&lock);
     return error;
 }

@@ -103,7 +103,7 @@ struct batch {
     struct batch *next;
     struct entry *entries;
     unsigned size, submitted, started, done, reported;
-    bool closing, working;
+    bool closing, working, cancelled;
 };
 
 /* What happens to operations of a kind: the oldest rule that applies decides. */
@@ -466,6 +466,7 @@ static int enter(struct passage *passage, int operation, void *handle, char *add
     if ((nbytes | (size_t)offset | (uintptr_t)address) % PAGE) count.unaligned++;
     *(operation == READ ? &count.reads : &count.writes) += 1;
     if (++count.in_flight > count.most_in_flight) count.most_in_flight = count.in_flight;
+    pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
     return SUCCESS;
 }
@@ -586,8 +587,11 @@ static int check_request(const struct request *r) {
 }
 
 static int begin(struct batch *batch, const struct request *requests, unsigned number) {
-    if (batch->reported == batch->submitted && !batch->working)
+    if (batch->done == batch->submitted &&
+        (batch->reported == batch->submitted || batch->cancelled)) {
         batch->submitted = batch->started = batch->done = batch->reported = 0;
+        batch->cancelled = false;
+    }
     if (number > batch->size - batch->submitted) return BATCH_FULL;
     for (unsigned i = 0; i < number; i++) {
         int error = check_request(&requests[i]);
@@ -653,6 +657,7 @@ struct error cuFileBatchIOCancel(void *handle) {
     pthread_mutex_lock(&lock);
     struct batch *batch = batch_of(handle);
     if (batch) cancel(batch); /* what has started runs to its end */
+    if (batch) batch->cancelled = true;
     return unlock_and_give(batch ? SUCCESS : INVALID_VALUE);
 }
 
