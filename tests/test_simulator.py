@@ -18,9 +18,8 @@ CHECKS = Path(__file__).parent / "simulator"
 
 # Prints what cuFileDriverOpen answers, and who it says it is.
 OPEN = """
-import ctypes, os
+import ctypes
 from simulator import Simulator
-answer = (ctypes.c_int * 2)
 class Status(ctypes.Structure):
     _fields_ = [("code", ctypes.c_int), ("cuda", ctypes.c_int)]
 cufile = Simulator().cufile
@@ -51,7 +50,7 @@ def run(*arguments: str, **settings: object) -> str:
 
 @pytest.mark.parametrize("checks", ["cuda", "gds"])
 def test_checks(checks: str) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-x")
+    options = ("-q", "-p", "no:cacheprovider")
     run("-m", "pytest", *options, str(CHECKS / f"checks_{checks}.py"), devices=2)
 
 
