@@ -48,10 +48,11 @@ def run(*arguments: str, **settings: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("checks", ["cuda", "gds"])
-def test_checks(checks: str) -> None:
-    options = ("-q", "-p", "no:cacheprovider")
-    run("-m", "pytest", *options, str(CHECKS / f"checks_{checks}.py"), devices=2)
+def test_checks() -> None:
+    options = ("-q", "-p", "no:cacheprovider", "--noconftest")
+    files = sorted(str(path) for path in CHECKS.glob("checks_*.py"))
+    assert files
+    run("-m", "pytest", *options, *files, devices=2)
 
 
 @pytest.mark.parametrize(

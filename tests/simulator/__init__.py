@@ -101,10 +101,8 @@ class Simulator:
 
     def __init__(self) -> None:
         folder = build()
-        self.cudart = ctypes.CDLL(str(folder / CUDART), mode=ctypes.RTLD_GLOBAL)
-        self.cufile = ctypes.CDLL(str(folder / CUFILE), mode=ctypes.RTLD_GLOBAL)
-        if not hasattr(self.cudart, "simcuda_peek"):
-            raise RuntimeError("this process has loaded the real libcudart")
+        self.cudart = _load(folder / CUDART, "simcuda_peek")
+        self.cufile = _load(folder / CUFILE, "simcufile_fault")
         self.cudart.cudaGetErrorName.restype = ctypes.c_char_p
         for library, prefix in ((self.cudart, "simcuda"), (self.cufile, "simcufile")):
             getattr(library, f"{prefix}_counter_name").restype = ctypes.c_char_p
@@ -237,7 +235,11 @@ class Simulator:
         return int(getattr(library, f"{prefix}_counter")(index))
 
     def counters(self) -> dict[str, int]:
-        """All of them. These should stay 0: freed_in_use, unpinned_in_use, deregistered_in_use."""
+        """All of them.
+
+        Who uses CUDA and cuFile well leaves these at 0: ``freed_in_use``, ``unpinned_in_use``,
+        ``deregistered_in_use``, ``freed_while_registered``, ``closed_while_registered``.
+        """
         return {name: self.counter(name) for name in self._counters}
 
     def wait_counter(self, name: str, least: int, timeout_s: float = ANSWER_S) -> None:
@@ -250,6 +252,13 @@ class Simulator:
         wait = getattr(library, f"{prefix}_wait_counter")
         if wait(index, ctypes.c_int64(least), ctypes.c_int64(int(timeout_s * 1e3))):
             raise TimeoutError(f"{name} is {self.counter(name)}, not {least}")
+
+
+def _load(path: Path, ours: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    if not hasattr(library, ours):
+        raise RuntimeError(f"this process has loaded the real {path.name}")
+    return library
 
 
 def _counters(library: ctypes.CDLL, prefix: str) -> dict[str, tuple[ctypes.CDLL, str, int]]:

@@ -350,6 +350,31 @@ def test_what_is_held_can_fail(gpu: Simulator, gds: Gds, vram: Vram, fd: int) ->
     assert written(fd) == b""
 
 
+def test_more_transfers_than_batches(gpu: Simulator, gds: Gds, vram: Vram, fd: int) -> None:
+    """GDS refuses what its pool has no batch for, and takes it when there is one again."""
+    piece = [Piece(vram.address, 0, PAGE)]
+    gpu.fault("write", "hold")
+    handles = [gds.begin("WRITE", piece, fd) for _ in range(2)]
+    gpu.wait_counter("held", 2)
+    if gds.plugin == "GDS":
+        with pytest.raises(errors.nixlBackendError):
+            gds.begin("WRITE", piece, fd)
+    gpu.release_io()
+    assert [gds.end(handle) for handle in handles] == ["DONE"] * 2
+    assert gds.move("WRITE", piece, fd) == "DONE"
+
+
+def test_going_in_the_wrong_order_is_told(gpu: Simulator, gds: Gds, tmp_path: Path) -> None:
+    names = ("freed_while_registered", "closed_while_registered")
+    before = [gpu.counter(name) for name in names]
+    fd = os.open(tmp_path / "closed", os.O_RDWR | os.O_CREAT)
+    with gpu.allocate(SIZE) as memory:
+        gds.add(fd, memory)
+    os.close(fd)
+    gds.forget()
+    assert [gpu.counter(name) for name in names] == [count + 1 for count in before]
+
+
 @pytest.mark.parametrize("plugin", SETTINGS)
 def test_a_driver_that_does_not_open(gpu: Simulator, plugin: str) -> None:
     gpu.driver_open(DRIVER_ERROR)

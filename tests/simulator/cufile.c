@@ -81,6 +81,8 @@ struct outcome {
 struct file {
     struct file *next;
     int fd, unaligned_fd, flags;
+    dev_t device;
+    ino_t inode;
     unsigned users;
     bool gone;
 };
@@ -136,7 +138,8 @@ static struct {
 #define COUNTERS(C) \
     C(driver_opens) C(driver_closes) C(live_handles) C(live_buffers) C(registered_bytes) \
     C(reads) C(writes) C(bytes_read) C(bytes_written) C(batches) C(bounced) C(unaligned) \
-    C(faults) C(held) C(in_flight) C(most_in_flight) C(deregistered_in_use) C(opens_waiting)
+    C(faults) C(held) C(in_flight) C(most_in_flight) C(deregistered_in_use) \
+    C(freed_while_registered) C(closed_while_registered) C(opens_waiting)
 #define FIELD(name) int64_t name;
 #define NAME(name) #name,
 static struct { COUNTERS(FIELD) } count;
@@ -337,16 +340,19 @@ static void drop_file(struct file *file) {
     *link = file->next;
     file->gone = true;
     count.live_handles--;
+    struct stat now;
+    if (fstat(file->fd, &now) || now.st_dev != file->device || now.st_ino != file->inode)
+        count.closed_while_registered++;
     if (file->users > 1) count.deregistered_in_use++;
     unuse_file(file);
 }
 
-static int check_descriptor(const struct description *description, int *flags) {
-    struct stat status;
+static int check_descriptor(const struct description *description, int *flags,
+                            struct stat *status) {
     if (!description || description->type != OPAQUE_FD) return INVALID_VALUE;
     *flags = fcntl(description->fd, F_GETFL);
-    if (*flags < 0 || fstat(description->fd, &status)) return INVALID_VALUE;
-    if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return INVALID_FILE_TYPE;
+    if (*flags < 0 || fstat(description->fd, status)) return INVALID_VALUE;
+    if (!S_ISREG(status->st_mode) && !S_ISBLK(status->st_mode)) return INVALID_FILE_TYPE;
     for (struct file *file = files; file; file = file->next)
         if (file->fd == description->fd) return HANDLE_ALREADY_REGISTERED;
     return SUCCESS;
@@ -361,16 +367,18 @@ static int reopen(int fd, int flags) {
 
 struct error cuFileHandleRegister(void **handle, const struct description *description) {
     int flags = 0;
+    struct stat status;
     if (!handle) return give(INVALID_VALUE);
     pthread_mutex_lock(&lock);
     int error = use_count ? SUCCESS : open_driver();
     if (!error) error = settings.handle_register;
-    if (!error) error = check_descriptor(description, &flags);
+    if (!error) error = check_descriptor(description, &flags, &status);
     if (error) return unlock_and_give(error);
     int unaligned = flags & O_DIRECT ? reopen(description->fd, flags) : -1;
     if (flags & O_DIRECT && unaligned < 0) return unlock_and_give(GETNEWFD_FAILED);
     struct file *file = calloc(1, sizeof *file);
-    *file = (struct file){files, description->fd, unaligned, flags, 1, false};
+    *file = (struct file){files,         description->fd, unaligned, flags,
+                          status.st_dev, status.st_ino,   1,         false};
     *handle = files = file;
     count.live_handles++;
     return unlock_and_give(SUCCESS);
@@ -431,6 +439,9 @@ struct error cuFileBufDeregister(const void *address) {
     struct buffer *buffer = buffers;
     while (buffer && buffer->address != address) buffer = buffer->next;
     if (!buffer) return unlock_and_give(MEMORY_NOT_REGISTERED);
+    struct simcuda_range range;
+    if (simcuda_use(buffer->address, buffer->nbytes, &range)) count.freed_while_registered++;
+    if (range.on_device) simcuda_unuse(&range);
     drop_buffer(buffer);
     return unlock_and_give(SUCCESS);
 }
