@@ -49,7 +49,8 @@ def run(*arguments: str, **settings: object) -> str:
 
 
 def test_checks() -> None:
-    options = ("-q", "-p", "no:cacheprovider", "--noconftest")
+    hung = "faulthandler_timeout=20"  # a thread that waits in C hears no signal
+    options = ("-q", "-p", "no:cacheprovider", "--noconftest", "-o", hung)
     files = sorted(str(path) for path in CHECKS.glob("checks_*.py"))
     assert files
     run("-m", "pytest", *options, *files, devices=2)

@@ -296,9 +296,9 @@ def test_an_event_completes_when_its_stream_gets_there(
 
 def test_a_stream_waits_for_an_event_of_another(gpu: Simulator, vram: Vram, pinned: Pinned) -> None:
     """Without the wait the second stream would copy what the first has not yet written."""
-    vram.write(b"old ")
     pinned.memory[:4] = b"new "
     for wait, expected in ((False, b"old "), (True, b"new ")):
+        vram.write(b"old ")
         with streams(gpu, 2) as (first, second), event(gpu) as written:
             gpu.hold(first)
             copy_async(gpu, vram.address, pinned.address, 4, TO_DEVICE, first)

@@ -248,14 +248,15 @@ def test_cufile_does_not_wait_for_streams(gpu: Simulator, gds: Gds, vram: Vram, 
 @pytest.mark.parametrize(("op", "value"), [("READ", errno.EIO), ("WRITE", UNSUPPORTED_FILE)])
 def test_an_error(gpu: Simulator, gds: Gds, vram: Vram, fd: int, *, op: str, value: int) -> None:
     """GDS calls it done: it looks at no result."""
-    fill(fd, content(7))
-    vram.write(bytes(SIZE))
-    gpu.fault("read" if op == "READ" else "write", "error", value, skip=3, count=1)
-    state = gds.move(op, whole(vram), fd)
-    assert state == ("ERR" if gds.plugin == "GDS_MT" else "DONE")
-    if op == "READ":
-        assert vram.read().count(bytes(BLOCK)) == 1
-    assert gds.move(op, whole(vram), fd) == "DONE", "the next one is fine"
+    old, new = content(7, 3 * PAGE), bytes(3 * PAGE)
+    fill(fd, new if op == "READ" else old)
+    vram.write(old if op == "READ" else new)
+    gpu.fault("read" if op == "READ" else "write", "error", value, skip=1, count=1)
+    pieces = [Piece(vram.address + start, start, PAGE) for start in (0, PAGE, 2 * PAGE)]
+    states = [gds.move(op, [piece], fd) for piece in pieces]
+    assert states == ["DONE", "ERR" if gds.plugin == "GDS_MT" else "DONE", "DONE"]
+    there = vram.read(3 * PAGE) if op == "READ" else written(fd)
+    assert new[:PAGE] + old[PAGE : 2 * PAGE] + new[2 * PAGE :] == there
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
