@@ -16,12 +16,15 @@
 // Blocks are longer than 240 bytes. Fragments may have any address and length; where 16 bytes lie
 // in one fragment on an address that 16 divides, they are one load, else sixteen.
 //
-// Cost (arithmetic, not measured; an H200: 132 SMs, 1.7 GHz, 4.8 TB/s). The chain's step is shift,
-// xor, wide multiply-add, multiply-add, each waiting for the one before: about 20 cycles, 12 ns.
-// 2 MiB are 2,047 steps: 24 us. Of 64 blocks each has its own warp on an SM of its own, so 64 of
-// 2 MiB take 24 us as well, where the sums take 128 MiB / 4.8 TB/s = 28 us (at best). One block of
-// 64 MiB is 65,535 steps: 0.8 ms, 87 GB/s; nothing but more blocks at once makes that faster.
-// A chain reads 64 bytes a step, 32 steps ahead: 640 cycles, longer than a miss of the L2 takes.
+// Cost (arithmetic, not measured; an H200: 132 SMs, 1.7 GHz, 4.8 TB/s). In a step of the chain five
+// instructions wait for each other (ptxas for sm_90: shift, xor, wide multiply-add, add, add with
+// carry), 4 to 5 cycles each: 22 cycles, 13 ns. 2 MiB are 2,047 steps: 27 us. Of 64 blocks each has a
+// warp of its own, on an SM of its own, so 64 of 2 MiB take 27 us as well, where the sums take
+// 128 MiB / 4.8 TB/s = 28 us at best. One block of 64 MiB is 65,535 steps: 0.85 ms, 79 GB/s; only
+// more blocks at once make that more. Three launches add some 3 us each, mostly hidden.
+// A chain reads 64 bytes a step, 10 to 32 steps (220 to 700 cycles) before it needs them, where a
+// hit of the L2 takes some 270. A miss takes longer: payload is read as evict-first, so that the
+// sums, a 16th of it, stay there.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -50,6 +53,8 @@ static __device__ const u64 SECRET[SECRET_BYTES / 8] = {
     0xc3ebd33483acc5eaull, 0xeb6313faffa081c5ull, 0x49daf0b751dd0d17ull, 0x9e68d429265516d3ull,
     0xfca1477d58be162bull, 0xce31d07ad1b8f88full, 0x280416958f3acb45ull, 0x7e404bbbcafbd7afull,
 };
+
+static __device__ const u64 START[8] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
 
 // The secret's eight bytes at an offset that 8 need not divide.
 static __device__ __forceinline__ u64 secret_at(u32 offset) {
@@ -89,7 +94,7 @@ static __device__ __forceinline__ ulonglong2 pair_at(Cursor& at, u64 offset) {
     while (at.end <= offset) step(at);
     u64 address = at.base + offset;
     if (offset + 16 <= at.end && address % 16 == 0) {
-        return __ldg(reinterpret_cast<const ulonglong2*>(address));
+        return __ldcs(reinterpret_cast<const ulonglong2*>(address));
     }
     u64 words[2] = {0, 0};
     for (u32 i = 0; i < 16; i++) {
@@ -117,7 +122,7 @@ static __device__ __forceinline__ void accumulate(ulonglong2& sum, ulonglong2 da
 
 // Four threads a KiB, two lanes each; blockIdx.y is the block. Four neighbours read one stripe, a
 // warp one stripe of each of eight KiB, and each thread has all its sixteen loads in flight.
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 8)
     kvgds_sums(const u64* table, u32 blocks, ulonglong2* sums) {
     const u64* block = table + HEADER * blockIdx.y;
     u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -134,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(64)
         const ulonglong2* data = reinterpret_cast<const ulonglong2*>(here);
         ulonglong2 loaded[STRIPES];
 #pragma unroll
-        for (u32 i = 0; i < STRIPES; i++) loaded[i] = __ldg(data + i * (STRIPE / 16));
+        for (u32 i = 0; i < STRIPES; i++) loaded[i] = __ldcs(data + i * (STRIPE / 16));
         u64 key = __ldg(&SECRET[2 * pair]);
 #pragma unroll
         for (u32 i = 0; i < STRIPES; i++) {
@@ -158,33 +163,28 @@ extern "C" __global__ void __launch_bounds__(64)
     sums[(__ldg(block + 3) + row) * 4 + pair] = sum;
 }
 
-// (x ^ x >> 47 ^ key) * P32_1 + sum, mod 2^64, in halves: x >> 47 only meets the lower one, and the
-// sum rides on the multiplication. Four instructions wait for each other.
 static __device__ __forceinline__ u64 scramble(u64 lane, u64 key, u64 sum) {
-    u32 high = (u32)(lane >> 32), low = (u32)lane ^ (u32)key ^ high >> 15;
-    high ^= (u32)(key >> 32);
-    return (u64)low * P32_1 + sum + ((u64)(high * P32_1) << 32);
+    return (lane ^ lane >> 47 ^ key) * P32_1 + sum;
 }
 
-// Eight threads a block, one for each lane. Rows past the last are read as the last and not used.
-extern "C" __global__ void __launch_bounds__(8)
+// Eight threads a block, one for each lane. AHEAD rows are read while the AHEAD before them are
+// used; past a block's last row that reads what is not used, so `sums` ends with 2 * AHEAD spare
+// rows. The loads bypass the L1 and keep their order, so that they start as early as they stand.
+extern "C" __global__ void __launch_bounds__(8, 1)
     kvgds_chain(const u64* table, const u64* sums, u64* lanes) {
-    const u64 start[8] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
     const u64* block = table + HEADER * (u64)blockIdx.x;
-    u32 lane = threadIdx.x, last = (u32)((__ldg(block + 2) - 1) / KIB);
-    const u64* mine = sums + __ldg(block + 3) * 8 + lane;
+    u32 lane = threadIdx.x, left = (u32)((__ldg(block + 2) - 1) / KIB);  // rows after the first
+    const u64* row = sums + __ldg(block + 3) * 8 + lane;
     u64 key = __ldg(&SECRET[(SECRET_BYTES - STRIPE) / 8 + lane]);
-    u64 state = start[lane] + __ldg(mine);
+    u64 state = __ldg(&START[lane]) + __ldg(row);
     u64 now[AHEAD], next[AHEAD];
+    row += 8;
 #pragma unroll
-    for (u32 i = 0; i < AHEAD; i++) now[i] = __ldg(mine + 8 * (u64)(1 + i < last ? 1 + i : last));
-    u32 row = 1;  // of now[0]
-    for (; row + AHEAD <= last + 1; row += AHEAD) {
+    for (u32 i = 0; i < AHEAD; i++) now[i] = __ldcg(row + 8 * i);
+    for (; left >= AHEAD; left -= AHEAD) {
+        row += 8 * AHEAD;
 #pragma unroll
-        for (u32 i = 0; i < AHEAD; i++) {
-            u32 later = row + AHEAD + i;
-            next[i] = __ldg(mine + 8 * (u64)(later < last ? later : last));
-        }
+        for (u32 i = 0; i < AHEAD; i++) next[i] = __ldcg(row + 8 * i);
 #pragma unroll
         for (u32 i = 0; i < AHEAD; i++) state = scramble(state, key, now[i]);
 #pragma unroll
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(8)
     }
 #pragma unroll
     for (u32 i = 0; i < AHEAD; i++) {
-        if (row + i <= last) state = scramble(state, key, now[i]);
+        if (i < left) state = scramble(state, key, now[i]);
     }
     lanes[blockIdx.x * 8 + lane] = state;
 }
