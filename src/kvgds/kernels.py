@@ -2,7 +2,7 @@
 
 Owns the compiled kernels (``memory_kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
-is for so long. Making :class:`Checksums` reads a file and compiles, for a second or so; a launch
+is for so long. Making :class:`Checksums` reads a file, compiles and waits, a second or so; a launch
 waits for nothing but its own memory, which comes from CuPy's pools. One thread at a time.
 """
 
@@ -14,8 +14,9 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import xxhash
 
-from kvgds.errors import BusyError, ConfigError
+from kvgds.errors import BusyError, ConfigError, PathUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,6 +120,16 @@ class Digests:
         return [whole[i : i + DIGEST_BYTES] for i in range(0, len(whole), DIGEST_BYTES)]
 
 
+class _Named:
+    """A stream as CuPy takes it from others, by the CUDA stream protocol."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream
+
+
 class Checksums:
     """Makes checksums on one GPU. Needs CuPy.
 
@@ -126,6 +137,7 @@ class Checksums:
 
     Raises:
         ImportError: there is no CuPy.
+        PathUnavailable: a first checksum came out wrong.
         Exception: CuPy's own, where the device or the compiler can't be had.
     """
 
@@ -140,6 +152,18 @@ class Checksums:
             module = cupy.RawModule(code=source, options=("-std=c++14",))
             names = ("kvgds_sums", "kvgds_chain", "kvgds_digest")
             self._kernels = [module.get_function(name) for name in names]
+            self._prove()
+
+    def _prove(self) -> None:
+        """Make a checksum and compare. It loads the kernels too, which else a launch waits for."""
+        data = np.arange(5 * _KIB, dtype=np.uint16).view(np.uint8)
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            copy = self._cupy.asarray(data)
+        digests = self.launch([[(copy.data.ptr, 4096), (copy.data.ptr + 4096, 6128)]], stream.ptr)
+        digests.event.synchronize()
+        if digests.read() != [xxhash.xxh3_128_digest(data.tobytes()[: 4096 + 6128])]:
+            raise PathUnavailable(f"GPU {self.device} makes checksums that are not xxhash's")
 
     def launch(self, blocks: Sequence[Sequence[tuple[int, int]]], stream: int) -> Digests:
         """Start on blocks given as gather lists of (address, bytes), behind what is on `stream`.
@@ -152,7 +176,7 @@ class Checksums:
             ConfigError: a block is shorter than :data:`SHORTEST`, or there are none or too many.
         """
         plan = plan_of(blocks)
-        with self._cupy.cuda.Device(self.device), self._cupy.cuda.ExternalStream(stream) as queue:
+        with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
             digests = self._enqueue(plan, queue)
         while self._launched and self._launched[0].done:
             self._launched.popleft()
@@ -181,6 +205,12 @@ class Checksums:
         out.data.copy_to_host_async(answer.ptr, host.nbytes, queue)
         digests.event.record(queue)
         return digests
+
+    def _stream(self, stream: int) -> Any:  # noqa: ANN401 - CuPy has no types
+        known = self._cupy.cuda.Stream
+        if hasattr(known, "from_external"):  # since CuPy 14, which warns of the other
+            return known.from_external(_Named(stream))
+        return self._cupy.cuda.ExternalStream(stream)
 
     def _pinned(self, nbytes: int) -> Any:  # noqa: ANN401 - CuPy has no types
         return self._cupy.cuda.alloc_pinned_memory(nbytes)

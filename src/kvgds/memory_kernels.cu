@@ -16,15 +16,15 @@
 // Blocks are longer than 240 bytes. Fragments may have any address and length; where 16 bytes lie
 // in one fragment on an address that 16 divides, they are one load, else sixteen.
 //
-// Cost (arithmetic, not measured; an H200: 132 SMs, 1.7 GHz, 4.8 TB/s). In a step of the chain five
-// instructions wait for each other (ptxas for sm_90: shift, xor, wide multiply-add, add, add with
-// carry), 4 to 5 cycles each: 22 cycles, 13 ns. 2 MiB are 2,047 steps: 27 us. Of 64 blocks each has a
-// warp of its own, on an SM of its own, so 64 of 2 MiB take 27 us as well, where the sums take
-// 128 MiB / 4.8 TB/s = 28 us at best. One block of 64 MiB is 65,535 steps: 0.85 ms, 79 GB/s; only
-// more blocks at once make that more. Three launches add some 3 us each, mostly hidden.
-// A chain reads 64 bytes a step, 10 to 32 steps (220 to 700 cycles) before it needs them, where a
-// hit of the L2 takes some 270. A miss takes longer: payload is read as evict-first, so that the
-// sums, a 16th of it, stay there.
+// Cost (arithmetic, not measured; an H200: 132 SMs, 1.7 GHz, 4.8 TB/s). In a step of the chain four
+// instructions wait for each other (ptxas for sm_90: shift, xor, wide multiply-add, add), 4 to 5
+// cycles each: 18 cycles, 10.6 ns. 2 MiB are 2,047 steps: 22 us. Of 64 blocks each has a warp of its
+// own, on an SM of its own, so 64 of 2 MiB take 22 us as well, where the sums take 128 MiB /
+// 4.8 TB/s = 28 us at best. One block of 64 MiB is 65,535 steps: 0.7 ms, 97 GB/s; only more blocks
+// at once make that more. Copies and launches add some microseconds each.
+// A chain reads 64 bytes a step, 10 to 32 steps (180 to 580 cycles) before it needs them, where a
+// hit of the L2 takes some 270: up to a third more time if they are late. A miss takes longer, so
+// payload is read as evict-first: the sums, a 16th of it, are to stay.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
