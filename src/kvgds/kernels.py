@@ -19,7 +19,7 @@ import xxhash
 from kvgds.errors import BusyError, ConfigError, PathUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -34,6 +34,7 @@ _KIB = 1024
 _SUMS_THREADS = 64  # as in the kernels' launch bounds
 _SUMS_ROWS = _SUMS_THREADS // 4
 _DIGEST_THREADS = 32
+_NOT_READY = 600  # cudaErrorNotReady
 _MOST_BLOCKS = 65535  # CUDA's limit on a grid's second axis
 
 
@@ -98,21 +99,38 @@ class Digests:
         event: CuPy's event (``event.ptr`` for other libraries), recorded behind the kernels.
     """
 
-    def __init__(self, event: Any, host: NDArray[np.uint8], memory: tuple[Any, ...]) -> None:  # noqa: ANN401 - CuPy has no types
+    def __init__(
+        self,
+        event: Any,  # noqa: ANN401 - CuPy has no types
+        host: NDArray[np.uint8],
+        memory: tuple[Any, ...],
+        query: Callable[[int], int],
+    ) -> None:
         self.event = event
+        self._query = query  # Event.done takes an error for an event that is yet to come
         self._host = host
         self._memory = memory
 
     @property
     def done(self) -> bool:
-        """Whether they can be read. Doesn't wait."""
-        return bool(self.event.done)
+        """Whether they can be read. Doesn't wait.
+
+        Raises:
+            PathUnavailable: the GPU failed; they will never be there.
+        """
+        status = self._query(self.event.ptr)
+        if status not in {0, _NOT_READY}:
+            raise PathUnavailable(
+                f"the GPU failed before it had the checksums: CUDA error {status}"
+            )
+        return bool(status == 0)
 
     def read(self) -> list[bytes]:
         """What ``xxhash.xxh3_128_digest`` says of each block, in the order of the launch.
 
         Raises:
             BusyError: the GPU has not come so far.
+            PathUnavailable: it failed.
         """
         if not self.done:
             raise BusyError("these checksums are still being made; wait for their event first")
@@ -193,7 +211,10 @@ class Checksums:
         lanes = cupy.empty(plan.blocks * LANES, np.uint64)
         out = cupy.empty(host.nbytes, np.uint8)
         digests = Digests(
-            cupy.cuda.Event(disable_timing=True), host, (said, answer, table, sums, lanes, out)
+            cupy.cuda.Event(disable_timing=True),
+            host,
+            (said, answer, table, sums, lanes, out),
+            cupy.cuda.runtime.eventQuery,
         )
         table.data.copy_from_host_async(said.ptr, plan.table.nbytes, queue)
         count = np.uint32(plan.blocks)
