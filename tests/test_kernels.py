@@ -70,7 +70,7 @@ static void check(const void* pointer, uint64_t size) {
     const uint64_t* stop = ranges + range_words;
     const uint64_t* after = std::upper_bound(ranges, stop, at);
     bool inside = (after - ranges) % 2 == 1 && at + size <= *after;
-    if (!inside || at % size) {
+    if (!inside || at % size) {  // to go on might never end
         std::fprintf(stderr, "a load of %llu at %#llx\\n", (unsigned long long)size,
                      (unsigned long long)at);
         std::abort();

@@ -9,6 +9,7 @@ waits for nothing but its own memory, which comes from CuPy's pools. One thread 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import deque
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,16 +139,6 @@ class Digests:
         return [whole[i : i + DIGEST_BYTES] for i in range(0, len(whole), DIGEST_BYTES)]
 
 
-class _Named:
-    """A stream as CuPy takes it from others, by the CUDA stream protocol."""
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._stream
-
-
 class Checksums:
     """Makes checksums on one GPU. Needs CuPy.
 
@@ -165,6 +156,7 @@ class Checksums:
         self.device = device
         self._cupy = cupy
         self._launched: deque[Digests] = deque()
+        self._streams: dict[int, Any] = {}
         source = resources.files(__package__).joinpath(SOURCE).read_text()
         with cupy.cuda.Device(device):
             module = cupy.RawModule(code=source, options=("-std=c++14",))
@@ -228,10 +220,13 @@ class Checksums:
         return digests
 
     def _stream(self, stream: int) -> Any:  # noqa: ANN401 - CuPy has no types
-        known = self._cupy.cuda.Stream
-        if hasattr(known, "from_external"):  # since CuPy 14, which warns of the other
-            return known.from_external(_Named(stream))
-        return self._cupy.cuda.ExternalStream(stream)
+        if stream not in self._streams:
+            with warnings.catch_warnings():
+                # CuPy 14 deprecates it, but what it offers instead may own the stream: there are
+                # versions whose Stream.from_external() ends in the caller's stream destroyed.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._streams[stream] = self._cupy.cuda.ExternalStream(stream)
+        return self._streams[stream]
 
     def _pinned(self, nbytes: int) -> Any:  # noqa: ANN401 - CuPy has no types
         return self._cupy.cuda.alloc_pinned_memory(nbytes)
