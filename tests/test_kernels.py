@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgds.errors import BusyError, ConfigError
-from kvgds.kernels import (
+from kvgds.memory.kernels import (
     DIGEST_BYTES,
     LANES,
     SHORTEST,
@@ -142,7 +142,7 @@ class Shim:
         (folder / "shim.cpp").write_text(SHIM)
         # what CUDA says in `#pragma unroll`, gcc says otherwise
         flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-std=c++14"]
-        with resources.as_file(resources.files("kvgds").joinpath(SOURCE)) as source:
+        with resources.as_file(resources.files("kvgds.memory").joinpath(SOURCE)) as source:
             build = [f'-DKERNELS="{source}"', "-shared", "-fPIC", "-o", "shim.so", "shim.cpp"]
             gcc = shutil.which("g++") or "c++"
             subprocess.run([gcc, *flags, *build], cwd=folder, check=True)
@@ -297,7 +297,7 @@ def test_what_the_host_has_to_hash(blocks: list[Gather]) -> None:
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
 def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
     compiler = shutil.which("nvcc") or ""
-    with resources.as_file(resources.files("kvgds").joinpath(SOURCE)) as source:
+    with resources.as_file(resources.files("kvgds.memory").joinpath(SOURCE)) as source:
         done = subprocess.run(
             [
                 compiler,

@@ -1,6 +1,6 @@
 """Checksums of blocks in GPU memory, made there: the same xxh3-128 as the host's.
 
-Owns the compiled kernels (``memory_kernels.cu``) and the memory of every launch until its event
+Owns the compiled kernels (``kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
 is for so long. Making :class:`Checksums` reads a file, compiles and waits, a second or so; a launch
 waits for nothing but its own memory, which comes from CuPy's pools. One thread at a time.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SOURCE = "memory_kernels.cu"
+SOURCE = "kernels.cu"
 SHORTEST = 241  # XXH3 hashes what is shorter in other ways; that is left to the host
 DIGEST_BYTES = 16
 LANES = 8
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     """What the kernels are told of the blocks of one launch.
 
     Attributes:
-        table: blocks and fragments, as ``memory_kernels.cu`` describes them.
+        table: blocks and fragments, as ``kernels.cu`` describes them.
         blocks: how many blocks.
         rows: sums of all blocks, one a KiB.
         widest: rows of the longest block.
