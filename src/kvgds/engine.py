@@ -21,6 +21,7 @@ from kvgds.blocks import Outcome, check_key
 from kvgds.errors import (
     ClosedError,
     ConfigError,
+    PathUnavailable,
     QueueFull,
     TransferError,
     TransferTimeout,
@@ -142,17 +143,23 @@ class Engine:
         except BaseException:
             self._executor.shutdown(wait=False)
             raise
-        self.plan = (self._tier.plan,)
+        self.plan = (self._tier.plan, *self._flights.bounce.plans(self._tier.plan))
 
     async def _unopen(self, starting: asyncio.Future[Bounce]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
         await asyncio.wait({starting})
         if starting.exception() is None:
+            self._flights.bounce = starting.result()
             await self._close()
         else:
             self._executor.shutdown(wait=False)
 
     def _start(self, progress: Callable[[str, int, int], None]) -> Bounce:
+        if self.config.path == "gds":
+            rule = (
+                "GPUDirect Storage can't be had: this version moves GPU memory through the bounce"
+            )
+            raise PathUnavailable(f"{rule} region only; use path='auto' or 'bounce'")
         start = getattr(self._transport, "start", None)
         if start is not None:
             start()
@@ -162,7 +169,9 @@ class Engine:
         except BaseException:
             self._transport.close().result()
             raise
-        return Bounce(arena, region_of(arena.bytes))
+        bounce = Bounce(arena, region_of(arena.bytes))
+        bounce.probe()
+        return bounce
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.
@@ -188,6 +197,7 @@ class Engine:
             await self._in_thread(self._tier.close)
         finally:
             await asyncio.wrap_future(self._transport.close())
+            await self._in_thread(self._flights.bounce.close)
             self._executor.shutdown(wait=False)
 
     def _in_thread(self, function: Callable[..., T], *args: object) -> Awaitable[T]:

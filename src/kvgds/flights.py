@@ -26,9 +26,9 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.memory import Cache, Region, Territory, View, copy_pieces
+from kvgds.memory import Cache, Region, Territory, View, copy_view
 from kvgds.metrics import Event, Metrics, Observer
-from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
+from kvgds.paths import BOUNCE, Bounce, Move, Path, path_for
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
@@ -527,7 +527,7 @@ class Flights:
         if waiter is flight.leader:
             if move.abandon():
                 self._quarantine(flight, move)
-            elif move.path is DIRECT:
+            elif move.path is not BOUNCE:  # storage or a GPU is at work in it
                 waiter.overdue = Settled(self._loop)
             else:
                 return False
@@ -627,6 +627,5 @@ def _check_priority(priority: object) -> None:
 
 
 def _copy_all(source: View, targets: list[View]) -> None:
-    pieces = source.pieces()
     for target in targets:
-        copy_pieces(pieces, target.pieces())
+        copy_view(source, target)

@@ -12,21 +12,24 @@ caller's memory when a deadline passes in between.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import xxhash
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
-from kvgds.memory import Arena, copy_pieces
+from kvgds.memory import Arena, copy_pieces, pairs
+from kvgds.memory.device import cuda
 from kvgds.schedule import Row
+from kvgds.transport import LATER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
     from kvgds.memory import Region, View
+    from kvgds.memory.device import Copying, Cuda
     from kvgds.transport import File, Later
 
 Rows = list[Row]
@@ -102,6 +106,8 @@ class Move:
         "abandoned",
         "algorithm",
         "backend",
+        "bounce",
+        "copying",
         "device",
         "device_rows",
         "error",
@@ -154,6 +160,8 @@ class Move:
         self.offset = 0
         self.device = view.region.device or 0
         self.device_rows: Rows = _NO_ROWS
+        self.bounce: Bounce
+        self.copying: Copying | None = None
         self.generation: int | None = None  # of a load: the one expected; None: any
         self.place = ""
         self.slot = 0  # slab tier only
@@ -166,6 +174,7 @@ class Move:
 
     def lend(self, bounce: Bounce, offset: int, nbytes: int) -> None:
         """Give the move its lease of the bounce region."""
+        self.bounce = bounce
         self.lease = bounce.arena.bytes[offset : offset + nbytes]
         self.lease_address = bounce.arena.span.address + offset
         direct = self.path is DIRECT
@@ -306,12 +315,9 @@ class _Bounce:
     def _copy_in(self, move: Move) -> bool:
         if not move.enter():
             return False
-        payload = move.lease[PAGE:]
-        copy_pieces(move.view.pieces(), [payload])
+        copy_pieces(move.view.pieces(), [move.lease[PAGE:]])
         move.leave()
-        payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
-        full = move.algorithm != NO_CHECKSUM
-        move.stamp(checksum_of([payload[: move.nbytes]]) if full else bytes(16))
+        seal(move)
         return True
 
     def end(self, move: Move) -> None:
@@ -325,8 +331,56 @@ class _Bounce:
         copy_pieces([payload], move.view.pieces())
 
 
+class _GpuBounce:
+    """GPU memory by way of the bounce region: copies run on the GPU's own engines."""
+
+    name = "bounce"
+
+    def lease_bytes(self, nbytes: int) -> int:
+        return image_bytes(nbytes)
+
+    def begin(self, move: Move) -> Rows | Later | None:
+        if move.write:
+            if move.copying is None:
+                if not move.enter():
+                    move.error = move.timeout()
+                    return None
+                move.copying = self._copy(move)
+            if not move.copying.done:
+                return LATER
+            move.leave()
+            seal(move)
+        return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
+
+    def end(self, move: Move) -> Later | None:
+        if move.write:
+            return None
+        if move.copying is None:
+            move.check([move.lease[PAGE : PAGE + move.nbytes]])
+            if not move.enter():
+                move.error = move.timeout()
+                return None
+            move.copying = self._copy(move)
+        return None if move.copying.done else LATER
+
+    @staticmethod
+    def _copy(move: Move) -> Copying:
+        lease, memory = [(move.lease_address + PAGE, move.nbytes)], move.view.rows()
+        copies = pairs(memory, lease) if move.write else pairs(lease, memory)
+        return move.bounce.cuda().copy(move.device, copies)
+
+
+def seal(move: Move) -> None:
+    """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
+    payload = move.lease[PAGE:]
+    payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
+    full = move.algorithm != NO_CHECKSUM
+    move.stamp(checksum_of([payload[: move.nbytes]]) if full else bytes(16))
+
+
 DIRECT: Path = _Direct()
 BOUNCE: Path = _Bounce()
+GPU_BOUNCE: Path = _GpuBounce()
 
 
 class Bounce:
@@ -335,10 +389,43 @@ class Bounce:
     def __init__(self, arena: Arena, region: Region) -> None:
         self.arena = arena
         self.region = region
+        self._pinned = False
+        self._devices = 0
+        self._lock = threading.Lock()
+
+    def probe(self) -> None:
+        """Look for a GPU. Blocks."""
+        with contextlib.suppress(PathUnavailable):
+            self._devices = cuda().devices
+
+    def plans(self, tier: PathPlan) -> tuple[PathPlan, ...]:
+        """How GPU memory moves to a tier, if there is a GPU."""
+        if not self._devices:
+            return ()
+        evidence = (f"{self._devices} GPUs answer; copies through page-locked host memory",)
+        refused = ("gds: this version does not do it",)
+        plan = replace(tier, memory="gpu", path="bounce", evidence=evidence, refused=refused)
+        return (plan,)
+
+    def cuda(self) -> Cuda:
+        """The CUDA runtime, once the region is page-locked for it. Blocks the first time."""
+        with self._lock:
+            if not self._pinned:
+                cuda().pin(self.arena.span)
+                self._pinned = True
+        return cuda()
+
+    def close(self) -> None:
+        """Unlock the pages; nothing may copy any more."""
+        if self._pinned:
+            cuda().unpin(self.arena.span)
+            self._pinned = False
 
 
 def path_for(view: View, alignment: int) -> Path:
     """The path that a view takes to a tier with this alignment."""
+    if view.region.device is not None:
+        return GPU_BOUNCE
     direct = view.region.zero_copy and view.alignment >= alignment
     return DIRECT if direct else BOUNCE
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import itertools
+import math
 import mmap
 import operator
 import weakref
@@ -22,6 +23,7 @@ import numpy as np
 
 from kvgds.blocks import PAGE
 from kvgds.errors import BusyError, ClosedError, ConfigError
+from kvgds.memory.device import cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -55,6 +57,32 @@ def copy_pieces(source: Sequence[memoryview], target: Sequence[memoryview]) -> N
             rest, into = rest[n:], into[n:]
 
 
+def copy_view(source: View, target: View) -> None:
+    """Copy one block's memory to another of the same length, wherever they are. Blocks."""
+    if source.region.device is None and target.region.device is None:
+        copy_pieces(source.pieces(), target.pieces())
+        return
+    cuda().copy_now(pairs(source.rows(), target.rows()))
+
+
+def pairs(
+    source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """Copies (to, from, bytes) between two gather lists of the same total, however cut."""
+    copies: list[tuple[int, int, int]] = []
+    extents = iter(target)
+    to, room = next(extents)
+    for start, nbytes in source:
+        address, left = start, nbytes
+        while left:
+            if not room:
+                to, room = next(extents)
+            n = min(left, room)
+            copies.append((to, address, n))
+            address, left, to, room = address + n, left - n, to + n, room - n
+    return copies
+
+
 class Arena:
     """Page-aligned, pre-touched host memory on huge pages where the kernel gives them.
 
@@ -82,6 +110,7 @@ class _Strided:
     itemsize: int
     readonly: bool
     owner: Any  # keeps the memory alive, unless it is torch's
+    device: int | None = None  # the GPU that it is on
 
     @property
     def movable(self) -> bool:
@@ -108,7 +137,7 @@ def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array 
     if hasattr(buffer, "data_ptr") and hasattr(buffer, "element_size"):
         strided = _describe_torch(buffer, field)
     elif hasattr(buffer, "__cuda_array_interface__"):
-        raise ConfigError(field, type(buffer).__name__, "is GPU memory; copy it to the host first")
+        strided = _describe_cuda(buffer)
     else:
         strided = _describe_host(buffer, field)
     if strided.movable and strided.moved:
@@ -121,7 +150,8 @@ def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array 
 
 
 def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torch is optional
-    if tensor.device.type != "cpu":
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda"):
         rule = f"is on {tensor.device}; copy it to the host first"
         raise ConfigError(field, f"{tensor.dtype} tensor", rule)
     if str(tensor.layout) != "torch.strided":
@@ -134,7 +164,19 @@ def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torc
         itemsize=size,
         readonly=False,
         owner=tensor,
+        device=tensor.device.index if kind == "cuda" else None,
     )
+
+
+def _describe_cuda(array: Any) -> _Strided:  # noqa: ANN401 - cupy's, or another's
+    told = array.__cuda_array_interface__
+    shape, itemsize = tuple(told["shape"]), np.dtype(told["typestr"]).itemsize
+    address, readonly = told["data"]
+    strides = told.get("strides")
+    if strides is None:
+        strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    device = cuda().device_of(address) if math.prod(shape) else 0
+    return _Strided(address, shape, tuple(strides), itemsize, bool(readonly), array, device)
 
 
 def _describe_host(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any buffer
@@ -227,13 +269,14 @@ class Region:
         self.nbytes = sum(span.nbytes for span in self.spans)
         self.readonly = any(array.readonly for array in arrays)
         self.zero_copy = zero_copy
-        self.device: int | None = None
+        self.device = arrays[0].device
         self.claims = Claims() if claims is None else claims
         self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
         self._movable = [array for array in arrays if array.movable]
-        self.maps = tuple(bytes_at(*span) for span in self.spans)
+        # Addresses in GPU memory mean nothing to the host.
+        self.maps = tuple(bytes_at(*span) for span in self.spans if self.device is None)
 
     def __getitem__(self, part: slice) -> View:
         try:
@@ -372,7 +415,7 @@ class Cache:
         self.block_bytes = sum(layer.nbytes * len(layer.offsets) for layer in layers)
         self._extents = [
             (memory, offset, layer.step, layer.nbytes)
-            for memory, layer in zip(region.maps, layers, strict=True)
+            for memory, layer in zip(region.maps, layers, strict=region.device is None)
             for offset in layer.offsets
         ]
         self._bases = [
@@ -490,6 +533,8 @@ def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
             rule = f"must have as many blocks as layers[0], {geometry[0].blocks}"
             raise ConfigError(f"layers[{i}]", layer.blocks, rule)
     _check_disjoint(arrays, geometry)
+    if len({array.device for array in arrays}) > 1:
+        raise ConfigError("layers", "tensors", "must all be on one device; register one cache each")
     return Cache(Region(arrays, zero_copy=True), geometry)
 
 

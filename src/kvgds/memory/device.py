@@ -1,0 +1,173 @@
+"""The CUDA runtime, as far as blocks need it: which GPU an address is on, and copies.
+
+Called through ctypes: kvgds is no CUDA program, and a serving process has the runtime already.
+Copies run on streams of kvgds's own and are watched through events; nothing here waits for the GPU,
+save :meth:`Cuda.copy_now`, and a copy that failed half-way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgds.errors import PathUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvgds.memory import Span
+
+_NAMES = ("libcudart.so.12", "libcudart.so.13")
+_NOT_READY = 600
+_PORTABLE = 1
+_NON_BLOCKING = 1
+_NO_TIMING = 2
+_DEFAULT_KIND = 4  # the runtime tells host from device by the address
+_DEVICE_MEMORY = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
+
+
+class CudaError(Exception):
+    """A call of the CUDA runtime failed."""
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("device", ctypes.c_int),
+        ("device_pointer", ctypes.c_void_p),
+        ("host_pointer", ctypes.c_void_p),
+        ("spare", ctypes.c_long * 8),
+    )
+
+
+class Cuda:
+    """One CUDA runtime. Any thread may call any method."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        count = ctypes.c_int()
+        self._call("cudaGetDeviceCount", ctypes.byref(count))
+        self.devices = count.value
+        self._streams: dict[int, ctypes.c_void_p] = {}
+        self._lock = threading.Lock()
+
+    def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - ctypes converts
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise CudaError(f"{name}: {self._library.cudaGetErrorString(code).decode()} ({code})")
+
+    def device_of(self, address: int) -> int | None:
+        """The GPU whose memory lies at an address; None: it is host memory."""
+        found = _Attributes()
+        self._call("cudaPointerGetAttributes", ctypes.byref(found), ctypes.c_void_p(address))
+        return found.device if found.type in _DEVICE_MEMORY else None
+
+    def pin(self, span: Span) -> None:
+        """Page-lock host memory, so that copies to and from it run by themselves. Blocks."""
+        address, nbytes = ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes)
+        self._call("cudaHostRegister", address, nbytes, _PORTABLE)
+
+    def unpin(self, span: Span) -> None:
+        """Take :meth:`pin` back."""
+        self._call("cudaHostUnregister", ctypes.c_void_p(span.address))
+
+    def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
+        """Start copies (to, from, bytes), after all that the GPU's default stream was given."""
+        self._call("cudaSetDevice", device)
+        stream = self._stream(device)
+        before, after = self._event(), self._event()
+        self._call("cudaEventRecord", before, None)
+        self._call("cudaStreamWaitEvent", stream, before, 0)
+        self._call("cudaEventDestroy", before)
+        try:
+            for to, source, nbytes in copies:
+                arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
+                self._call("cudaMemcpyAsync", *arguments, _DEFAULT_KIND, stream)
+            self._call("cudaEventRecord", after, stream)
+        except CudaError:  # those before it must not go on in memory that is given back
+            self._call("cudaStreamSynchronize", stream)
+            raise
+        return Copying(self, after)
+
+    def copy_now(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy (to, from, bytes), and wait for it."""
+        for to, source, nbytes in copies:
+            arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
+            self._call("cudaMemcpy", *arguments, _DEFAULT_KIND)
+
+    def done(self, event: ctypes.c_void_p) -> bool:
+        """Whether a stream has reached an event."""
+        code = self._library.cudaEventQuery(event)
+        if code not in (0, _NOT_READY):
+            raise CudaError(f"a copy failed: {self._library.cudaGetErrorString(code).decode()}")
+        return bool(code == 0)
+
+    def forget(self, event: ctypes.c_void_p) -> None:
+        """Let go of an event."""
+        self._call("cudaEventDestroy", event)
+
+    def _event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self._call("cudaEventCreateWithFlags", ctypes.byref(event), _NO_TIMING)
+        return event
+
+    def _stream(self, device: int) -> ctypes.c_void_p:
+        with self._lock:
+            stream = self._streams.get(device)
+            if stream is None:
+                stream = self._streams[device] = ctypes.c_void_p()
+                name = "cudaStreamCreateWithFlags"
+                self._call(name, ctypes.byref(stream), _NON_BLOCKING)
+            return stream
+
+
+class Copying:
+    """Copies under way."""
+
+    def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
+        self._cuda = cuda
+        self._event: ctypes.c_void_p | None = event
+
+    @property
+    def done(self) -> bool:
+        """Whether they have ended.
+
+        Raises:
+            CudaError: they failed.
+        """
+        if self._event is not None and self._cuda.done(self._event):
+            self._cuda.forget(self._event)
+            self._event = None
+        return self._event is None
+
+
+@functools.cache
+def cuda() -> Cuda:
+    """The CUDA runtime of this process, loaded if need be. Blocks the first time.
+
+    Raises:
+        PathUnavailable: there is none, or no GPU.
+    """
+    report = []
+    for name in (*_NAMES, *_packaged()):
+        try:
+            return Cuda(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL))
+        except (OSError, CudaError) as error:
+            report.append(str(error))
+    raise PathUnavailable("GPU memory can't be used here: no CUDA runtime or no GPU", tuple(report))
+
+
+def _packaged() -> list[str]:
+    """Runtimes that came as Python packages, where no loader looks for them."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec is not None else None
+    found: list[str] = []
+    for folder in folders or ():
+        for pattern in ("cuda_runtime/lib/libcudart.so.*", "cu13/lib/libcudart.so.*"):
+            found += map(str, sorted(Path(folder).glob(pattern)))
+    return found

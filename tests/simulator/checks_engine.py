@@ -1,0 +1,227 @@
+"""The engine with GPU memory: right bytes by way of the bounce region, in the GPU's own order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from kvgds import (
+    BlockCorrupt,
+    BusyError,
+    ConfigError,
+    EngineConfig,
+    FileTier,
+    Namespace,
+    PathUnavailable,
+    TransferError,
+    TransferTimeout,
+    open_engine,
+)
+from simulator import Simulator, Vram
+from support import spoil, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PAGE, MIB = 4096, 1 << 20
+SIZES = (1, 511, PAGE, 3 * PAGE + 5, 300_000)
+NAMESPACE = Namespace(model="m", revision="r")
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Simulator:
+    """The machine."""
+    return Simulator()
+
+
+@pytest.fixture
+def gpu(simulator: Simulator) -> Iterator[Simulator]:
+    """The machine, healthy before and after; nothing was freed or unpinned in use."""
+    simulator.clear()
+    simulator.strict_pinned(strict=True)
+    before = simulator.counters()
+    yield simulator
+    simulator.clear()
+    for name in ("freed_in_use", "unpinned_in_use"):
+        assert simulator.counter(name) == before[name]
+
+
+@pytest.fixture(autouse=True)
+def _never_blocked() -> Iterator[None]:
+    with blockbuster_ctx():
+        yield
+
+
+def config(root: Path, **changes: Any) -> EngineConfig:
+    """A small engine."""
+    tier = FileTier(root=root, capacity_bytes=64 * MIB, **changes.pop("tier", {}))
+    return EngineConfig(namespace=NAMESPACE, tiers=(tier,), bounce_bytes=16 * MIB, **changes)
+
+
+def filled(gpu: Simulator, nbytes: int, name: object, device: int = 0) -> tuple[Vram, bytes]:
+    """GPU memory, and the bytes that are in it."""
+    data = random.Random(repr(name)).randbytes(nbytes)
+    vram = gpu.allocate(nbytes, device)
+    vram.write(data)
+    return vram, data
+
+
+class Rows:
+    """GPU memory as a matrix: what a tensor of a paged cache looks like."""
+
+    def __init__(self, vram: Vram, rows: int) -> None:
+        self._told = {**vram.__cuda_array_interface__, "shape": (rows, vram.nbytes // rows)}
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self._told
+
+
+@pytest.mark.parametrize("verify", ["full", "stamp"])
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_bytes_come_back(gpu: Simulator, tmp_path: Path, layout: str, verify: str) -> None:
+    settings = config(tmp_path / "kv", tier={"layout": layout, "verify": verify})
+    blocks = {b"%d" % size: filled(gpu, size, size) for size in SIZES}
+    async with open_engine(settings) as engine:
+        assert [(plan.memory, plan.path) for plan in engine.plan][1:] == [("gpu", "bounce")]
+        for key, (vram, _) in blocks.items():
+            assert await engine.store(key, engine.register(vram))
+    async with open_engine(settings) as engine:
+        for key, (vram, data) in blocks.items():
+            vram.write(bytes(vram.nbytes))
+            assert await engine.load(key, engine.register(vram))
+            assert vram.read() == data
+            host = bytearray(len(data))  # the image is the same, wherever it came from
+            assert await engine.load(key, host)
+            assert host == data
+
+
+async def test_two_devices_and_parts_of_memory(gpu: Simulator, tmp_path: Path) -> None:
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        memory = [filled(gpu, 10 * PAGE, device, device) for device in (0, 1)]
+        regions = [engine.register(vram) for vram, _ in memory]
+        parts = [slice(i * PAGE + i, (i + 2) * PAGE + 7) for i in range(6)]
+        keys = list(itertools.product((0, 1), range(len(parts))))
+        items = [(repr(key).encode(), regions[key[0]][parts[key[1]]]) for key in keys]
+        assert {o.status for o in await engine.store_many(items)} == {"stored"}
+        for vram, _ in memory:
+            vram.write(bytes(10 * PAGE))
+        for (device, i), (key, view) in zip(keys, items, strict=True):
+            assert await engine.load(key, view)
+            part = parts[i]
+            read = memory[device][0].read(part.stop - part.start, part.start)
+            assert read == memory[device][1][part]
+
+
+async def test_a_paged_cache(gpu: Simulator, tmp_path: Path) -> None:
+    layers = [filled(gpu, 8 * 6000, i) for i in range(5)]
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        cache = engine.register_cache([Rows(vram, 8) for vram, _ in layers])
+        items = [(b"%d" % i, cache.block(i)) for i in range(8)]
+        assert {o.status for o in await engine.store_many(items)} == {"stored"}
+        for vram, _ in layers:
+            vram.write(bytes(8 * 6000))
+        back = [(b"%d" % i, cache.block(7 - i)) for i in range(8)]
+        assert all(o.hit for o in await engine.load_many(back))
+        for vram, data in layers:
+            rows = [data[i * 6000 : (i + 1) * 6000] for i in range(8)]
+            assert vram.read() == b"".join(reversed(rows))
+
+
+async def test_many_who_want_one_block(gpu: Simulator, tmp_path: Path) -> None:
+    """One I/O, then copies: between GPUs, and between GPU and host."""
+    source, data = filled(gpu, 3 * PAGE, "one")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        await engine.store(b"k", engine.register(source))
+        targets = [gpu.allocate(3 * PAGE, device) for device in (0, 1, 0)]
+        host = bytearray(3 * PAGE)
+        views = [engine.register(vram) for vram in targets]
+        hits = await asyncio.gather(*(engine.load(b"k", view) for view in (*views, host)))
+        assert all(hits)
+        assert engine.statistics().joined == 3
+        assert [vram.read() for vram in targets] == [data] * 3
+        assert host == data
+
+
+async def test_a_store_waits_for_what_the_gpu_is_doing(gpu: Simulator, tmp_path: Path) -> None:
+    """The default stream has not come to the block yet: what is stored is what it will write."""
+    vram, _ = filled(gpu, 2 * PAGE, "before")
+    after = random.Random("after").randbytes(2 * PAGE)
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        gpu.hold(0)
+        writing = asyncio.create_task(asyncio.to_thread(vram.write, after))
+        await asyncio.to_thread(gpu.wait_counter, "waiting", 1)
+        storing = asyncio.create_task(engine.store(b"k", region))
+        await asyncio.to_thread(gpu.wait_counter, "pending", 3)  # its copy is behind the write
+        gpu.release(0)
+        await writing
+        assert await storing
+        back = bytearray(2 * PAGE)
+        assert await engine.load(b"k", back)
+        assert back == after
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+async def test_a_copy_past_its_deadline(gpu: Simulator, tmp_path: Path, direction: str) -> None:
+    """Told at once; the memory is the GPU's until it says so, and nothing half is there."""
+    vram, data = filled(gpu, 2 * PAGE, "late")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        await engine.store(b"there", region)
+        gpu.hold()
+        act, key = (engine.store, b"k") if direction == "store" else (engine.load, b"there")
+        with pytest.raises(TransferTimeout) as caught:
+            await act(key, region, timeout_s=0.05)
+        settled = caught.value.settled
+        assert settled is not None
+        with pytest.raises(BusyError):
+            await engine.load(b"there", region)
+        gpu.release()
+        await settled
+        await until(lambda: not engine.statistics().quarantined_bytes)
+        assert await engine.prefix([b"k"]) == 0
+        assert await engine.load(b"there", region)
+        assert vram.read() == data
+
+
+async def test_corrupt_bytes_never_reach_the_gpu(gpu: Simulator, tmp_path: Path) -> None:
+    vram, data = filled(gpu, 2 * PAGE, "good")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        await engine.store(b"k", region)
+        await asyncio.to_thread(spoil, tmp_path / "kv", b"k", PAGE + 9, NAMESPACE)
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"k", region)
+        assert vram.read() == data
+
+
+async def test_freed_memory_is_an_error_of_that_block(gpu: Simulator, tmp_path: Path) -> None:
+    vram, _ = filled(gpu, PAGE, "freed")
+    other, data = filled(gpu, PAGE, "other")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        view, sound = engine.register(vram), engine.register(other)
+        vram.free()
+        outcomes = await engine.store_many([(b"a", view), (b"b", sound)])
+        assert isinstance(outcomes[0].error, TransferError)
+        assert outcomes[1].ok
+        other.write(bytes(PAGE))
+        assert await engine.load(b"b", sound)
+        assert other.read() == data
+
+
+async def test_what_can_not_be_had_is_refused(gpu: Simulator, tmp_path: Path) -> None:
+    with pytest.raises(PathUnavailable, match="bounce"):
+        async with open_engine(config(tmp_path / "kv", path="gds")):
+            pass
+    one, _ = filled(gpu, PAGE, 0, 0)
+    two, _ = filled(gpu, PAGE, 1, 1)
+    async with open_engine(config(tmp_path / "kv", path="bounce")) as engine:
+        with pytest.raises(ConfigError, match="one device"):
+            engine.register_cache([Rows(one, 2), Rows(two, 2)])
