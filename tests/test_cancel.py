@@ -563,6 +563,43 @@ async def test_load_each_left_early(tmp_path: Path) -> None:
             await engine.deregister(each)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "timed out", "timed out, then cancelled"])
+async def test_cancelled_while_it_leaves_load_each(tmp_path: Path, how: str) -> None:
+    """The wait is finished, as the memory is in use, but the cancel is not lost to it."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a", b"b")
+        memory = [engine.register(aligned(SIZE)) for _ in range(2)]
+        engine.held.hold("landing")
+        arrivals = engine.load_each(zip([b"a", b"b"], memory, strict=True))
+        leaving = asyncio.timeout(None)
+
+        async def leave_after_one() -> None:
+            async with leaving:
+                async with contextlib.aclosing(arrivals):  # type: ignore[type-var]  # a generator
+                    await anext(arrivals)
+                raise AssertionError("went on")
+
+        task = soon(leave_after_one())
+        await engine.held.wait_held("landing", 2)
+        engine.held.step("landing", 1)
+        await until(lambda: engine.statistics().hits == 1)
+        await turns()
+        if how == "cancelled":
+            task.cancel()
+        else:
+            leaving.reschedule(asyncio.get_running_loop().time())
+            await until(leaving.expired)
+            if how != "timed out":
+                task.cancel()
+        await turns()
+        assert not task.done()
+        engine.held.release()
+        with pytest.raises(TimeoutError if how == "timed out" else asyncio.CancelledError):
+            await task
+        for each in memory:
+            await engine.deregister(each)
+
+
 async def test_store_each_cancelled(tmp_path: Path) -> None:
     async with opened(tmp_path / "kv", inflight_ops=2) as engine:
         engine.held.hold("start")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from typing import TYPE_CHECKING
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +19,6 @@ from rich.console import Console
 from kvgds.demo import Processes, model, run
 from kvgds.demo.report import Reply, differences
 from kvgds.demo.workload import SIZES, KeyChain, prompts
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAGE = 4096
 SMALL = SIZES["small"]
@@ -66,6 +68,40 @@ def test_an_unusable_directory_is_one_clear_line(tmp_path: Path) -> None:
     assert status == 1
     assert "failed: the first process failed: " in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_ended_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
+    """Nor its temporary directory, if it could do anything about that."""
+    root, scratch = tmp_path / "kv", tmp_path / "tmp"
+    scratch.mkdir()
+    path = os.pathsep.join(filter(None, sys.path))
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvgds", "demo", "--root", str(root)],
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as parent:
+        while not (root / "lock").exists():  # it has an engine open
+            assert parent.poll() is None
+        children = f"/proc/{parent.pid}/task/{parent.pid}/children"
+        (child,) = map(int, Path(children).read_text().split())
+        alive = os.pidfd_open(child)
+        signal.pidfd_send_signal(alive, signal.SIGSTOP)  # it won't end because nobody listens
+        try:
+            parent.send_signal(how)
+            output, _ = parent.communicate(timeout=60)
+            patience_s = 30 if how == signal.SIGKILL else 0  # the kernel does it a little later
+            assert select.select([alive], [], [], patience_s)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(alive, signal.SIGKILL)
+            os.close(alive)
+    if how == signal.SIGTERM:
+        assert parent.returncode == 128 + how, output
+        assert list(scratch.iterdir()) == []
+    assert "Traceback" not in output
 
 
 def keys_of(tokens: list[int], root: bytes = b"") -> list[bytes]:

@@ -632,6 +632,26 @@ async def test_an_engine_says_which_it_is(tmp_path: Path) -> None:
     assert repr(engine).startswith("<Engine closed ")
 
 
+async def test_another_loop_closes_nothing(tmp_path: Path) -> None:
+    """It is refused at once, the engine goes on, and its own loop closes it whole."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        engine.held.hold("landing")
+        storing = soon(engine.store(b"a", content(b"a", SIZE)))
+        await engine.held.wait_held("landing")
+        for _ in range(2):
+            with pytest.raises(ClosedError, match="loop"):
+                await asyncio.to_thread(asyncio.run, engine.aclose())
+        engine.held.release()
+        assert await storing
+        await store(engine, b"b")
+        await engine.aclose()
+        with pytest.raises(ClosedError, match="loop"):
+            await asyncio.to_thread(asyncio.run, engine.aclose())
+    async with opened(root) as engine:
+        assert await is_whole(engine, b"a", b"b")
+
+
 async def test_one_engine_a_directory(tmp_path: Path) -> None:
     """The second is told who has it; the first is not disturbed; then it is free again."""
     root = tmp_path / "kv"

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 from contextlib import contextmanager
@@ -501,4 +502,11 @@ def demo(
     """Serve prompts with a small random model, exit, and go on from its blocks in a new process."""
     from kvgds.demo import run
 
+    signal.signal(signal.SIGTERM, _end)
     raise typer.Exit(run(root, Console()))
+
+
+def _end(number: int, _: object) -> None:
+    """End as after an exception, so that what was begun is cleaned up."""
+    signal.signal(number, signal.SIG_IGN)  # not a second time, amid the cleaning up
+    raise SystemExit(128 + number)

@@ -8,7 +8,6 @@ and loads them back. An engine that has the directory is not disturbed. Everythi
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -25,6 +24,7 @@ from kvgds.engine import open_engine
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.memory import Arena
 from kvgds.paths import filesystem_of
+from kvgds.tiers.directory import owner_of
 from kvgds.transport import NixlTransport
 from kvgds.upkeep import layout_of, listing
 from kvgds.upkeep.records import counted
@@ -273,10 +273,9 @@ def _look(tier: FileTier, part: RootPart) -> FileTier:
         part.evidence.append("it holds no blocks yet")
         return tier
     part.layout = layout_of(tier.root)
-    if part.layout == "slabs":
-        part.in_use = _in_use(tier.root)
-    if part.in_use:
-        owner = _text(str(tier.root / "lock")) or "unknown"
+    owner = owner_of(tier.root) if part.layout == "slabs" else ""
+    if owner:
+        part.in_use = True
         part.summary = f"in use by process {owner}, so nothing was tried there"
     there = listing(tier.root)
     blocks = sum(use.blocks for use in there.namespaces)
@@ -288,21 +287,6 @@ def _look(tier: FileTier, part: RootPart) -> FileTier:
         why = f"{places} out of use, because of wrong bytes that came back"
         part.refused.append(Refusal("quarantine", why, "kvgds fsck --repair"))
     return tier.model_copy(update={"layout": part.layout})
-
-
-def _in_use(root: Path) -> bool:
-    """Whether an engine has a slab directory. Shares the lock for a moment to find out."""
-    try:
-        fd = os.open(root / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _try(tier: FileTier, part: RootPart) -> None:

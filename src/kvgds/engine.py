@@ -180,7 +180,9 @@ class Engine:
             TransferTimeout: transfers were still in flight after ``drain_timeout_s``. What
                 they may touch is never freed; the directory stays locked until the
                 process ends.
+            ClosedError: called on another event loop; nothing is closed.
         """
+        self._check_loop()
         if self._closing is None:
             self._flights.closed = True
             self._closing = asyncio.ensure_future(self._close())
@@ -437,6 +439,9 @@ class Engine:
     def _check_open(self) -> None:
         if self._closing is not None:
             raise ClosedError("the engine is closed")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise ClosedError("the engine belongs to another event loop; open one for this loop")
 

@@ -8,7 +8,6 @@ tier where its bytes lie. It does no I/O and takes no lock: ended moves come bac
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import math
@@ -570,18 +569,24 @@ class Flights:
         return True
 
     async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
+        """Drop what is queued and wait for the rest, however often the wait is cancelled."""
         for waiter in batch.waiters:
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
                 outcome = Outcome(flight.key, "error", asyncio.CancelledError())
                 self._end(waiter, outcome, "none")
+        again = False
         while batch.left:
-            with contextlib.suppress(asyncio.CancelledError):  # again: still not ours to leave
+            try:
                 await batch.news()
+            except asyncio.CancelledError:  # the memory is still not the caller's
+                again = True
         for outcome in batch.outcomes:
             error = outcome.error
             if isinstance(error, TransferTimeout) and error.settled is not None:
                 raise error from cancelled
+        if again:  # who only left a loop has not been told yet that it is cancelled
+            raise asyncio.CancelledError
 
     async def each(
         self,

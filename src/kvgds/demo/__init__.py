@@ -106,6 +106,7 @@ class Processes:
         path = self.scratch / f"{which}.report"
         command = [sys.executable, "-m", "kvgds.demo", which, os.fspath(self.root), os.fspath(path)]
         command += ["--size", self.size, "--salt", self.salt, "--threads", str(self.threads)]
+        command += ["--parent", str(os.getpid())]
         errors = self.scratch / f"{which}.stderr"
         with errors.open("wb") as stderr:
             status = self._watch([*command, *options], stderr.fileno())

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,8 @@ from kvgds.demo.workload import SIZES, prompts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main() -> int:
     """Do what the command line says; return the exit status."""
@@ -32,8 +37,11 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--salt", type=bytes.fromhex, default=b"", help="parent of first blocks")
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
+    parser.add_argument("--parent", type=int, default=0, help="process not to outlive")
     parser.add_argument("--tamper", action="store_true", help="flip a loaded byte")
     arguments = parser.parse_args()
+    if arguments.parent and not _end_with(arguments.parent):
+        return 1
     try:
         asyncio.run(_Process(arguments).run()).save(arguments.report)
     except kvgds.KvgdsError as error:
@@ -46,6 +54,12 @@ def main() -> int:
         print(*dict.fromkeys(map(str, _leaves(ours))), sep="\n", file=sys.stderr)
         return 1
     return 0
+
+
+def _end_with(parent: int) -> bool:
+    """Let the kernel kill this process when its parent ends, however that ends. False: it has."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
 
 
 def _leaves(group: ExceptionGroup[kvgds.KvgdsError]) -> Iterator[kvgds.KvgdsError]:

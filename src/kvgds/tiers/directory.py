@@ -1,4 +1,8 @@
-"""A tier's directory: made, marked with its layout, taken for one engine alone."""
+"""A tier's directory: made, marked with its layout, taken for one engine alone.
+
+Anything may lie where a file of ours should: links are not followed, and nothing is read that is
+no regular file, because to open or read a pipe would wait for ever. Everything blocks.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,22 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BusyError, ConfigError
+from kvgds.paths import filesystem_of
+from kvgds.tiers import locks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _FORMAT = 1
+# Where flock on a directory excludes all who could use it. Network file systems keep such a lock to
+# the one host, so there, and where that is not known, it is the lock file that is locked.
+_LOCAL = frozenset(
+    ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+)
 
 
 def prepare_root(root: Path, layout: str) -> None:
@@ -30,10 +42,10 @@ def prepare_root(root: Path, layout: str) -> None:
         if not root.is_dir():
             raise ConfigError("root", str(root), "is not a directory; name one or remove it")
         try:
-            found = _read(marker)
+            found = read_marker(root)
         except FileNotFoundError:
             _mark(marker, layout)
-            found = _read(marker)
+            found = read_marker(root)
     except FileNotFoundError:
         raise ConfigError("root", str(root), f"make its parent {root.parent} first") from None
     except (ValueError, OSError) as error:
@@ -42,12 +54,43 @@ def prepare_root(root: Path, layout: str) -> None:
         raise ConfigError("root", str(root), f"can't be used: {error}") from None
     if found != {"format": _FORMAT, "layout": layout}:
         raise ConfigError("root", str(root), f"holds {found}, not layout={layout!r}; use another")
+    if layout == "slabs":
+        check_index(root)
 
 
-def _read(marker: Path) -> object:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(marker, flags), encoding="utf-8") as file:
+def read_marker(root: Path) -> object:
+    """What kvgds.json says."""
+    with open(_open_regular(root / "kvgds.json", os.O_RDONLY), encoding="utf-8") as file:
         return json.load(file)
+
+
+def check_index(root: Path) -> None:
+    """Make sure that what SQLite is going to open are regular files, if they are there.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    for name in ("index.db", "index.db-wal", "index.db-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            _check_regular(os.lstat(root / name), root / name)
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open a file of ours, without waiting for whatever it may be instead."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    try:
+        _check_regular(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_regular(found: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        rule = f"can't be opened: {path.name} is no regular file (a link, a pipe?); remove it"
+        raise ConfigError("root", str(path), rule)
 
 
 def _mark(marker: Path, layout: str) -> None:
@@ -74,26 +117,73 @@ def _publish(temporary: Path, marker: Path) -> None:
 
 
 def lock_root(root: Path) -> int:
-    """Take the directory for this engine alone; the descriptor to close. Blocks.
+    """Take the directory for this engine alone; the descriptor to give to `locks.close`.
+
+    Where that is enough it is the directory itself that is locked: a lock file that somebody
+    removes would be made anew by the next engine, and be free.
 
     Raises:
         BusyError: another engine has it.
         ConfigError: it can't be written.
     """
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(root / "lock", flags, 0o600)
-    except OSError as error:
-        raise ConfigError("root", str(root), f"can't be written: {error}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
+        fd = _open_lock(root, os.O_RDWR | os.O_CREAT)
+        try:
+            locks.lock_nowait(fd, fcntl.LOCK_EX)
+            _sign(root / "lock")
+        except BaseException:
+            locks.close(fd)
+            raise
+    except BlockingIOError:
         raise BusyError(
-            f"{root} is in use by process {owner or 'unknown'}; one engine a slab directory "
+            f"{root} is in use by process {_signed(root / 'lock')}; one engine a slab directory "
             "(layout='files' can be shared)"
         ) from None
-    os.truncate(fd, 0)
-    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        raise ConfigError("root", str(root), f"can't be written: {error}") from None
     return fd
+
+
+def owner_of(root: Path) -> str:
+    """The process that has a slab directory, "unknown", or "" if none has.
+
+    Shares the lock for a moment to find out.
+    """
+    try:
+        fd = _open_lock(root, os.O_RDONLY)
+    except FileNotFoundError:
+        return ""
+    try:
+        locks.lock_nowait(fd, fcntl.LOCK_SH)
+    except BlockingIOError:
+        return _signed(root / "lock")
+    finally:
+        locks.close(fd)
+    return ""
+
+
+def _open_lock(root: Path, flags: int) -> int:
+    if filesystem_of(root) in _LOCAL:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _open_regular(root / "lock", flags)
+
+
+def _sign(path: Path) -> None:
+    """Leave word of who has the lock."""
+    fd = _open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.truncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+    finally:
+        os.close(fd)
+
+
+def _signed(path: Path) -> str:
+    try:
+        fd = _open_regular(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return "unknown"
+    try:
+        return os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+    finally:
+        os.close(fd)

@@ -10,11 +10,10 @@ import fcntl
 import os
 import re
 import secrets
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvgds.errors import BusyError
+from kvgds.tiers import locks
 from kvgds.tiers.folders import SAFE
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _TEMPORARY = re.compile(r"([0-9a-f]{32}\.\d+)\.(\d{1,9})\.(\d+)\.[0-9a-f]{16}\.(\d+)")
 _COUNT = re.compile(rb"\d{20}\n")
 _STALE_S = 3600.0
-_LOCK_S = 60.0
 
 
 class Ledger:
@@ -45,13 +43,13 @@ class Ledger:
         """Hold the lock, and know the count."""
         self._fd = os.open("ledger", os.O_RDWR | os.O_CREAT | SAFE, 0o600, dir_fd=self._root)
         try:
-            lock(self._fd, fcntl.LOCK_EX)
+            locks.lock(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)
             self.sound = _COUNT.fullmatch(text) is not None
             self.used = int(text) if self.sound else 0
             yield
         finally:
-            os.close(self._fd)
+            locks.close(self._fd)
 
     def add(self, nbytes: int) -> None:
         """Change the count."""
@@ -67,26 +65,6 @@ class Ledger:
         """The time by the clock that stamps files here, which may be another host's."""
         os.utime(self._fd)
         return os.fstat(self._fd).st_mtime
-
-
-def lock(fd: int, kind: int) -> None:
-    """Lock a file; by asking again and again, because waiting in flock has no end.
-
-    Raises:
-        BusyError: somebody has had it for a minute.
-    """
-    deadline = time.monotonic() + _LOCK_S
-    pause = 50e-6
-    while True:
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise BusyError(f"another process has held the lock for {_LOCK_S} s") from None
-            time.sleep(pause)
-            pause = min(2 * pause, 2e-3)
-        else:
-            return
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
 from kvgds.paths import PathPlan, try_directory
-from kvgds.tiers import Services, TierStatistics
+from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import (
@@ -257,7 +257,7 @@ class Slabs:
 
     def _close_files(self) -> None:
         with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
-            stack.callback(os.close, self._lock)
+            stack.callback(locks.close, self._lock)
             for slab in self._slabs.values():
                 stack.callback(os.close, slab.file.fd)
             self._slabs.clear()

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import ConfigError, KvgdsError, StorageFull, TransferError
 from kvgds.paths import DIRECT
+from kvgds.tiers import locks
 from kvgds.tiers.folders import (
     SAFE,
     Folders,
@@ -43,7 +44,7 @@ from kvgds.tiers.folders import (
     subfolders,
     touch,
 )
-from kvgds.tiers.ledger import Ledger, Owner, lock, reserved_by
+from kvgds.tiers.ledger import Ledger, Owner, reserved_by
 from kvgds.tiers.room import NAME, Room, known_as
 from kvgds.transport import File
 
@@ -159,7 +160,7 @@ class Tree:
         flags = os.O_RDWR | os.O_CREAT | SAFE
         self._openers = os.open("openers", flags, 0o600, dir_fd=self._root)
         try:
-            fcntl.flock(self._openers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.lock_nowait(self._openers, fcntl.LOCK_EX)
             alone = True
         except BlockingIOError:
             alone = False
@@ -170,7 +171,7 @@ class Tree:
                 self.ledger.add(-self.room.sweep()[2])
                 if self.ledger.used > self._settings.capacity_bytes:
                     self.room.make(0, 0)
-        lock(self._openers, fcntl.LOCK_SH)
+        locks.lock(self._openers, fcntl.LOCK_SH)
 
     def listing(self, progress: Callable[[str, int, int], None]) -> set[bytes]:
         """The blocks of the namespace, as digests of their keys."""
@@ -188,7 +189,7 @@ class Tree:
             self.run(Errands())  # what still fails is swept by whoever comes next
         for fd in (self._openers, self._root):
             if fd >= 0:
-                os.close(fd)
+                locks.close(fd)
         self._openers = self._root = -1
 
     def _create(self, path: str, flags: int = 0) -> int:

@@ -9,13 +9,13 @@ its ledger. Listing takes none, so that it works beside a live engine.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from typing import TYPE_CHECKING
 
 from kvgds.errors import ConfigError
-from kvgds.tiers.directory import lock_root
+from kvgds.tiers import locks
+from kvgds.tiers.directory import lock_root, read_marker
 from kvgds.upkeep.files import check_files, file_listing, gc_files
 from kvgds.upkeep.rebuild import rebuild as rebuild_index
 from kvgds.upkeep.records import (
@@ -66,9 +66,7 @@ def _marker(root: Path) -> object:
     try:
         if not stat.S_ISDIR(os.stat(root).st_mode):
             raise ConfigError("root", str(root), "is not a directory")
-        fd = os.open(root / "kvgds.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(fd, encoding="utf-8") as file:
-            return json.load(file)
+        return read_marker(root)
     except FileNotFoundError as error:
         missing = os.fspath(error.filename) == os.fspath(root)
         rule = "does not exist" if missing else "is no kvgds directory (it has no kvgds.json)"
@@ -129,7 +127,7 @@ def fsck(
         else:
             check_slabs(root, report, progress, repair=repair)
     finally:
-        os.close(lock)
+        locks.close(lock)
     return report
 
 
@@ -167,5 +165,5 @@ def gc(
         gc_slabs(root, rule, done)
     finally:
         if not dry_run:
-            os.close(lock)
+            locks.close(lock)
     return done

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
+from kvgds.tiers.directory import check_index
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, SLOT_MASK, open_slab, slab_name
 from kvgds.upkeep.images import WINDOW, Row, Slab, images, place_of, read_fully, row_fault
@@ -36,10 +37,11 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
         ConfigError: also from within, when a page that is needed turns out to be damaged.
     """
     path = root / "index.db"
-    if not path.exists():
+    if not os.path.lexists(path):
         if any(map(SLAB_NAME.fullmatch, os.listdir(root))):
             raise ConfigError("root", str(path), f"the index is missing; {_REBUILD}")
         raise ConfigError("root", str(root), _EMPTY)
+    check_index(root)
     # Without a log nobody has it open: then not even SQLite's own files need to be made.
     mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}"

@@ -1,0 +1,54 @@
+"""flock on files and directories, given up even if a child shares it.
+
+A child that was forked has its parent's descriptors, and flock belongs to what they share: it would
+outlive the parent's for as long as the child does. So `close` unlocks before it closes, and does
+not where this process only inherited the lock, which is still its parent's. Everything blocks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from kvgds.errors import BusyError
+
+_LOCK_S = 60.0
+_taken: set[int] = set()  # descriptors that this very process has locked
+os.register_at_fork(after_in_child=_taken.clear)
+
+
+def lock_nowait(fd: int, kind: int) -> None:
+    """Lock a file or directory; BlockingIOError if others have it."""
+    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    _taken.add(fd)
+
+
+def lock(fd: int, kind: int) -> None:
+    """Lock a file; by asking again and again, because waiting in flock has no end.
+
+    Raises:
+        BusyError: somebody has had it for a minute.
+    """
+    deadline = time.monotonic() + _LOCK_S
+    pause = 50e-6
+    while True:
+        try:
+            lock_nowait(fd, kind)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BusyError(f"another process has held the lock for {_LOCK_S} s") from None
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+        else:
+            return
+
+
+def close(fd: int) -> None:
+    """Give up the lock, if this process took one, and close the descriptor."""
+    try:
+        if fd in _taken:
+            _taken.remove(fd)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
