@@ -48,12 +48,11 @@ def run(*arguments: str, **settings: object) -> str:
     return done.stdout
 
 
-def test_checks() -> None:
+@pytest.mark.parametrize("file", sorted(CHECKS.glob("checks_*.py")), ids=lambda path: path.stem)
+def test_checks(file: Path) -> None:
     hung = "faulthandler_timeout=20"  # a thread that waits in C hears no signal
     options = ("-q", "-p", "no:cacheprovider", "--noconftest", "-o", hung)
-    files = sorted(str(path) for path in CHECKS.glob("checks_*.py"))
-    assert files
-    run("-m", "pytest", *options, *files, devices=2)
+    run("-m", "pytest", *options, str(file), devices=2)
 
 
 @pytest.mark.parametrize(
