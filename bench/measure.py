@@ -12,6 +12,8 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,8 +108,19 @@ def report_machine(root: Path) -> dict[str, object]:
         "filesystem": max(below, key=lambda m: len(m[1]))[2] if below else "unknown",
         "huge_pages": huge.read_text().strip() if huge.exists() else "none",
         "kvgds": version("kvgds"),
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
         "nixl": version("nixl-cu12"),
     }
+
+
+def _commit() -> str:
+    """What was measured, if this is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def emit(row: dict[str, object], out: Path | None) -> None:
