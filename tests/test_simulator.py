@@ -84,3 +84,8 @@ def test_the_environment_says_how_many_devices(devices: int, expected: str) -> N
 def test_it_is_not_loaded_here() -> None:
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert str(build()) not in maps
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(0, "none that CUDA answers"), (2, "2 found")])
+def test_the_doctor_says_how_their_memory_moves(devices: int, expected: str) -> None:
+    assert expected in run("-m", "kvgds", "doctor", devices=devices)

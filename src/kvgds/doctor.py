@@ -23,6 +23,7 @@ from kvgds.config import EngineConfig, FileTier
 from kvgds.engine import open_engine
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.memory import Arena
+from kvgds.memory.device import cuda
 from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import owner_of
 from kvgds.transport import NixlTransport
@@ -205,18 +206,20 @@ def _huge_bytes(address: int) -> int:
 
 
 def _gpu() -> Part:
-    """What there is of GPUs. This version does not use them."""
-    part = Part(used=False, summary="no NVIDIA GPU found; this version moves host memory only")
-    gpus = Path("/proc/driver/nvidia/gpus")
-    found = len(list(gpus.iterdir())) if gpus.is_dir() else 0
-    if not found:
-        return part
-    part.summary = f"{found} found, not used: this version moves host memory only"
+    """What there is of GPUs, and how their memory moves."""
     driver = _text("/proc/driver/nvidia/version").partition("\n")[0]
-    part.evidence.append(f"driver: {driver}")
-    if not _text("/proc/driver/nvidia-fs/version"):
-        fix = "install nvidia-fs (GPUDirect Storage), for versions that will use it"
-        part.refused.append(Refusal("GDS", "the module nvidia_fs is not loaded", fix))
+    evidence = [f"driver: {driver}"] if driver else []
+    try:
+        devices = cuda().devices
+    except PathUnavailable as error:
+        reasons = error.report if driver else ()
+        return Part(
+            used=False, summary="none that CUDA answers for", evidence=[*evidence, *reasons]
+        )
+    part = Part(used=True, summary=f"{devices} found; their memory moves through the bounce region")
+    part.evidence += [*evidence, "the CUDA runtime answers"]
+    fix = "nothing to do: a later version will try it"
+    part.refused.append(Refusal("GPUDirect Storage", "this version does not use it", fix))
     return part
 
 
