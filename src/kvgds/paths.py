@@ -513,7 +513,8 @@ def _try_direct(path: FilePath) -> tuple[bool, str]:
         if error.errno == errno.ENOSPC:  # what is stored there can be loaded all the same
             return bool(_dio_alignment(path)), "the disk is full: it was not tried, only asked for"
         raise
-    return True, "O_DIRECT wrote and read back " + " and ".join(f"{n:,}" for n in _TRIAL_BYTES)
+    sizes = " and ".join(f"{n:,}" for n in _TRIAL_BYTES)
+    return True, f"O_DIRECT wrote and read back {sizes} bytes"
 
 
 def filesystem_of(root: FilePath) -> str:
