@@ -27,7 +27,7 @@ from kvgds.errors import (
 )
 from kvgds.memory import Cache, Region, Territory, View, copy_view
 from kvgds.metrics import Event, Metrics, Observer
-from kvgds.paths import BOUNCE, Bounce, Move, Path, path_for
+from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
@@ -526,7 +526,7 @@ class Flights:
         if waiter is flight.leader:
             if move.abandon():
                 self._quarantine(flight, move)
-            elif move.path is not BOUNCE:  # storage or a GPU is at work in it
+            elif move.path is DIRECT or waiter.view.region.device is not None:
                 waiter.overdue = Settled(self._loop)
             else:
                 return False

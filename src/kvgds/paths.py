@@ -27,7 +27,7 @@ import xxhash
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
 from kvgds.memory import Arena, copy_pieces, pairs
-from kvgds.memory.device import cuda
+from kvgds.memory.device import COPIED, cuda
 from kvgds.schedule import Row
 from kvgds.transport import LATER
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
     from kvgds.memory import Region, View
-    from kvgds.memory.device import Copying, Cuda
+    from kvgds.memory.device import Copied, Copying, Cuda
     from kvgds.transport import File, Later
 
 Rows = list[Row]
@@ -90,6 +90,19 @@ class DirectoryPlan:
     def alignment(self) -> int:
         """What addresses, offsets and lengths must be multiples of, in bytes."""
         return PAGE if self.direct_io else 1
+
+    def path_plan(self, tier: str, backend: str) -> PathPlan:
+        """How host memory moves to a tier in this directory."""
+        return PathPlan(
+            tier=tier,
+            memory="host",
+            path="direct",
+            backend=backend,
+            direct_io=self.direct_io,
+            alignment=self.alignment,
+            evidence=self.evidence,
+            refused=self.refused,
+        )
 
 
 class Move:
@@ -161,7 +174,7 @@ class Move:
         self.device = view.region.device or 0
         self.device_rows: Rows = _NO_ROWS
         self.bounce: Bounce
-        self.copying: Copying | None = None
+        self.copying: Copying | Copied | None = None
         self.generation: int | None = None  # of a load: the one expected; None: any
         self.place = ""
         self.slot = 0  # slab tier only
@@ -300,39 +313,7 @@ class _Direct:
 
 
 class _Bounce:
-    name = "bounce"
-
-    def lease_bytes(self, nbytes: int) -> int:
-        return image_bytes(nbytes)
-
-    def begin(self, move: Move) -> Rows | None:
-        if move.write and not self._copy_in(move):
-            move.error = move.timeout()
-            return None
-        row = (move.lease_address, move.offset, image_bytes(move.nbytes))
-        return [row]
-
-    def _copy_in(self, move: Move) -> bool:
-        if not move.enter():
-            return False
-        copy_pieces(move.view.pieces(), [move.lease[PAGE:]])
-        move.leave()
-        seal(move)
-        return True
-
-    def end(self, move: Move) -> None:
-        if move.write:
-            return
-        payload = move.lease[PAGE : PAGE + move.nbytes]
-        move.check([payload])
-        if not move.enter():
-            move.error = move.timeout()
-            return
-        copy_pieces([payload], move.view.pieces())
-
-
-class _GpuBounce:
-    """GPU memory by way of the bounce region: copies run on the GPU's own engines."""
+    """By way of the lease: a host's copies end at once, a GPU runs them on engines of its own."""
 
     name = "bounce"
 
@@ -349,7 +330,7 @@ class _GpuBounce:
             if not move.copying.done:
                 return LATER
             move.leave()
-            seal(move)
+            self._seal(move)
         return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
 
     def end(self, move: Move) -> Later | None:
@@ -364,23 +345,27 @@ class _GpuBounce:
         return None if move.copying.done else LATER
 
     @staticmethod
-    def _copy(move: Move) -> Copying:
-        lease, memory = [(move.lease_address + PAGE, move.nbytes)], move.view.rows()
+    def _copy(move: Move) -> Copying | Copied:
+        view, device = move.view, move.view.region.device
+        if device is None:
+            payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
+            copy_pieces(*((pieces, payload) if move.write else (payload, pieces)))
+            return COPIED
+        lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)
-        return move.bounce.cuda().copy(move.device, copies)
+        return move.bounce.cuda().copy(device, copies)
 
-
-def seal(move: Move) -> None:
-    """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
-    payload = move.lease[PAGE:]
-    payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
-    full = move.algorithm != NO_CHECKSUM
-    move.stamp(checksum_of([payload[: move.nbytes]]) if full else bytes(16))
+    @staticmethod
+    def _seal(move: Move) -> None:
+        """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
+        payload = move.lease[PAGE:]
+        payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
+        full = move.algorithm != NO_CHECKSUM
+        move.stamp(checksum_of([payload[: move.nbytes]]) if full else bytes(16))
 
 
 DIRECT: Path = _Direct()
 BOUNCE: Path = _Bounce()
-GPU_BOUNCE: Path = _GpuBounce()
 
 
 class Bounce:
@@ -424,9 +409,8 @@ class Bounce:
 
 def path_for(view: View, alignment: int) -> Path:
     """The path that a view takes to a tier with this alignment."""
-    if view.region.device is not None:
-        return GPU_BOUNCE
-    direct = view.region.zero_copy and view.alignment >= alignment
+    region = view.region
+    direct = region.device is None and region.zero_copy and view.alignment >= alignment
     return DIRECT if direct else BOUNCE
 
 

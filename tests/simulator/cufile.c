@@ -732,18 +732,7 @@ void simcufile_clear(void) {
 
 /* Wait until a counter has reached this: 0, or ETIMEDOUT. */
 int simcufile_wait_counter(int index, int64_t least, int64_t timeout_ms) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += timeout_ms % 1000 * 1000000;
-    if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-    const int64_t *value = (const int64_t *)&count + index;
-    int error = 0;
-    pthread_mutex_lock(&lock);
-    while (*value < least && !error) error = pthread_cond_timedwait(&changed, &lock, &until);
-    error = *value < least ? ETIMEDOUT : 0;
-    pthread_mutex_unlock(&lock);
-    return error;
+    return wait_until((const int64_t *)&count + index, least, timeout_ms, &lock, &changed);
 }
 
 const char *simcufile_counter_name(int index) { return counter_names[index]; }

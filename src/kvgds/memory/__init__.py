@@ -43,18 +43,37 @@ def bytes_at(address: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
+def _overlaps(
+    source: Sequence[int], target: Sequence[int]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Walk two gather lists of the same total, given their sizes, however they are cut.
+
+    What both have in one piece: number and offset in the source, in the target, and bytes.
+    """
+    j = filled = 0
+    for i, size in enumerate(source):
+        done = 0
+        while done < size:
+            if filled == target[j]:
+                j, filled = j + 1, 0
+                continue
+            n = min(size - done, target[j] - filled)
+            yield i, done, j, filled, n
+            done, filled = done + n, filled + n
+
+
 def copy_pieces(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
     """Copy between two gather lists of the same total length, however they are cut."""
-    pieces = iter(target)
-    into = next(pieces)
-    for piece in source:
-        rest = piece
-        while len(rest):
-            if not len(into):
-                into = next(pieces)
-            n = min(len(rest), len(into))
-            into[:n] = rest[:n]
-            rest, into = rest[n:], into[n:]
+    for i, a, j, b, n in _overlaps([*map(len, source)], [*map(len, target)]):
+        target[j][b : b + n] = source[i][a : a + n]
+
+
+def pairs(
+    source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """Copies (to, from, bytes) between two gather lists of (address, bytes) of the same total."""
+    sizes = ([n for _, n in source], [n for _, n in target])
+    return [(target[j][0] + b, source[i][0] + a, n) for i, a, j, b, n in _overlaps(*sizes)]
 
 
 def copy_view(source: View, target: View) -> None:
@@ -63,24 +82,6 @@ def copy_view(source: View, target: View) -> None:
         copy_pieces(source.pieces(), target.pieces())
         return
     cuda().copy_now(pairs(source.rows(), target.rows()))
-
-
-def pairs(
-    source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]
-) -> list[tuple[int, int, int]]:
-    """Copies (to, from, bytes) between two gather lists of the same total, however cut."""
-    copies: list[tuple[int, int, int]] = []
-    extents = iter(target)
-    to, room = next(extents)
-    for start, nbytes in source:
-        address, left = start, nbytes
-        while left:
-            if not room:
-                to, room = next(extents)
-            n = min(left, room)
-            copies.append((to, address, n))
-            address, left, to, room = address + n, left - n, to + n, room - n
-    return copies
 
 
 class Arena:

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from kvgds.errors import BusyError, ConfigError, PathUnavailable
+from kvgds.memory.device import NOT_READY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +36,6 @@ _KIB = 1024
 _SUMS_THREADS = 64  # as in the kernels' launch bounds
 _SUMS_ROWS = _SUMS_THREADS // 4
 _DIGEST_THREADS = 32
-_NOT_READY = 600  # cudaErrorNotReady
 _MOST_BLOCKS = 65535  # CUDA's limit on a grid's second axis
 
 
@@ -120,7 +120,7 @@ class Digests:
             PathUnavailable: the GPU failed; they will never be there.
         """
         status = self._query(self.event.ptr)
-        if status not in {0, _NOT_READY}:
+        if status not in {0, NOT_READY}:
             raise PathUnavailable(
                 f"the GPU failed before it had the checksums: CUDA error {status}"
             )

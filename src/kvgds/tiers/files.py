@@ -76,16 +76,7 @@ class Files:
         try:
             self._tree.open()
             found = try_directory(settings.root / "tmp", settings.direct_io)
-            self.plan = PathPlan(
-                tier=self.name,
-                memory="host",
-                path="direct",
-                backend=self._services.transport.name,
-                direct_io=found.direct_io,
-                alignment=found.alignment,
-                evidence=found.evidence,
-                refused=found.refused,
-            )
+            self.plan = found.path_plan(self.name, self._services.transport.name)
             self._tree.direct = os.O_DIRECT if found.direct_io else 0
             self._tree.recover()
             self._known = self._tree.listing(progress)

@@ -112,12 +112,17 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         database.close()
         if isinstance(error, sqlite3.OperationalError):
             raise
-        rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
-        raise ConfigError("root", str(path), rule) from None
+        raise damaged(path, error) from None
     except ConfigError:
         database.close()
         raise
     return database
+
+
+def damaged(path: Path, error: Exception) -> ConfigError:
+    """The error for an index that holds what no engine wrote."""
+    rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
+    return ConfigError("root", str(path), rule)
 
 
 def _make_private(path: Path) -> None:

@@ -24,7 +24,7 @@ from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
 from kvgds.paths import PathPlan, try_directory
 from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
-from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.index import Changes, Index, connect, damaged
 from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
@@ -109,16 +109,7 @@ class Slabs:
         self._lock = lock_root(settings.root)
         try:
             found = try_directory(settings.root, settings.direct_io)
-            self.plan = PathPlan(
-                tier=self.name,
-                memory="host",
-                path="direct",
-                backend=self._services.transport.name,
-                direct_io=found.direct_io,
-                alignment=found.alignment,
-                evidence=found.evidence,
-                refused=found.refused,
-            )
+            self.plan = found.path_plan(self.name, self._services.transport.name)
             self._recover(progress)
         except BaseException as error:
             self._close_files()
@@ -132,15 +123,14 @@ class Slabs:
     def _recover(self, progress: Callable[[str, int, int], None]) -> None:
         power = self._settings.durable == "power"
         root = self._settings.root
-        with os.scandir(root) as entries:
-            slabs = any(SLAB_NAME.fullmatch(e.name) and e.is_file() for e in entries)
-        database = connect(root / "index.db", power=power, new=not slabs)
+        there = slabs_in(root)
+        database = connect(root / "index.db", power=power, new=not there)
         self._index = Index(database, self._services.post, self._sync if power else _nothing)
         try:
             namespace = self._namespace
             self._namespace_id = self._index.namespace(namespace.digest, namespace.text)
             self._clock = itertools.count((self._index.count_open() << 40) + 1)
-            lost = self._open_slabs()
+            lost = self._open_slabs(there)
             self._load_blocks(progress, lost)
             self._sweep()
             self._shrink()
@@ -148,17 +138,15 @@ class Slabs:
             self._index.close()
             if isinstance(error, ConfigError):
                 raise
-            rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
-            raise ConfigError("root", str(root / "index.db"), rule) from None
+            raise damaged(root / "index.db", error) from None
         except BaseException:
             self._index.close()
             raise
         self._index.start()
 
-    def _open_slabs(self) -> dict[int, int]:
+    def _open_slabs(self, there: dict[int, str]) -> dict[int, int]:
         """Open every slab of the index. For each that lost bytes, how many slots it still has."""
         lost = {}
-        there = slabs_in(self._settings.root)
         for slab_id, slot_bytes, slots in self._index.slabs():
             path = self._settings.root / slab_name(slab_id, slot_bytes)
             if there.get(slab_id, path.name) != path.name:
@@ -303,7 +291,6 @@ class Slabs:
     def load(self, moves: Sequence[Move]) -> None:
         """See ``Tier.load``."""
         settled, going = [], []
-        holds = self._holds
         for move in moves:
             block = self._blocks.get(move.key)
             if block is None:
@@ -313,7 +300,7 @@ class Slabs:
                 move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
             else:
                 self._aim(move, block[0], block[1])
-                holds[block[0]] = holds.get(block[0], 0) + 1
+                self._holds[block[0]] = self._holds.get(block[0], 0) + 1
                 self._touch(move.key, block)
                 going.append(move)
                 continue
@@ -623,8 +610,8 @@ class Slabs:
 
     def _older_elsewhere(self, size: SizeClass) -> bool:
         """Give up another class's slab if all of it is older than anything of this class."""
-        slab = self._least_wanted_slab(size)
         oldest = next(iter(size.used.values()), None)
+        slab = None if oldest is None else self._least_wanted_slab(size)
         if slab is None or oldest is None or slab.used_at > self._blocks[oldest][3]:
             return False
         self._give_up(slab)

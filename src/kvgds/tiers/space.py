@@ -41,8 +41,9 @@ def slab_name(slab_id: int, slot_bytes: int) -> str:
 
 def slabs_in(root: Path) -> dict[int, str]:
     """The slab files that lie there: id to name."""
-    matches = (SLAB_NAME.fullmatch(name) for name in os.listdir(root))
-    return {int(match[1]): match[0] for match in matches if match}
+    with os.scandir(root) as entries:
+        matches = (SLAB_NAME.fullmatch(entry.name) for entry in entries if entry.is_file())
+        return {int(match[1]): match[0] for match in matches if match}
 
 
 class Slab:
