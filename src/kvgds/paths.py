@@ -208,6 +208,13 @@ class Move:
         """Reactor: the caller's memory is not needed any more."""
         self._gate.release()
 
+    def again(self) -> None:
+        """After a failure: ready to begin once more, and until then the caller's to take back."""
+        self.error = None
+        if self.path is DIRECT:  # which holds its gate until it ends
+            self.leave()
+        self.copying = None
+
     def begin(self) -> Rows | Later | None:
         """Stage what is to be stored; see ``transport.Transfer``."""
         if self.abandoned:

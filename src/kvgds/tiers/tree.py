@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import ConfigError, KvgdsError, StorageFull, TransferError
-from kvgds.paths import DIRECT
 from kvgds.tiers import locks
 from kvgds.tiers.folders import (
     SAFE,
@@ -519,9 +518,8 @@ def _second_chance(store: Store) -> bool:
     if store.forced or move.abandoned:
         move.error = _disk_full(str(move.error))
         return False
-    store.forced, move.error = True, None
-    if move.path is DIRECT:
-        move.leave()  # its next begin enters again
+    store.forced = True
+    move.again()
     return True
 
 
