@@ -26,7 +26,8 @@ import numpy as np
 import kvgds.tiers.slabs
 from kvgds.testing import HeldTransport
 from kvgds.tiers.index import Changes, Index, connect
-from kvgds.transport import NixlTransport, _import_nixl
+from kvgds.transport import NixlTransport
+from kvgds.transport.agent import import_nixl
 from support import MIB, NAMESPACE, PAGE, Watched, config, content, digest, opened, put
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ async def do(engine: Watched, act: str, number: int, size: int) -> None:
 
 def nursery() -> None:
     """Read jobs; for each, fork a child and wait until it is dead."""
-    _import_nixl()
+    import_nixl()
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from kvgds.config import FileTier
     from kvgds.memory import Region
-    from kvgds.transport import Later, Rows, Transfer, Transport
+    from kvgds.transport import Later, Transfer, Transport
+    from kvgds.transport.contract import Rows
 
 __all__ = [
     "Bench",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from kvgds.transport import _import_nixl
+from kvgds.transport.agent import import_nixl
 from simulator import HANG, Simulator
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ BLOCK = 64 << 10
 DRIVER_ERROR, UNSUPPORTED_FILE, PINNING_FAILED = 5033, 5008, 5036
 SETTINGS = {"GDS_MT": {"thread_count": "4"}, "GDS": {"batch_pool_size": "2"}}
 
-nixl = _import_nixl()
+nixl = import_nixl()
 errors = importlib.import_module("nixl_cu12._bindings")
 names = (f"agent-{number}" for number in itertools.count())
 

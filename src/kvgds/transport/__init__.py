@@ -1,0 +1,102 @@
+"""The only user of NIXL: moves rows of bytes between memory and files.
+
+``contract`` says what a transport and a transfer promise each other; ``agent`` calls NIXL;
+``reactor`` is the thread that drives an agent, and ``inbox`` how it is asked and how it waits.
+Every NIXL call on an agent runs on its lane's thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kvgds.errors import ClosedError
+from kvgds.transport.contract import LATER, File, Later, NotMoved, Transfer, Transport
+from kvgds.transport.reactor import GROUP_ROWS, Lane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvgds.memory import Region
+
+__all__ = ["LATER", "File", "Later", "NixlTransport", "NotMoved", "Transfer", "Transport"]
+
+_ids = itertools.count(1)
+
+
+class NixlTransport:
+    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents.
+
+    ``gpu`` names the plugin for GPU memory, ``"GDS_MT"`` or ``"GDS"``; "": none.
+    """
+
+    def __init__(
+        self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio"), gpu: str = ""
+    ) -> None:
+        number = next(_ids)
+        self._lanes = [Lane(f"nixl-{number}-{i}", queues, gpu) for i in range(lanes)]
+        self._closed = False
+        self.name = ""
+
+    def start(self) -> None:
+        """Make the agents; blocks for some hundred milliseconds the first time.
+
+        Raises:
+            PathUnavailable: NIXL or its plugin can't be loaded.
+        """
+        for lane in self._lanes:
+            lane.start()
+        for lane in self._lanes:
+            lane.ready.result()
+        self.name = self._lanes[0].backend
+
+    def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
+        """See :class:`Transport`."""
+        if self._closed:
+            raise ClosedError("the transport is closed")
+        if len(self._lanes) == 1:
+            self._lanes[0].submit(transfers, deliver)
+            return
+        for start in range(0, len(transfers), GROUP_ROWS // 4):
+            lane = min(self._lanes, key=lambda lane: lane.load)
+            lane.submit(transfers[start : start + GROUP_ROWS // 4], deliver)
+
+    def detach(self, thing: File | Region) -> Future[None]:
+        """See :class:`Transport`."""
+        if self._closed:  # a lane that ends forgets everything
+            return _all_of([lane.stopped for lane in self._lanes])
+        return _all_of([lane.call(partial(lane.forget, thing)) for lane in self._lanes])
+
+    def close(self) -> Future[None]:
+        """See :class:`Transport`."""
+        self._closed = True
+        for lane in self._lanes:
+            lane.call(lane.stop)
+        return _all_of([lane.stopped for lane in self._lanes])
+
+    def abandon(self) -> None:
+        """See :class:`Transport`."""
+        for lane in self._lanes:
+            lane.leak()
+
+
+def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
+    """A future that ends when all have; with the first error there was."""
+    whole: Future[None] = Future()
+    left = [len(futures)]
+    lock = threading.Lock()
+
+    def ended(_: Future[None]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0] or not whole.set_running_or_notify_cancel():
+                return
+        error = next((e for f in futures if (e := f.exception())), None)
+        whole.set_exception(error) if error else whole.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return whole

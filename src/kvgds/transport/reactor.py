@@ -1,0 +1,462 @@
+"""The thread that moves bytes: it stages transfers, keeps storage busy, and reports what ended.
+
+One lane is one NIXL agent and one thread. NIXL offers no completion callback and no cancel, so a
+request is kept until it is done or has failed, whatever became of its awaiter.
+
+The interpreter lock is the resource to spare: while the event loop runs Python, each time
+the reactor lets go of the lock it may wait milliseconds for it. So transfers travel in
+*flights* of up to 64 rows, only the oldest flight is asked how it is doing, and one call
+delivers all that has ended.
+
+Storage tends to end what it was given together at one moment. Were everything in its hands, it
+would then stand idle while the event loop answers and asks for more. So half of what is to be
+moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
+anybody is told.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from kvgds.blocks import padded
+from kvgds.memory import bytes_at
+from kvgds.schedule import coalesce
+from kvgds.transport.agent import Agent
+from kvgds.transport.contract import LATER, NotMoved
+from kvgds.transport.inbox import Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kvgds.transport.agent import Descriptors, Request
+    from kvgds.transport.contract import Rows, Transfer
+
+    Deliver = Callable[[list[Any]], None]
+
+GROUP_ROWS = 64
+_GROUP_BYTES = 4 << 20
+_WINDOW_BYTES = 8 << 20  # less than that need not wait
+_MERGED_BYTES = 1 << 20
+_SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
+_LARGE_BYTES = 1 << 20
+_COPY_S = 50e-6  # between two looks at copies
+_SPIN_S = 100e-6
+_SPIN_BYTES = 256 << 10
+_SWEEP_S = 10e-3
+_STUCK_S = 0.2  # a flight that takes as long holds up no window
+_SLEEP_S = (100e-6, 1e-3)
+_RATE_S = 20e-3
+_FIRST_RATE = 2e9  # bytes a second, until measured
+
+
+class _Member:
+    """A transfer on its way through a lane."""
+
+    __slots__ = ("deliver", "rows", "transfer")
+
+    def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
+        self.transfer = transfer
+        self.deliver = deliver
+        self.rows: Rows = []
+
+
+class _Flight:
+    """Transfers that travel together: a request for host memory, and one for GPUs'."""
+
+    __slots__ = ("members", "nbytes", "requests", "rows", "since")
+
+    def __init__(self) -> None:
+        self.members: list[_Member] = []
+        self.rows = 0
+        self.nbytes = 0
+        self.requests: list[Request] = []
+        self.since = 0.0
+
+    def add(self, member: _Member) -> None:
+        self.members.append(member)
+        self.rows += len(member.rows) + len(member.transfer.device_rows)
+        self.nbytes += member.transfer.nbytes
+
+
+class _Side:
+    """What goes one way through a lane, loads or stores, from stage to stage."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Member] = deque()
+        self.copying: deque[_Member] = deque()  # begun; copies are under way
+        self.staged: deque[_Member] = deque()  # its rows may move
+        self.flights: deque[_Flight] = deque()
+        self.stuck: list[_Flight] = []  # for so long that nothing waits for them any more
+        self.queued_bytes = 0  # of those not in flight
+        self.staged_bytes = 0
+        self.flying_bytes = 0  # but those stuck
+
+    def busy(self) -> bool:
+        return bool(self.queued_bytes or self.flights or self.stuck or self.copying)
+
+    def open(self) -> bool:
+        """Whether one more flight may leave: within the window, and not of little among many."""
+        window = max(_WINDOW_BYTES, (self.flying_bytes + self.queued_bytes) // 2)
+        return self.flying_bytes < window and (
+            len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
+        )
+
+    def group_bytes(self) -> int:
+        """How large a flight may be: several make a window."""
+        return _GROUP_BYTES
+
+    def board(self) -> _Flight:
+        """The staged transfers that go next."""
+        flight = _Flight()
+        most = self.group_bytes()
+        while self.staged and flight.rows < GROUP_ROWS and flight.nbytes < most:
+            flight.add(self.staged.popleft())
+        self.queued_bytes -= flight.nbytes
+        self.staged_bytes -= flight.nbytes
+        return flight
+
+    def depart(self, flight: _Flight) -> None:
+        self.flights.append(flight)
+        self.flying_bytes += flight.nbytes
+
+    def land(self, flight: _Flight) -> None:
+        if flight in self.stuck:
+            self.stuck.remove(flight)
+        else:
+            self.flights.remove(flight)
+            self.flying_bytes -= flight.nbytes
+
+    def give_up(self, now: float) -> None:
+        """Set aside flights that take so long that others should not wait for their window."""
+        for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
+            self.land(flight)
+            self.stuck.append(flight)
+
+
+class Lane:
+    """One agent and its thread. All methods but start, submit, call and leak run on that thread.
+
+    Attributes:
+        backend: what moves the bytes, once ``ready``.
+        load: bytes that have come in and not been delivered; a hint for choosing a lane.
+        ready: ends when the agent is made, or can't be.
+        stopped: ends when the thread does.
+    """
+
+    def __init__(self, name: str, queues: Sequence[str], gpu: str) -> None:
+        self.backend = ""
+        self.load = 0
+        self.ready: Future[None] = Future()
+        self.stopped: Future[None] = Future()
+        self._settings = (name, queues, gpu)
+        self._inbox = Inbox()
+        self._sides = (_Side(), _Side())  # loads, stores
+        self._alone: deque[_Member] = deque()
+        self._landing: deque[_Member] = deque()  # moved; copies are under way
+        self._ended: list[_Member] = []
+        self._closing = False
+        self._rate = _FIRST_RATE
+        self._rate_bytes = 0
+        self._rate_from = 0.0
+        self._moved_at = 0.0
+        self._swept_at = 0.0
+        self._agent: Agent
+        self._thread = threading.Thread(target=self._main, name=f"kvgds-{name}", daemon=True)
+
+    # --- called from other threads -------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:
+        """Queue transfers; their ends go to ``deliver``, on the lane's thread."""
+        self.load += sum(transfer.nbytes for transfer in transfers)
+        self._inbox.put((transfers, deliver))
+
+    def call(self, function: Callable[[], None]) -> Future[None]:
+        """Run a function on the lane's thread."""
+        future: Future[None] = Future()
+        self._inbox.put((function, future))
+        return future
+
+    def leak(self) -> None:
+        """Keep every object that a wedged transfer may use for as long as the process lives."""
+        flights = [flight for side in self._sides for flight in (*side.flights, *side.stuck)]
+        self._agent.leak([request for flight in flights for request in flight.requests])
+
+    # --- the reactor ---------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._agent = Agent(*self._settings)
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever opens the transport
+            self.ready.set_exception(error)
+            self.stopped.set_result(None)
+            return
+        if self._agent.ring is not None:
+            self._inbox.watch(self._agent.ring)
+        self.backend = self._agent.backend
+        self.ready.set_result(None)
+        while not self._closing or self._working():
+            self._inbox.wait(self._pause())
+            self._receive()
+            self._launch()
+            self._poll()
+            self._report()
+        self._agent.close()
+        self._inbox.close()
+        self.stopped.set_result(None)
+
+    def stop(self) -> None:
+        """End once nothing is under way."""
+        self._closing = True
+
+    def forget(self, thing: Any) -> None:  # noqa: ANN401 - a region or a file
+        """Deregister what no transfer uses any more."""
+        self._agent.forget(thing)
+
+    def _working(self) -> bool:
+        return bool(self._alone or self._landing) or any(side.busy() for side in self._sides)
+
+    def _receive(self) -> None:
+        """Take what has come in."""
+        while (item := self._inbox.take()) is not None:
+            what, how = item
+            if isinstance(how, Future):
+                _call(what, how)
+                continue
+            for transfer in what:
+                side = self._sides[transfer.write]
+                side.waiting.append(_Member(transfer, how))
+                side.queued_bytes += transfer.nbytes
+
+    def _pause(self) -> float | None:
+        """How long to wait for news, in seconds; None: until there are some.
+
+        A ring tells of its completions, so that only a lost one would be waited for. Without
+        a ring, an eighth of the time that what is in flight should take: storage never runs
+        dry meanwhile, and each look costs some 50 µs of CPU. Something small is watched without
+        a pause at first, since even the shortest sleep takes as long as it does.
+        """
+        if self._alone:
+            return 0.0
+        if self._landing or any(side.copying for side in self._sides):
+            return _COPY_S
+        nbytes = sum(side.flying_bytes for side in self._sides)
+        if not nbytes:
+            stuck = any(side.stuck for side in self._sides)
+            return _SWEEP_S if stuck else 0.0 if self._closing else None
+        if nbytes <= _SPIN_BYTES and time.monotonic() - self._moved_at < _SPIN_S:
+            return 0.0
+        if self._agent.ring is not None:
+            return _SWEEP_S
+        least, most = _SLEEP_S
+        return min(max(nbytes / self._rate / 8, least), most)
+
+    # --- staging and launching -----------------------------------------------------
+
+    def _launch(self) -> None:
+        """Put transfers in flight, together if they go the same way; loads first."""
+        while self._alone:
+            flight = _Flight()
+            flight.add(self._alone.popleft())
+            self._post(flight)
+        for side in self._sides:
+            while side.queued_bytes and side.open():
+                self._stage(side)
+                if not side.staged:
+                    break
+                self._post(side.board())
+        for side in self._sides:  # what will go next, while storage is busy
+            if side.flights:
+                self._stage(side)
+
+    def _stage(self, side: _Side) -> None:
+        """Begin as many transfers as a flight takes, unless that many have begun."""
+        for _ in range(len(side.copying)):
+            self._begin(side.copying.popleft(), side)
+        most = side.group_bytes()
+        while side.waiting and side.staged_bytes < most and len(side.staged) < GROUP_ROWS:
+            self._begin(side.waiting.popleft(), side)
+
+    def _begin(self, member: _Member, side: _Side) -> None:
+        transfer = member.transfer
+        try:
+            for region in transfer.regions:
+                self._agent.register(region)
+            self._agent.register(transfer.file)
+            rows = transfer.begin()
+        except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+            transfer.fail(error)
+            rows = None
+        if rows is LATER:
+            side.copying.append(member)
+        elif rows is None:
+            side.queued_bytes -= transfer.nbytes
+            self._ended.append(member)
+        else:
+            member.rows = rows
+            side.staged.append(member)
+            side.staged_bytes += transfer.nbytes
+
+    def _post(self, flight: _Flight) -> None:
+        write = flight.members[0].transfer.write
+        local: Descriptors = []
+        remote: Descriptors = []
+        for fd, rows in _rows_by_file(flight):
+            local += [(address, nbytes, 0) for address, _, nbytes in rows]
+            remote += [(offset, nbytes, fd) for _, offset, nbytes in rows]
+        flight.requests = [self._agent.post(local, remote, write=write, far=False)]
+        local, remote = _far_rows(flight)
+        if local:
+            flight.requests.append(self._agent.post(local, remote, write=write, far=True))
+        now = self._moved_at = flight.since = time.monotonic()
+        if all(request.done for request in flight.requests):
+            self._over(flight)
+            return
+        if not any(side.flights for side in self._sides):
+            self._rate_bytes, self._rate_from = 0, now
+        self._sides[write].depart(flight)
+
+    # --- landing -------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Ask the oldest flights; now and then, when one seems stuck, ask them all."""
+        now = time.monotonic()
+        for _ in range(len(self._landing)):
+            self._end(self._landing.popleft())
+        stuck = any(side.stuck for side in self._sides)
+        sweep = now - (self._swept_at if stuck else max(self._swept_at, self._moved_at)) > _SWEEP_S
+        if sweep:
+            self._swept_at = now
+        for side in self._sides:
+            if sweep:
+                side.give_up(now)
+            for flight in (*side.flights, *(side.stuck if sweep else ())):
+                if self._landed(flight, side):
+                    self._launch()  # storage first; then those who wait
+                    self._over(flight)
+                    self._report()
+                elif not sweep:
+                    break
+
+    def _landed(self, flight: _Flight, side: _Side) -> bool:
+        for request in flight.requests:
+            if not self._agent.check(request):
+                return False
+        side.land(flight)
+        now = self._moved_at = time.monotonic()
+        self._measure(flight.nbytes, now)
+        return True
+
+    def _measure(self, nbytes: int, now: float) -> None:
+        """Keep the rate at which storage has moved bytes lately, over stretches of busy time."""
+        self._rate_bytes += nbytes
+        if now - self._rate_from > _RATE_S:
+            self._rate = max(self._rate_bytes / (now - self._rate_from), 1e6)
+            self._rate_bytes, self._rate_from = 0, now
+
+    def _over(self, flight: _Flight) -> None:
+        """Every request has ended: only now may what they used be let go."""
+        for request in flight.requests:
+            self._agent.release(request)
+        errors = [request.error for request in flight.requests if request.error is not None]
+        if errors:
+            self._failed(flight, errors[0])
+            return
+        for member in flight.members:
+            self._end(member)
+
+    def _end(self, member: _Member) -> None:
+        try:
+            if member.transfer.end() is LATER:
+                self._landing.append(member)
+                return
+        except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+            member.transfer.fail(error)
+        self._ended.append(member)
+
+    def _failed(self, flight: _Flight, error: Exception) -> None:
+        """NIXL tells only that something in the flight failed: try each member by itself."""
+        if len(flight.members) > 1:
+            self._alone.extend(flight.members)
+            return
+        (member,) = flight.members
+        try:
+            reason = _diagnose(member.transfer, member.rows, error)
+        except Exception as cause:  # noqa: BLE001 - rows that no call takes; the lane must live
+            reason = NotMoved(None, f"{error}: {cause}")
+        member.transfer.fail(reason)
+        self._ended.append(member)
+
+    def _report(self) -> None:
+        """Deliver what has ended, with one call for each receiver."""
+        ended, self._ended = self._ended, []
+        groups: dict[Any, list[Transfer]] = {}
+        for member in ended:
+            self.load -= member.transfer.nbytes
+            groups.setdefault(member.deliver, []).append(member.transfer)
+        for deliver, transfers in groups.items():
+            deliver(transfers)
+
+
+def _call(function: Callable[[], None], future: Future[None]) -> None:
+    wanted = future.set_running_or_notify_cancel()
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - handed to whoever waits
+        if wanted:
+            future.set_exception(error)
+    else:
+        if wanted:
+            future.set_result(None)
+
+
+def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
+    """The rows of each run of members that share a file; bounced neighbours become one row."""
+    for fd, group in itertools.groupby(flight.members, lambda member: member.transfer.file.fd):
+        parts = [member.rows for member in group]
+        rows = list(itertools.chain.from_iterable(parts))
+        yield fd, coalesce(rows, _MERGED_BYTES) if 1 < len(parts) == len(rows) else rows
+
+
+def _far_rows(flight: _Flight) -> tuple[Descriptors, Descriptors]:
+    """What moves between GPU memory and files."""
+    local: Descriptors = []
+    remote: Descriptors = []
+    for member in flight.members:
+        transfer = member.transfer
+        for address, offset, nbytes in transfer.device_rows:
+            local.append((address, nbytes, transfer.device))
+            remote.append((offset, nbytes, transfer.file.fd))
+    return local, remote
+
+
+def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
+    """What the system says of the same rows: NIXL's errors carry no errno."""
+    fd = transfer.file.fd
+    far = [(0, offset, nbytes) for _, offset, nbytes in transfer.device_rows]
+    for address, offset, nbytes in (*rows, *far):
+        # Not closed here: an error's traceback still holds on to the view of it.
+        scratch = memoryview(mmap.mmap(-1, padded(nbytes)))[:nbytes]
+        try:
+            if transfer.write:  # what lies in GPU memory can't be written so; nothing reads it
+                part = bytes_at(address, nbytes) if address else scratch
+                moved = os.pwritev(fd, [part], offset)
+            else:
+                moved = os.preadv(fd, [scratch], offset)
+        except OSError as cause:
+            return NotMoved(cause.errno, str(error))
+        if moved < nbytes:
+            verb = "write" if transfer.write else "read"
+            return NotMoved(errno.EIO, f"{error}: short {verb}, {moved} of {nbytes} bytes")
+    return NotMoved(None, f"{error}, but a plain call on the same range succeeds")
