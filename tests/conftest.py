@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from blockbuster import BlockBuster, BlockBusterFunction
 
-from kvgds.transport.agent import import_nixl
+from kvgds.transport.agent import Agent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,12 +52,9 @@ def loop_guard() -> BlockBuster:
         )
     for name in FILE_CALLS:
         guard.functions[name] = BlockBusterFunction(None, name, scanned_modules=WATCHED)
-    # Every way into a NIXL agent: each may take the agent's lock, and some hold the GIL.
-    agent = import_nixl().nixl_agent
-    for name in ("__init__", *(name for name in vars(agent) if not name.startswith("_"))):
-        guard.functions[f"nixl_agent.{name}"] = BlockBusterFunction(
-            agent, name, scanned_modules=WATCHED
-        )
+    # Every way into NIXL: each may take the agent's lock, and some hold the GIL.
+    for name in ("__init__", *(name for name in vars(Agent) if not name.startswith("_"))):
+        guard.functions[f"Agent.{name}"] = BlockBusterFunction(Agent, name, scanned_modules=WATCHED)
     return guard
 
 

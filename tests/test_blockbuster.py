@@ -20,7 +20,7 @@ def planted(call: str, define: str = "def") -> Callable[[], Any]:
     """Compile a function that makes `call` and belongs, by its file name, to kvgds."""
     source = f"""
 import asyncio, os, sqlite3, threading, time
-from nixl_cu12._api import nixl_agent
+from kvgds.transport.agent import Agent
 {define} function():
     return {call}
 """
@@ -41,8 +41,8 @@ from nixl_cu12._api import nixl_agent
         "os.fsync(0)",
         "os.pread(0, 1, 0)",
         "sqlite3.connect(':memory:')",
-        "nixl_agent('planted')",
-        "nixl_agent.transfer(None, None)",
+        "Agent('planted', ('uring',), '')",
+        "Agent.check(None, None)",
     ],
 )
 async def test_kvgds_may_not_block_the_loop(call: str) -> None:

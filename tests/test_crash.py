@@ -27,7 +27,7 @@ import kvgds.tiers.slabs
 from kvgds.testing import HeldTransport
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.transport import NixlTransport
-from kvgds.transport.agent import import_nixl
+from kvgds.transport.agent import nixl
 from support import MIB, NAMESPACE, PAGE, Watched, config, content, digest, opened, put
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ async def do(engine: Watched, act: str, number: int, size: int) -> None:
 
 def nursery() -> None:
     """Read jobs; for each, fork a child and wait until it is dead."""
-    import_nixl()
+    nixl()
     for line in sys.stdin:
         child = os.fork()
         if not child:

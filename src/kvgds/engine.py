@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,8 @@ class Engine:
         self.plan: tuple[PathPlan, ...] = ()
         self._loop = asyncio.get_running_loop()
         self._transport = transport or NixlTransport(config.transport_threads)
+        self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._woken = False
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="kvgds-files")
         self.metrics = Metrics(self._gauges())
         self._flights = Flights(config, self.metrics, self._run)
@@ -206,11 +209,25 @@ class Engine:
         return self._loop.run_in_executor(self._executor, function, *args)
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:  # noqa: ANN401 - any function's
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._posted, function, args)
+        """Run a function on the loop. One wake-up does for all that the loop has not seen yet."""
+        self._posts.append((function, args))
+        if not self._woken:
+            self._wake()
 
-    def _posted(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-        function(*args)
+    def _wake(self) -> None:
+        self._woken = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._run_posts)
+
+    def _run_posts(self) -> None:
+        self._woken = False  # first: what is posted from now on may be too late for this turn
+        try:
+            for _ in range(len(self._posts)):
+                function, args = self._posts.popleft()
+                function(*args)
+        except BaseException:
+            self._wake()  # the others' turn still comes
+            raise
         self._flights.wake_closer()  # a tier may have become idle without a move that settles
 
     def _run(self, function: Callable[[], Any], done: Callable[[ThreadFuture[Any]], None]) -> None:

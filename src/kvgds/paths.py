@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import xxhash
 
+from kvgds import contention
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, PathUnavailable, TransferError, TransferTimeout
 from kvgds.memory import Arena, copy_pieces, pairs
@@ -421,32 +422,27 @@ def path_for(view: View, alignment: int) -> Path:
     return DIRECT if direct else BOUNCE
 
 
-_HELD_BYTES = 256 << 10
-_LONG_S = 1e-3  # a wait for the interpreter lock that tells of a busy loop
-_BUSY_S = 50e-3  # for so long it is then taken to be busy
-_busy_until = 0.0
+_HELD_BYTES = 64 << 10  # xxhash gives up the lock for more
 
 
 def checksum_of(pieces: Sequence[memoryview]) -> bytes:
     """xxh3-128 of the pieces in order.
 
     Hashing a long piece at once lets go of the interpreter lock, so that the event loop runs
-    meanwhile. While the loop is busy in Python, taking the lock back costs up to 5 ms each time,
-    more than the hashing: then, for a while, long pieces are hashed in stretches that keep it.
+    meanwhile. While the loop is busy in Python, taking the lock back costs more than the hashing:
+    then long pieces are hashed in stretches that keep it.
     """
-    global _busy_until  # noqa: PLW0603 - the lock is the process's, and so is what is known of it
     if len(pieces) == 1 and len(pieces[0]) <= _HELD_BYTES:
         return xxhash.xxh3_128_digest(pieces[0])
     started = time.monotonic()
-    hold = started < _busy_until
+    hold = contention.busy()
     state = xxhash.xxh3_128()
     for piece in pieces:
         step = _HELD_BYTES if hold else len(piece)
         for start in range(0, len(piece), step):
             state.update(piece[start : start + step])
-    now = time.monotonic()
-    if not hold and now - started > _LONG_S + sum(map(len, pieces)) * 1e-9:
-        _busy_until = now + _BUSY_S
+    if not hold:
+        contention.waited(time.monotonic() - started - sum(map(len, pieces)) * 1e-9)
     return state.digest()
 
 

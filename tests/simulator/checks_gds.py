@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from kvgds.transport.agent import import_nixl
 from simulator import HANG, Simulator
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ BLOCK = 64 << 10
 DRIVER_ERROR, UNSUPPORTED_FILE, PINNING_FAILED = 5033, 5008, 5036
 SETTINGS = {"GDS_MT": {"thread_count": "4"}, "GDS": {"batch_pool_size": "2"}}
 
-nixl = import_nixl()
+nixl = importlib.import_module("nixl_cu12._api")
 errors = importlib.import_module("nixl_cu12._bindings")
 names = (f"agent-{number}" for number in itertools.count())
 

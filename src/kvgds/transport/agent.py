@@ -2,49 +2,135 @@
 
 The only code that calls NIXL. All methods of an agent run on the thread that made it. A request is
 never released before it has ended: NIXL would free memory that storage still writes to.
+
+It calls the C interface that lies in NIXL's wheels, and that its Rust bindings are made of. The
+Python bindings give up the interpreter lock in nearly every call, and while the event loop runs
+Python each time costs milliseconds to get it back. Here it is given up where a call may take long,
+and only there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
-import logging
+import fcntl
+import functools
 import os
 import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvgds import contention
 from kvgds.errors import PathUnavailable
 from kvgds.transport.contract import File
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvgds.memory import Region
 
     Descriptors = list[tuple[int, int, int]]
     """(address, bytes, device) in memory; (offset, bytes, descriptor) in a file."""
 
+_LIBRARY = "libnixl_capi.so"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
 _GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
+_DRAM, _VRAM, _FILE = 0, 1, 4
+_READ, _WRITE = 0, 1
+_STRICT = 1
+_STATUS = {
+    -1: "invalid parameter",
+    -2: "backend error",
+    -3: "invalid state",
+    -4: "exception",
+    -5: "no telemetry",
+    -6: "not supported",
+}
 
 
-def import_nixl() -> Any:  # noqa: ANN401 - nixl has no types
-    """NIXL's Python API, silenced: it logs to stdout and changes logging for the process."""
-    level, raising = os.environ.get("NIXL_LOG_LEVEL"), logging.raiseExceptions
+class NixlError(Exception):
+    """NIXL refused or failed a call; it says no more than its status."""
+
+    def __init__(self, call: str, status: int) -> None:
+        super().__init__(f"{call}: {_STATUS.get(status, status)}")
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("progress_thread", ctypes.c_bool),
+        ("listen_thread", ctypes.c_bool),
+        ("listen_port", ctypes.c_int),
+        ("sync", ctypes.c_int),
+        ("workers", ctypes.c_uint),
+        ("progress_delay_us", ctypes.c_uint64),
+        ("listen_delay_us", ctypes.c_uint64),
+        ("telemetry", ctypes.c_bool),
+    )
+
+
+class _Nixl:
+    """NIXL's C interface. Calls of ``held`` keep the interpreter lock, those of ``free`` don't."""
+
+    def __init__(self, path: str) -> None:
+        self.free = ctypes.CDLL(path)
+        self.held = ctypes.PyDLL(path)
+        if self.held.nixl_capi_is_stub():
+            raise OSError(f"{path} is a stub")
+        pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
+        for library in (self.free, self.held):
+            library.nixl_capi_xfer_dlist_add_desc.argtypes = (pointer, size, size, number)
+            library.nixl_capi_reg_dlist_add_desc.argtypes = (
+                pointer, size, size, number, pointer, size,
+            )  # fmt: skip
+
+    def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - ctypes converts
+        """Call something that may take long."""
+        _check(name, getattr(self.free, f"nixl_capi_{name}")(*arguments))
+
+    def make(self, what: str, *arguments: Any) -> ctypes.c_void_p:  # noqa: ANN401 - see call
+        """Call something that gives a handle."""
+        handle = ctypes.c_void_p()
+        self.call(f"create_{what}", *arguments, ctypes.byref(handle))
+        return handle
+
+
+def _check(name: str, status: int) -> None:
+    if status:
+        raise NixlError(name, status)
+
+
+@functools.cache
+def nixl() -> _Nixl:
+    """NIXL, loaded once; it reads NIXL_LOG_LEVEL then, and is silent unless that asks for more.
+
+    Raises:
+        PathUnavailable: it is not installed, or can't be loaded.
+    """
+    level = os.environ.get("NIXL_LOG_LEVEL")
     os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     report = []
     try:
-        for name in ("nixl_cu12", "nixl_cu13"):
+        for path in _candidates():
             try:
-                return importlib.import_module(f"{name}._api")
-            except ImportError as error:
-                report.append(f"{name}: {error}")
+                return _Nixl(path)
+            except OSError as error:
+                report.append(str(error))
     finally:
-        logging.raiseExceptions = raising
         if level is None:
             del os.environ["NIXL_LOG_LEVEL"]
     raise PathUnavailable("NIXL can't be loaded; pip install 'nixl-cu12>=1.5.1'", tuple(report))
+
+
+def _candidates() -> Iterator[str]:
+    """Where its library may be: in the wheels, or where the system's loader looks."""
+    for name in ("nixl_cu12", "nixl_cu13"):
+        spec = find_spec(name)
+        if spec is not None and spec.origin is not None:
+            libraries = Path(spec.origin).parent.parent / f".{name}.mesonpy.libs"
+            yield os.fspath(libraries / _LIBRARY)
+    yield _LIBRARY
 
 
 _making_ring = threading.Lock()
@@ -63,12 +149,22 @@ def _rings() -> set[int]:
 class Request:
     """What NIXL was asked to move: host memory, or one GPU's, to or from files."""
 
-    __slots__ = ("done", "error", "handle")
+    __slots__ = ("direct", "done", "error", "handle")
 
-    def __init__(self) -> None:
-        self.handle: Any = None
+    def __init__(self, *, direct: bool) -> None:
+        self.handle = ctypes.c_void_p()
+        self.direct = direct
         self.done = False
         self.error: Exception | None = None
+
+
+class _Lists:
+    """The descriptor lists of one kind of memory and of files, used again for each request."""
+
+    def __init__(self, library: _Nixl, kind: int, options: ctypes.c_void_p) -> None:
+        self.local = library.make("xfer_dlist", kind)
+        self.remote = library.make("xfer_dlist", _FILE)
+        self.options = options
 
 
 class Agent:
@@ -83,110 +179,154 @@ class Agent:
     """
 
     def __init__(self, name: str, queues: Sequence[str], gpu: str) -> None:
-        self._name = name
-        self._gpu = gpu
+        self._name = name.encode()
+        self._nixl = nixl()
         self.ring: int | None = None
-        self._registered: dict[Region | File, list[tuple[str, Any]]] = {}
-        self._nixl = import_nixl()
-        self._agent, self.backend = self._make(queues)
-        if gpu:
-            self._make_gpu()
+        self._registered: dict[Region | File, list[tuple[Any, Any]]] = {}
+        self._direct: set[int] = set()  # descriptors with O_DIRECT
+        self._agent, posix, self.backend = self._make(queues)
+        self._posix = _Lists(self._nixl, _DRAM, posix)
+        self._gpu = _Lists(self._nixl, _VRAM, self._make_gpu(gpu)) if gpu else None
 
-    def _make(self, queues: Sequence[str]) -> tuple[Any, str]:
+    def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
-        sync = self._nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        config = _Config(sync=_STRICT, workers=1, listen_delay_us=100_000)
         for kind in queues:
-            config = self._nixl.nixl_agent_config(
-                enable_prog_thread=False, backends=[], sync_mode=sync
-            )
-            agent = self._nixl.nixl_agent(self._name, config)
+            agent = self._nixl.make("configured_agent", self._name, ctypes.byref(config))
+            settings = {f"use_{kind}": "true", "ios_pool_size": "4096"}
             with _making_ring:
                 before = _rings()
                 try:
-                    agent.create_backend("POSIX", {f"use_{kind}": "true", "ios_pool_size": "4096"})
-                except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+                    options = self._backend(agent, "POSIX", settings)
+                except NixlError as error:
                     report.append(f"POSIX/{kind}: {error}")
+                    self._nixl.call("destroy_agent", agent)
                     continue
                 made = _rings() - before
             self.ring = made.pop() if len(made) == 1 else None
-            return agent, f"POSIX/{kind}"
+            return agent, options, f"POSIX/{kind}"
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
 
-    def _make_gpu(self) -> None:
+    def _make_gpu(self, plugin: str) -> ctypes.c_void_p:
         try:
-            self._agent.create_backend(self._gpu, _GPU_SETTINGS[self._gpu])
-        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-            raise PathUnavailable(
-                f"NIXL's {self._gpu} plugin can't be used here", (str(error),)
-            ) from None
+            return self._backend(self._agent, plugin, _GPU_SETTINGS[plugin])
+        except NixlError as error:
+            text = f"NIXL's {plugin} plugin can't be used here"
+            raise PathUnavailable(text, (str(error),)) from None
+
+    def _backend(
+        self, agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]
+    ) -> ctypes.c_void_p:
+        """Make a backend; the options that name it in a call."""
+        library = self._nixl
+        parameters = library.make("params")
+        for key, value in settings.items():
+            library.call("params_add", parameters, key.encode(), value.encode())
+        try:
+            backend = library.make("backend", agent, plugin.encode(), parameters)
+        finally:
+            library.call("destroy_params", parameters)
+        options = library.make("opt_args")
+        library.call("opt_args_add_backend", options, backend)
+        return options
 
     def register(self, thing: Region | File) -> None:
-        """Tell NIXL of memory or a file, if it does not know it."""
+        """Tell NIXL of memory or a file, if it does not know it.
+
+        Raises:
+            NixlError: it won't have it.
+        """
         if thing in self._registered:
             return
+        lists = [self._posix, *([self._gpu] if self._gpu else [])]
         if isinstance(thing, File):
-            entries, kind = [(0, _FILE_BYTES, thing.fd, "")], "FILE"
-            backends = ["POSIX", self._gpu] if self._gpu else ["POSIX"]
-        elif thing.device is None:
-            entries, kind = [(span.address, span.nbytes, 0, "") for span in thing.spans], "DRAM"
-            backends = ["POSIX"]
+            kind, entries = _FILE, [(0, _FILE_BYTES, thing.fd)]
+            if fcntl.fcntl(thing.fd, fcntl.F_GETFL) & os.O_DIRECT:
+                self._direct.add(thing.fd)
         else:
-            device = thing.device
-            entries = [(span.address, span.nbytes, device, "") for span in thing.spans]
-            kind, backends = "VRAM", [self._gpu]
+            far = thing.device is not None
+            kind, lists = (_VRAM, lists[1:]) if far else (_DRAM, lists[:1])
+            entries = [(span.address, span.nbytes, thing.device or 0) for span in thing.spans]
         done = self._registered[thing] = []
+        library = self._nixl
         try:
-            for backend in backends:
-                registered = self._agent.register_memory(entries, kind, [backend])
-                done.append((backend, registered))
+            for each in lists:
+                listed = library.make("reg_dlist", kind)
+                for entry in entries:
+                    library.call("reg_dlist_add_desc", listed, *entry, None, 0)
+                library.call("register_mem", self._agent, listed, each.options)
+                done.append((listed, each.options))
         except BaseException:
             self.forget(thing)
             raise
 
     def forget(self, thing: Region | File) -> None:
         """Deregister, if it was ever registered."""
-        for backend, registered in self._registered.pop(thing, ()):
-            self._agent.deregister_memory(registered, backends=[backend])
+        if isinstance(thing, File):
+            self._direct.discard(thing.fd)
+        for listed, options in self._registered.pop(thing, ()):
+            self._nixl.call("deregister_mem", self._agent, listed, options)
+            self._nixl.call("destroy_reg_dlist", listed)
 
     def post(self, local: Descriptors, remote: Descriptors, *, write: bool, far: bool) -> Request:
         """Start moving between memory (``far``: a GPU's) and files, pair by pair."""
-        agent, request = self._agent, Request()
-        kind, backend = ("VRAM", self._gpu) if far else ("DRAM", "POSIX")
+        lists = self._gpu if far else self._posix
+        request = Request(direct=not far and all(fd in self._direct for _, _, fd in remote))
+        held = self._nixl.held
         try:
-            request.handle = agent.initialize_xfer(
-                "WRITE" if write else "READ",
-                agent.get_xfer_descs(local, kind),
-                agent.get_xfer_descs(remote, "FILE"),
-                self._name,
-                b"",
-                [backend],
+            if lists is None:
+                raise NixlError("no backend for GPU memory", -6)
+            for listed, rows in ((lists.local, local), (lists.remote, remote)):
+                held.nixl_capi_xfer_dlist_clear(listed)
+                for row in rows:
+                    held.nixl_capi_xfer_dlist_add_desc(listed, *row)
+            _check(
+                "create_xfer_req",
+                held.nixl_capi_create_xfer_req(
+                    self._agent,
+                    _WRITE if write else _READ,
+                    lists.local,
+                    lists.remote,
+                    self._name,
+                    ctypes.byref(request.handle),
+                    lists.options,
+                ),
             )
-            request.done = agent.transfer(request.handle) == "DONE"
-        except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
+            self._ask(request, "post_xfer_req", self._agent, request.handle, None)
+        except NixlError as error:
             request.done, request.error = True, error
         return request
 
     def check(self, request: Request) -> bool:
         """Whether a request has ended, well or not. Lets the POSIX plugin work, too."""
         if not request.done:
-            try:
-                request.done = self._agent.check_xfer_state(request.handle) == "DONE"
-            except Exception as error:  # noqa: BLE001 - nixl's errors share no base class
-                request.done, request.error = True, error
+            self._ask(request, "get_xfer_status", self._agent, request.handle)
         return request.done
+
+    def _ask(self, request: Request, name: str, *arguments: ctypes.c_void_p | None) -> None:
+        """Make one of the calls in which requests go on, and note whether this one has ended.
+
+        Storage without a page cache takes and gives back requests in no time, so that a call that
+        took long has waited for the lock; it is not given up then.
+        """
+        quick = request.direct and self.ring is not None
+        held = quick and contention.busy()
+        library, started = self._nixl.held if held else self._nixl.free, time.monotonic()
+        status = getattr(library, f"nixl_capi_{name}")(*arguments)
+        if quick and not held:
+            contention.waited(time.monotonic() - started)
+        if status <= 0:  # else it is under way
+            request.done = True
+            request.error = NixlError(name, status) if status else None
 
     def release(self, request: Request) -> None:
         """Let go of a request that has ended."""
-        if request.handle is not None:
-            self._agent.release_xfer_handle(request.handle)
+        if request.handle:
+            self._nixl.held.nixl_capi_release_xfer_req(self._agent, request.handle)
+            self._nixl.held.nixl_capi_destroy_xfer_req(request.handle)
 
     def close(self) -> None:
         """Forget everything; nothing is under way."""
         for thing in list(self._registered):
             self.forget(thing)
-        self._agent = None
-
-    def leak(self, requests: Sequence[Request]) -> None:
-        """Keep for as long as the process lives what these requests may use. Any thread."""
-        for thing in (self, self._agent, *(request.handle for request in requests)):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+        self._nixl.call("destroy_agent", self._agent)

@@ -16,6 +16,7 @@ anybody is told.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import mmap
@@ -26,6 +27,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from kvgds import contention
 from kvgds.blocks import padded
 from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 GROUP_ROWS = 64
 _GROUP_BYTES = 4 << 20
+_CONTENDED_GROUP_BYTES = 32 << 20
 _WINDOW_BYTES = 8 << 20  # less than that need not wait
 _MERGED_BYTES = 1 << 20
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
@@ -105,13 +108,14 @@ class _Side:
     def open(self) -> bool:
         """Whether one more flight may leave: within the window, and not of little among many."""
         window = max(_WINDOW_BYTES, (self.flying_bytes + self.queued_bytes) // 2)
-        return self.flying_bytes < window and (
+        return (self.flying_bytes < window or contention.busy()) and (
             len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
         )
 
-    def group_bytes(self) -> int:
-        """How large a flight may be: several make a window."""
-        return _GROUP_BYTES
+    @staticmethod
+    def group_bytes() -> int:
+        """How large a flight may be: several make a window, but each costs waits for the lock."""
+        return _CONTENDED_GROUP_BYTES if contention.busy() else _GROUP_BYTES
 
     def board(self) -> _Flight:
         """The staged transfers that go next."""
@@ -190,8 +194,7 @@ class Lane:
 
     def leak(self) -> None:
         """Keep every object that a wedged transfer may use for as long as the process lives."""
-        flights = [flight for side in self._sides for flight in (*side.flights, *side.stuck)]
-        self._agent.leak([request for flight in flights for request in flight.requests])
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     # --- the reactor ---------------------------------------------------------------
 
@@ -401,12 +404,15 @@ class Lane:
     def _report(self) -> None:
         """Deliver what has ended, with one call for each receiver."""
         ended, self._ended = self._ended, []
+        started = time.monotonic()
         groups: dict[Any, list[Transfer]] = {}
         for member in ended:
             self.load -= member.transfer.nbytes
             groups.setdefault(member.deliver, []).append(member.transfer)
         for deliver, transfers in groups.items():
             deliver(transfers)
+        if ended:
+            contention.waited(time.monotonic() - started)
 
 
 def _call(function: Callable[[], None], future: Future[None]) -> None:
