@@ -45,7 +45,7 @@ Memory: TypeAlias = Any
 _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
-_SETTLE_AT_ONCE = 8
+_SETTLE_AT_ONCE = 4
 _PUMP_BYTES = 4 << 20
 _PENDING = Outcome(b"", "pending")
 
