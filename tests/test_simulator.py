@@ -6,6 +6,7 @@ processes of their own, many in each.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,26 @@ import pytest
 from simulator import build, environment
 
 CHECKS = Path(__file__).parent / "simulator"
+
+# Opens an engine with the settings given as JSON, and prints how GPU memory moves, or why not.
+PLAN = """
+import asyncio, json, sys, tempfile
+import kvgds
+async def main():
+    settings = json.loads(sys.argv[1])
+    tier = kvgds.FileTier(root=tempfile.mkdtemp() + "/kv", capacity_bytes=1 << 24,
+                          verify=settings.pop("verify", "stamp"))
+    config = kvgds.EngineConfig(namespace=kvgds.Namespace(model="m"), tiers=(tier,),
+                                bounce_bytes=1 << 20, **settings)
+    try:
+        async with kvgds.open_engine(config) as engine:
+            for plan in engine.plan[1:]:
+                print(plan.path, plan.backend, *plan.evidence, *plan.refused, sep="; ")
+            print("cufile" in open("/proc/self/maps").read())
+    except kvgds.KvgdsError as error:
+        print(type(error).__name__, str(error).replace("\\n", "; "))
+asyncio.run(main())
+"""
 
 # Prints what cuFileDriverOpen answers, and who it says it is.
 OPEN = """
@@ -79,6 +100,44 @@ def test_without_compatibility_mode_only_the_real_thing_opens(
 @pytest.mark.parametrize(("devices", "expected"), [(0, "100 0"), (3, "0 3")])
 def test_the_environment_says_how_many_devices(devices: int, expected: str) -> None:
     assert expected == run("-c", COUNT, devices=devices).strip()
+
+
+REFUSED = "GPUDirect Storage can't be had here"
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "path", "why"),
+    [
+        ({}, {}, "gds", "cuFile works by nvidia-fs"),
+        ({}, {"path": "p2pdma"}, "gds", "cuFile works by PCI peer-to-peer"),
+        ({}, {"path": "compat"}, "bounce", "gds: cuFileDriverOpen: cuFile error 5001"),
+        ({}, {"driver_open": 5033}, "bounce", "gds: cuFileDriverOpen: cuFile error 5033"),
+        ({}, {"driver_open": "hang"}, "bounce", "gds: the trial did not end within 3 s"),
+        ({}, {"handle_register": 5008}, "bounce", "gds: register_mem: backend error"),
+        ({}, {"buffer_register": 5036}, "bounce", "gds: cuFileBufRegister: cuFile error 5036"),
+        ({}, {"write": "short:100:0:-1"}, "bounce", "gds: NIXL moved nothing to a file"),
+        ({}, {"read": "error:5:0:-1"}, "bounce", "gds: NIXL moved nothing from a file"),
+        ({"verify": "full"}, {}, "bounce", "gds: checksums on the GPU need CuPy"),
+        ({"path": "bounce"}, {}, "bounce", "gds: path='bounce' was asked for"),
+        ({"path": "gds"}, {}, "gds", "1,052,672 bytes went from a GPU to a file"),
+        ({"path": "gds"}, {"path": "compat"}, "PathUnavailable", REFUSED),
+        ({"path": "gds"}, {"buffer_register": 5036}, "PathUnavailable", "BAR is too small"),
+        ({"path": "gds"}, {"devices": 0}, "PathUnavailable", "no CUDA runtime or no GPU"),
+        ({"path": "gds", "allow_compat": True}, {}, "gds", "nvidia-fs"),
+        ({"path": "gds", "allow_compat": True}, {"path": "compat"}, "gds-compat", "5001"),
+        ({"path": "gds", "allow_compat": True}, {"driver_open": 5033}, "PathUnavailable", REFUSED),
+    ],
+)
+def test_how_gpu_memory_moves(
+    settings: dict[str, object], machine: dict[str, object], path: str, why: str
+) -> None:
+    """Whatever is wrong with GPUDirect Storage is found out at open, named, and never used."""
+    settings = {"probe_timeout_s": 3.0 if "hang" in machine.values() else 20.0} | settings
+    said, _, cufile = run("-c", PLAN, json.dumps(settings), **machine).strip().partition("\n")
+    assert said.split(";")[0].split()[0] == path
+    assert why in said
+    if settings.get("path") == "bounce":
+        assert cufile == "False"  # not even loaded
 
 
 def test_it_is_not_loaded_here() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvgds.blocks import PAGE, Namespace
 from kvgds.errors import ConfigError
@@ -72,10 +72,13 @@ class EngineConfig(_Settings):
     Attributes:
         namespace: what the blocks belong to; blocks of different namespaces never mix.
         tiers: where blocks go: one FileTier, in a tuple or list.
-        path: for GPU memory; aligned host memory always goes direct.
+        path: for GPU memory; aligned host memory always goes direct. ``"auto"``: GPUDirect Storage
+            if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not.
+        allow_compat: with ``path="gds"``: cuFile's compatibility mode will do, named gds-compat.
         bounce_bytes: budget of the bounce region, padding included.
         timeout_s: deadline of an operation that names none.
         drain_timeout_s: how long closing waits for what is in flight.
+        probe_timeout_s: how long the trial of GPUDirect Storage may take, at open.
         queue_ops: operations that may be queued before ``*_nowait`` raises QueueFull.
         inflight_ops: blocks that may be in flight, per tier and direction.
         inflight_bytes: bytes that may be in flight, per tier and direction.
@@ -85,13 +88,22 @@ class EngineConfig(_Settings):
     namespace: Namespace
     tiers: tuple[FileTier, ...]
     path: Literal["auto", "gds", "bounce"] = "auto"
+    allow_compat: bool = False
     bounce_bytes: Annotated[int, Field(ge=2 * PAGE)] = 256 << 20
     timeout_s: Positive = 30.0
     drain_timeout_s: Positive = 60.0
+    probe_timeout_s: Positive = 60.0
     queue_ops: Annotated[int, Field(ge=1)] = 4096
     inflight_ops: Annotated[int, Field(ge=1)] = 256
     inflight_bytes: Annotated[int, Field(ge=PAGE)] = 64 << 20
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+    @model_validator(mode="after")
+    def _compat(self) -> Self:
+        if self.allow_compat and self.path != "gds":
+            rule = "means something with path='gds' only; leave one of them out"
+            raise ConfigError("EngineConfig.allow_compat", self.allow_compat, rule)
+        return self
 
     @field_validator("tiers", mode="before")
     @classmethod

@@ -22,7 +22,6 @@ from kvgds.blocks import Outcome, check_key
 from kvgds.errors import (
     ClosedError,
     ConfigError,
-    PathUnavailable,
     QueueFull,
     TransferError,
     TransferTimeout,
@@ -30,7 +29,7 @@ from kvgds.errors import (
 from kvgds.flights import Batch, Flights, Memory
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Gauge, Metrics, Observer
-from kvgds.paths import Bounce
+from kvgds.paths import Ways, settle_gds
 from kvgds.schedule import Priority
 from kvgds.tiers import Services, Tier, TierStatistics
 from kvgds.tiers.files import Files
@@ -138,7 +137,7 @@ class Engine:
         told = progress or logged_progress()
         starting = asyncio.ensure_future(self._in_thread(self._start, told))
         try:
-            self._flights.bounce = await asyncio.shield(starting)
+            self._flights.ways, self.plan = await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._closing = asyncio.ensure_future(self._unopen(starting))
             await asyncio.shield(self._closing)
@@ -146,35 +145,47 @@ class Engine:
         except BaseException:
             self._executor.shutdown(wait=False)
             raise
-        self.plan = (self._tier.plan, *self._flights.bounce.plans(self._tier.plan))
 
-    async def _unopen(self, starting: asyncio.Future[Bounce]) -> None:
+    async def _unopen(self, starting: asyncio.Future[tuple[Ways, tuple[PathPlan, ...]]]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
         await asyncio.wait({starting})
         if starting.exception() is None:
-            self._flights.bounce = starting.result()
+            self._flights.ways, _ = starting.result()
             await self._close()
         else:
             self._executor.shutdown(wait=False)
 
-    def _start(self, progress: Callable[[str, int, int], None]) -> Bounce:
-        if self.config.path == "gds":
-            rule = (
-                "GPUDirect Storage can't be had: this version moves GPU memory through the bounce"
-            )
-            raise PathUnavailable(f"{rule} region only; use path='auto' or 'bounce'")
+    def _start(
+        self, progress: Callable[[str, int, int], None]
+    ) -> tuple[Ways, tuple[PathPlan, ...]]:
         start = getattr(self._transport, "start", None)
         if start is not None:
             start()
         try:
             arena = _arena(self.config.bounce_bytes)
             self._tier.open(progress)
+            try:
+                return self._settle_ways(Ways(arena, region_of(arena.bytes)))
+            except BaseException:
+                self._tier.close()
+                raise
         except BaseException:
             self._transport.close().result()
             raise
-        bounce = Bounce(arena, region_of(arena.bytes))
-        bounce.probe()
-        return bounce
+
+    def _settle_ways(self, ways: Ways) -> tuple[Ways, tuple[PathPlan, ...]]:
+        """How GPU memory moves, too."""
+        host, tier = self._tier.plan, self.config.tiers[0]
+        gds = settle_gds(
+            self.config.path,
+            tier.root,
+            self._transport,
+            allow_compat=self.config.allow_compat,
+            direct_io=host.direct_io,
+            checksums=tier.verify == "full",
+            timeout_s=self.config.probe_timeout_s,
+        )
+        return ways, (host, *ways.choose(host, gds))
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.
@@ -202,7 +213,7 @@ class Engine:
             await self._in_thread(self._tier.close)
         finally:
             await asyncio.wrap_future(self._transport.close())
-            await self._in_thread(self._flights.bounce.close)
+            await self._in_thread(self._flights.ways.close)
             self._executor.shutdown(wait=False)
 
     def _in_thread(self, function: Callable[..., T], *args: object) -> Awaitable[T]:
@@ -238,10 +249,12 @@ class Engine:
     def register(self, buffer: object) -> Region:
         """Register one contiguous buffer, of torch, numpy, mmap, bytearray and the like.
 
-        Page-aligned parts of it move without a copy, other parts through the bounce region.
+        Page-aligned parts of it move without a copy, other parts through the bounce region. GPU
+        memory that is registered already gives the same region again.
 
         Raises:
-            ConfigError: not contiguous, empty, GPU memory, part of a cache, or no buffer.
+            ConfigError: not contiguous, empty, part of a cache or of other registered GPU memory,
+                or no buffer.
         """
         self._check_open()
         return self._flights.territory.register(buffer)
@@ -278,10 +291,19 @@ class Engine:
         *,
         priority: Priority = Priority.BACKGROUND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> bool:
         """Store one block; returns when it is down and visible.
 
         A key names its content: when a block of this size is there already, nothing moves.
+
+        Args:
+            key: names the block, 1 to 1,024 bytes.
+            memory: where it lies.
+            priority: who waits for it.
+            timeout_s: from the call to the answer; the settings' if None.
+            stream: GPU memory is taken after all that this stream was given; None: the default
+                stream. Of torch, CuPy, or a ``cudaStream_t`` as an integer.
 
         Returns:
             True if the block was written, False if it was there already, or another store
@@ -292,7 +314,7 @@ class Engine:
             StorageFull: no room. BusyError: a load into this memory is in flight.
             ConfigError: an argument can't be. ClosedError: the engine or memory is closed.
         """
-        batch = self._open_batch(1, priority, timeout_s, write=True)
+        batch = self._open_batch(1, priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, [(key, memory)])
         return _value(batch.outcomes[0])
 
@@ -303,8 +325,17 @@ class Engine:
         *,
         priority: Priority = Priority.DEMAND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> bool:
         """Load one block into memory of its size.
+
+        Args:
+            key: names the block.
+            memory: where it shall lie.
+            priority: who waits for it.
+            timeout_s: from the call to the answer; the settings' if None.
+            stream: GPU memory is not touched before this stream has done all that it was given;
+                None: the default stream. Afterwards every stream may use it.
 
         Returns:
             True, or False: a miss is an answer.
@@ -317,7 +348,7 @@ class Engine:
             ConfigError: an argument can't be, or the block has another size than the memory.
             ClosedError: the engine or memory is closed.
         """
-        batch = self._open_batch(1, priority, timeout_s, write=False)
+        batch = self._open_batch(1, priority, timeout_s, stream, write=False)
         await self._flights.carry_out(batch, [(key, memory)])
         return _value(batch.outcomes[0])
 
@@ -327,10 +358,11 @@ class Engine:
         *,
         priority: Priority = Priority.BACKGROUND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> list[Outcome]:
         """Store blocks; an outcome for each, in order. One bad block fails no other."""
         items = [(key, memory) for key, memory in items]
-        batch = self._open_batch(len(items), priority, timeout_s, write=True)
+        batch = self._open_batch(len(items), priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, items)
         return batch.outcomes
 
@@ -340,10 +372,11 @@ class Engine:
         *,
         priority: Priority = Priority.DEMAND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> list[Outcome]:
         """Load blocks; an outcome for each, in order. One bad block fails no other."""
         items = [(key, memory) for key, memory in items]
-        batch = self._open_batch(len(items), priority, timeout_s, write=False)
+        batch = self._open_batch(len(items), priority, timeout_s, stream, write=False)
         await self._flights.carry_out(batch, items)
         return batch.outcomes
 
@@ -353,10 +386,11 @@ class Engine:
         *,
         priority: Priority = Priority.BACKGROUND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> AsyncIterator[Outcome]:
         """Store blocks; their outcomes as they end."""
         self._check_open()
-        return self._flights.each(items, priority, timeout_s, write=True)
+        return self._flights.each(items, priority, timeout_s, write=True, stream=stream)
 
     def load_each(
         self,
@@ -364,25 +398,36 @@ class Engine:
         *,
         priority: Priority = Priority.DEMAND,
         timeout_s: float | None = None,
+        stream: object = None,
     ) -> AsyncIterator[Outcome]:
         """Load blocks; their outcomes as they end, to start computing early.
 
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
         """
         self._check_open()
-        return self._flights.each(items, priority, timeout_s, write=False)
+        return self._flights.each(items, priority, timeout_s, write=False, stream=stream)
 
     def store_nowait(
-        self, key: BlockKey, memory: Memory, *, timeout_s: float | None = None
+        self,
+        key: BlockKey,
+        memory: Memory,
+        *,
+        timeout_s: float | None = None,
+        stream: object = None,
     ) -> Operation:
         """Start a store; await the result later. Raises QueueFull instead of queueing more."""
-        return self._start_now(key, memory, Priority.BACKGROUND, timeout_s, write=True)
+        return self._start_now(key, memory, Priority.BACKGROUND, timeout_s, stream, write=True)
 
     def load_nowait(
-        self, key: BlockKey, memory: Memory, *, timeout_s: float | None = None
+        self,
+        key: BlockKey,
+        memory: Memory,
+        *,
+        timeout_s: float | None = None,
+        stream: object = None,
     ) -> Operation:
         """Start a load; await the result later. Raises QueueFull instead of queueing more."""
-        return self._start_now(key, memory, Priority.DEMAND, timeout_s, write=False)
+        return self._start_now(key, memory, Priority.DEMAND, timeout_s, stream, write=False)
 
     async def prefix(self, keys: Iterable[BlockKey], *, timeout_s: float | None = None) -> int:
         """Length of the longest prefix of ``keys`` whose blocks are all stored.
@@ -468,6 +513,7 @@ class Engine:
         memory: Memory,
         priority: Priority,
         timeout_s: float | None,
+        stream: object,
         *,
         write: bool,
     ) -> Operation:
@@ -476,7 +522,7 @@ class Engine:
             self._flights.pump()  # what only waits for this turn of the loop to end is no queue
         if self._flights.scheduler.queued >= self.config.queue_ops:
             raise QueueFull(f"{self._flights.scheduler.queued} blocks are queued; await some first")
-        batch = self._open_batch(1, priority, timeout_s, write=write)
+        batch = self._open_batch(1, priority, timeout_s, stream, write=write)
         self._flights.admit(batch, 0, key, memory)
         self._flights.pump_soon()
 
@@ -487,10 +533,16 @@ class Engine:
         return Operation(lambda: finish().__await__())
 
     def _open_batch(
-        self, blocks: int, priority: Priority, timeout_s: float | None, *, write: bool
+        self,
+        blocks: int,
+        priority: Priority,
+        timeout_s: float | None,
+        stream: object,
+        *,
+        write: bool,
     ) -> Batch:
         self._check_open()
-        return self._flights.open_batch(blocks, priority, timeout_s, write=write)
+        return self._flights.open_batch(blocks, priority, timeout_s, write=write, stream=stream)
 
     def _gauges(self) -> list[Gauge]:
         def flights(read: Callable[[Flights], int]) -> Callable[[], float]:

@@ -26,8 +26,9 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.memory import Cache, Region, Territory, View, copy_view
+from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
-from kvgds.paths import DIRECT, Bounce, Move, Path, path_for
+from kvgds.paths import Move, Path, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Batch:
         "outcomes",
         "priority",
         "since",
+        "stream",
         "waiter",
         "waiters",
         "write",
@@ -90,11 +92,13 @@ class Batch:
         *,
         write: bool,
         each: bool,
+        stream: int,
     ) -> None:
         self.loop = loop
         self.deadlines = deadlines
         self.write = write
         self.priority = priority
+        self.stream = stream  # what GPU memory is used on
         self.since = loop.time()
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
@@ -166,14 +170,14 @@ class Flights:
     """All operations of one engine.
 
     Attributes:
-        tier: set once it is open; likewise ``bounce``.
+        tier: set once it is open; likewise ``ways``.
         counts: blocks that ended, by outcome, and those that joined another's I/O.
         closed: set once no new block may come in.
         quarantined: bytes of bounce memory that transfers past their deadline still own.
     """
 
     tier: Tier
-    bounce: Bounce
+    ways: Ways
 
     def __init__(
         self,
@@ -227,11 +231,20 @@ class Flights:
         *,
         write: bool,
         each: bool = False,
+        stream: object = None,
     ) -> Batch:
         """Begin a call of so many blocks: its deadline runs from now."""
         timeout = self.timeout_of(timeout_s)
         _check_priority(priority)
-        batch = Batch(self._loop, self.deadlines, blocks, priority, write=write, each=each)
+        batch = Batch(
+            self._loop,
+            self.deadlines,
+            blocks,
+            priority,
+            write=write,
+            each=each,
+            stream=0 if stream is None else stream_of(stream),
+        )
         if blocks:
             self.deadlines.add(batch, batch.since + timeout)
         return batch
@@ -320,7 +333,7 @@ class Flights:
 
     def _book(self, waiter: Waiter, key: BlockKey, priority: Priority) -> Flight:
         nbytes = waiter.view.nbytes
-        path = path_for(waiter.view, self.tier.plan.alignment)
+        path = self.ways.path_for(waiter.view, self.tier.plan.alignment)
         flight = Flight(key, waiter, path, write=waiter.batch.write)
         lease = path.lease_bytes(nbytes)
         if lease > self._config.bounce_bytes:
@@ -381,8 +394,9 @@ class Flights:
             full=self._full,
             owner=flight,
             backend=self.tier.plan.backend,
+            stream=flight.leader.batch.stream,
         )
-        move.lend(self.bounce, ticket.offset or 0, ticket.bounce_bytes)
+        move.lend(self.ways, ticket.offset or 0, ticket.bounce_bytes)
         flight.move = move
         return move
 
@@ -472,7 +486,8 @@ class Flights:
         """Give the others what the leader got, before it gets its memory back."""
         flight.copying = True
         self.running.add(flight)
-        views = [waiter.view for waiter in flight.waiters if waiter is not flight.leader]
+        others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
+        targets = [(waiter.view, waiter.batch.stream) for waiter in others]
 
         def ended(future: ThreadFuture[None]) -> None:
             self.running.discard(flight)
@@ -481,7 +496,7 @@ class Flights:
             self._tell(flight, move)
             self.wake_closer()
 
-        self._run(lambda: _copy_all(move.view, views), ended)
+        self._run(lambda: _copy_all(move.view, targets), ended)
 
     def _count(self, batch: Batch, outcome: Outcome, nbytes: int, path: str) -> None:
         status, tier = outcome.status, self.tier.name
@@ -526,7 +541,7 @@ class Flights:
         if waiter is flight.leader:
             if move.abandon():
                 self._quarantine(flight, move)
-            elif move.path is DIRECT or waiter.view.region.device is not None:
+            elif move.path.holds or waiter.view.region.device is not None:
                 waiter.overdue = Settled(self._loop)
             else:
                 return False
@@ -595,10 +610,13 @@ class Flights:
         timeout_s: float | None,
         *,
         write: bool,
+        stream: object,
     ) -> AsyncIterator[Outcome]:
         """Carry out a call and give its outcomes as they come."""
         items = [(key, memory) for key, memory in items]
-        batch = self.open_batch(len(items), priority, timeout_s, write=write, each=True)
+        batch = self.open_batch(
+            len(items), priority, timeout_s, write=write, each=True, stream=stream
+        )
         arrivals: Any = batch.arrivals
         admitted = 0
         try:
@@ -631,6 +649,6 @@ def _check_priority(priority: object) -> None:
         raise ConfigError("priority", priority, rule)
 
 
-def _copy_all(source: View, targets: list[View]) -> None:
-    for target in targets:
-        copy_view(source, target)
+def _copy_all(source: View, targets: list[tuple[View, int]]) -> None:
+    for target, stream in targets:
+        copy_view(source, target, stream)

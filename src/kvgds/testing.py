@@ -230,6 +230,10 @@ class HeldTransport:
         if last:
             self._close_inner()
 
+    def add_gpu(self, plugin: str) -> None:
+        """See ``transport.Transport``."""
+        self.inner.add_gpu(plugin)
+
     def detach(self, thing: File | Region) -> Future[None]:
         """See ``transport.Transport``."""
         return self.inner.detach(thing)

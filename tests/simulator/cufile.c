@@ -248,11 +248,18 @@ static int64_t suffer(int operation, size_t *fewer) {
 
 /* --- the driver -------------------------------------------------------------------------------- */
 
-static int path(void) { return is("CUFILE_FORCE_COMPAT_MODE", "true") ? COMPAT : settings.path; }
+/* As the environment had it when the driver was opened. */
+static bool compat_forced, compat_refused;
 
-static bool compat_allowed(void) { return !is("CUFILE_ALLOW_COMPAT_MODE", "false"); }
+static int path(void) { return compat_forced ? COMPAT : settings.path; }
+
+static bool compat_allowed(void) { return !compat_refused; }
 
 static int open_driver(void) {
+    if (!use_count) {
+        compat_forced = is("CUFILE_FORCE_COMPAT_MODE", "true");
+        compat_refused = is("CUFILE_ALLOW_COMPAT_MODE", "false");
+    }
     count.opens_waiting++;
     pthread_cond_broadcast(&changed);
     while (settings.driver_open == HANG) pthread_cond_wait(&changed, &lock);

@@ -76,11 +76,13 @@ def pairs(
     return [(target[j][0] + b, source[i][0] + a, n) for i, a, j, b, n in _overlaps(*sizes)]
 
 
-def copy_view(source: View, target: View) -> None:
-    """Copy one block's memory to another of the same length, wherever they are. Blocks."""
+def copy_view(source: View, target: View, stream: int) -> None:
+    """Copy one block's memory to another's, once the stream that uses that is done. Blocks."""
     if source.region.device is None and target.region.device is None:
         copy_pieces(source.pieces(), target.pieces())
         return
+    if target.region.device is not None:
+        cuda().reached(target.region.device, stream).wait()
     cuda().copy_now(pairs(source.rows(), target.rows()))
 
 
@@ -476,6 +478,12 @@ class Territory:
         """A region over one contiguous buffer; see :func:`region_of`."""
         region = region_of(buffer, claims=self._claims)
         _check_apart("buffer", region, self._paged)
+        if region.device is not None:  # cuFile knows an address once, and forgets it once
+            there = [each for each in self._flat if each.live and each.device is not None]
+            for other in there:
+                if other.spans == region.spans:
+                    return other
+            _check_apart("buffer", region, there)
         self._flat.add(region)
         return region
 

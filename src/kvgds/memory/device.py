@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgds.errors import PathUnavailable
+from kvgds.errors import ConfigError, PathUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,21 +76,43 @@ class Cuda:
         """Take :meth:`pin` back."""
         self._call("cudaHostUnregister", ctypes.c_void_p(span.address))
 
-    def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
-        """Start copies (to, from, bytes), after all that the GPU's default stream was given."""
+    def allocate(self, nbytes: int) -> int:
+        """Memory of the current GPU: its address. Blocks."""
+        address = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return address.value or 0
+
+    def free(self, address: int) -> None:
+        """Free what :meth:`allocate` gave. Blocks."""
+        self._call("cudaFree", ctypes.c_void_p(address))
+
+    def reached(self, device: int, stream: int) -> Copying:
+        """Whether a stream has done all that it was given so far."""
         self._call("cudaSetDevice", device)
-        stream = self._stream(device)
-        before, after = self._event(), self._event()
-        self._call("cudaEventRecord", before, None)
-        self._call("cudaStreamWaitEvent", stream, before, 0)
+        event = self._event()
+        self._call("cudaEventRecord", event, ctypes.c_void_p(stream))
+        return Copying(self, event)
+
+    def follow(self, device: int, stream: int) -> int:
+        """Our own stream of a GPU, made to wait for all that another was given so far."""
+        self._call("cudaSetDevice", device)
+        ours, before = self._stream(device), self._event()
+        self._call("cudaEventRecord", before, ctypes.c_void_p(stream))
+        self._call("cudaStreamWaitEvent", ours, before, 0)
         self._call("cudaEventDestroy", before)
+        return ours.value or 0
+
+    def copy(self, device: int, copies: Sequence[tuple[int, int, int]], stream: int = 0) -> Copying:
+        """Start copies (to, from, bytes), after all that a stream (0: the default) was given."""
+        ours = ctypes.c_void_p(self.follow(device, stream))
+        after = self._event()
         try:
             for to, source, nbytes in copies:
                 arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
-                self._call("cudaMemcpyAsync", *arguments, _DEFAULT_KIND, stream)
-            self._call("cudaEventRecord", after, stream)
+                self._call("cudaMemcpyAsync", *arguments, _DEFAULT_KIND, ours)
+            self._call("cudaEventRecord", after, ours)
         except CudaError:  # those before it must not go on in memory that is given back
-            self._call("cudaStreamSynchronize", stream)
+            self._call("cudaStreamSynchronize", ours)
             raise
         return Copying(self, after)
 
@@ -106,6 +128,10 @@ class Cuda:
         if code not in (0, NOT_READY):
             raise CudaError(f"a copy failed: {self._library.cudaGetErrorString(code).decode()}")
         return bool(code == 0)
+
+    def wait(self, event: ctypes.c_void_p) -> None:
+        """Wait until a stream has reached an event."""
+        self._call("cudaEventSynchronize", event)
 
     def forget(self, event: ctypes.c_void_p) -> None:
         """Let go of an event."""
@@ -127,7 +153,7 @@ class Cuda:
 
 
 class Copying:
-    """Copies under way."""
+    """What a stream was given, copies perhaps, until it has done it."""
 
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
@@ -145,6 +171,13 @@ class Copying:
             self._event = None
         return self._event is None
 
+    def wait(self) -> None:
+        """Wait until they have ended."""
+        if self._event is not None:
+            self._cuda.wait(self._event)
+            self._cuda.forget(self._event)
+            self._event = None
+
 
 class Copied:
     """Copies that ended before they could be asked for."""
@@ -153,6 +186,24 @@ class Copied:
 
 
 COPIED = Copied()
+
+
+def stream_of(stream: Any) -> int:  # noqa: ANN401 - any library's
+    """The handle of a CUDA stream of torch, CuPy or another library; 0 is the default stream.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if stream is None:
+        return 0
+    if hasattr(stream, "__cuda_stream__"):
+        stream = stream.__cuda_stream__()[1]
+    for name in ("cuda_stream", "ptr"):  # torch's, CuPy's
+        stream = getattr(stream, name, stream)
+    if type(stream) is not int or stream < 0:
+        rule = "must be a stream of torch or CuPy, a cudaStream_t as an integer, or None"
+        raise ConfigError("stream", stream, rule)
+    return stream
 
 
 @functools.cache

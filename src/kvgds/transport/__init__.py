@@ -28,16 +28,11 @@ _ids = itertools.count(1)
 
 
 class NixlTransport:
-    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents.
+    """NIXL's POSIX plugin, one reactor thread for each of ``lanes`` agents."""
 
-    ``gpu`` names the plugin for GPU memory, ``"GDS_MT"`` or ``"GDS"``; "": none.
-    """
-
-    def __init__(
-        self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio"), gpu: str = ""
-    ) -> None:
+    def __init__(self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio")) -> None:
         number = next(_ids)
-        self._lanes = [Lane(f"nixl-{number}-{i}", queues, gpu) for i in range(lanes)]
+        self._lanes = [Lane(f"nixl-{number}-{i}", queues) for i in range(lanes)]
         self._closed = False
         self.name = ""
 
@@ -52,6 +47,15 @@ class NixlTransport:
         for lane in self._lanes:
             lane.ready.result()
         self.name = self._lanes[0].backend
+
+    def add_gpu(self, plugin: str) -> None:
+        """Add NIXL's plugin for GPU memory to every agent; blocks while its driver opens.
+
+        Raises:
+            PathUnavailable: it can't be used here.
+        """
+        for lane in self._lanes:
+            lane.call(partial(lane.add_gpu, plugin)).result()
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """See :class:`Transport`."""

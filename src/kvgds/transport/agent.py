@@ -20,16 +20,17 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvgds import contention
 from kvgds.errors import PathUnavailable
+from kvgds.memory.cufile import CufileError, cufile
 from kvgds.transport.contract import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvgds.memory import Region
+    from kvgds.memory import Span
 
     Descriptors = list[tuple[int, int, int]]
     """(address, bytes, device) in memory; (offset, bytes, descriptor) in a file."""
@@ -48,6 +49,18 @@ _STATUS = {
     -5: "no telemetry",
     -6: "not supported",
 }
+
+
+class Memory(Protocol):
+    """Ranges of one kind of memory: a region."""
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The ranges."""
+
+    @property
+    def device(self) -> int | None:
+        """The GPU that they lie in; None: host memory."""
 
 
 class NixlError(Exception):
@@ -168,7 +181,7 @@ class _Lists:
 
 
 class Agent:
-    """A NIXL agent with its POSIX plugin, and one for GPU memory if ``gpu`` names it.
+    """A NIXL agent with its POSIX plugin, and one for GPU memory if that is added.
 
     Attributes:
         backend: the plugin for host memory and its queue, for example ``"POSIX/uring"``.
@@ -178,15 +191,15 @@ class Agent:
         PathUnavailable: NIXL or a plugin can't be used here.
     """
 
-    def __init__(self, name: str, queues: Sequence[str], gpu: str) -> None:
+    def __init__(self, name: str, queues: Sequence[str]) -> None:
         self._name = name.encode()
         self._nixl = nixl()
         self.ring: int | None = None
-        self._registered: dict[Region | File, list[tuple[Any, Any]]] = {}
+        self._registered: dict[tuple[Memory | File, bool], tuple[Any, Any]] = {}
         self._direct: set[int] = set()  # descriptors with O_DIRECT
         self._agent, posix, self.backend = self._make(queues)
         self._posix = _Lists(self._nixl, _DRAM, posix)
-        self._gpu = _Lists(self._nixl, _VRAM, self._make_gpu(gpu)) if gpu else None
+        self._gpu: _Lists | None = None
 
     def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
@@ -207,12 +220,18 @@ class Agent:
             return agent, options, f"POSIX/{kind}"
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
 
-    def _make_gpu(self, plugin: str) -> ctypes.c_void_p:
+    def add_gpu(self, plugin: str) -> None:
+        """Add the plugin for GPU memory. Blocks as long as its driver takes to open.
+
+        Raises:
+            PathUnavailable: it can't be used here.
+        """
         try:
-            return self._backend(self._agent, plugin, _GPU_SETTINGS[plugin])
+            options = self._backend(self._agent, plugin, _GPU_SETTINGS[plugin])
         except NixlError as error:
             text = f"NIXL's {plugin} plugin can't be used here"
             raise PathUnavailable(text, (str(error),)) from None
+        self._gpu = _Lists(self._nixl, _VRAM, options)
 
     def _backend(
         self, agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]
@@ -230,43 +249,51 @@ class Agent:
         library.call("opt_args_add_backend", options, backend)
         return options
 
-    def register(self, thing: Region | File) -> None:
-        """Tell NIXL of memory or a file, if it does not know it.
+    def register(self, thing: Memory | File, *, far: bool) -> None:
+        """Tell NIXL's plugin for host memory (``far``: for GPU memory) of memory or a file.
 
         Raises:
-            NixlError: it won't have it.
+            NixlError: it won't have it. CufileError: NIXL took it, but cuFile has refused it.
         """
-        if thing in self._registered:
+        if (thing, far) in self._registered:
             return
-        lists = [self._posix, *([self._gpu] if self._gpu else [])]
+        lists = self._gpu if far else self._posix
+        if lists is None:
+            raise NixlError("register_mem: no backend for GPU memory", -6)
         if isinstance(thing, File):
             kind, entries = _FILE, [(0, _FILE_BYTES, thing.fd)]
             if fcntl.fcntl(thing.fd, fcntl.F_GETFL) & os.O_DIRECT:
                 self._direct.add(thing.fd)
         else:
-            far = thing.device is not None
-            kind, lists = (_VRAM, lists[1:]) if far else (_DRAM, lists[:1])
+            kind = _VRAM if far else _DRAM
             entries = [(span.address, span.nbytes, thing.device or 0) for span in thing.spans]
-        done = self._registered[thing] = []
         library = self._nixl
+        listed = library.make("reg_dlist", kind)
+        for entry in entries:
+            library.call("reg_dlist_add_desc", listed, *entry, None, 0)
+        library.call("register_mem", self._agent, listed, lists.options)
+        self._registered[thing, far] = listed, lists.options
+        if kind == _VRAM:
+            self._insist(thing)
+
+    def _insist(self, thing: Memory | File) -> None:
+        """NIXL goes on when cuFile refuses memory, and its transfers then take another path."""
         try:
-            for each in lists:
-                listed = library.make("reg_dlist", kind)
-                for entry in entries:
-                    library.call("reg_dlist_add_desc", listed, *entry, None, 0)
-                library.call("register_mem", self._agent, listed, each.options)
-                done.append((listed, each.options))
-        except BaseException:
+            for span in () if isinstance(thing, File) else thing.spans:
+                cufile().registered(span)
+        except CufileError:
             self.forget(thing)
             raise
 
-    def forget(self, thing: Region | File) -> None:
+    def forget(self, thing: Memory | File) -> None:
         """Deregister, if it was ever registered."""
         if isinstance(thing, File):
             self._direct.discard(thing.fd)
-        for listed, options in self._registered.pop(thing, ()):
-            self._nixl.call("deregister_mem", self._agent, listed, options)
-            self._nixl.call("destroy_reg_dlist", listed)
+        for far in (False, True):
+            listed, options = self._registered.pop((thing, far), (None, None))
+            if listed is not None:
+                self._nixl.call("deregister_mem", self._agent, listed, options)
+                self._nixl.call("destroy_reg_dlist", listed)
 
     def post(self, local: Descriptors, remote: Descriptors, *, write: bool, far: bool) -> Request:
         """Start moving between memory (``far``: a GPU's) and files, pair by pair."""
@@ -327,6 +354,6 @@ class Agent:
 
     def close(self) -> None:
         """Forget everything; nothing is under way."""
-        for thing in list(self._registered):
+        for thing, _ in list(self._registered):
             self.forget(thing)
         self._nixl.call("destroy_agent", self._agent)

@@ -155,12 +155,12 @@ class Lane:
         stopped: ends when the thread does.
     """
 
-    def __init__(self, name: str, queues: Sequence[str], gpu: str) -> None:
+    def __init__(self, name: str, queues: Sequence[str]) -> None:
         self.backend = ""
         self.load = 0
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
-        self._settings = (name, queues, gpu)
+        self._settings = (name, queues)
         self._inbox = Inbox()
         self._sides = (_Side(), _Side())  # loads, stores
         self._alone: deque[_Member] = deque()
@@ -222,6 +222,10 @@ class Lane:
     def stop(self) -> None:
         """End once nothing is under way."""
         self._closing = True
+
+    def add_gpu(self, plugin: str) -> None:
+        """Add NIXL's plugin for GPU memory."""
+        self._agent.add_gpu(plugin)
 
     def forget(self, thing: Any) -> None:  # noqa: ANN401 - a region or a file
         """Deregister what no transfer uses any more."""
@@ -294,9 +298,12 @@ class Lane:
     def _begin(self, member: _Member, side: _Side) -> None:
         transfer = member.transfer
         try:
+            self._agent.register(transfer.file, far=False)
             for region in transfer.regions:
-                self._agent.register(region)
-            self._agent.register(transfer.file)
+                far = region.device is not None
+                self._agent.register(region, far=far)
+                if far:
+                    self._agent.register(transfer.file, far=True)
             rows = transfer.begin()
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)

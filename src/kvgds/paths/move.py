@@ -1,0 +1,267 @@
+"""One block on its way, and what a path does with it.
+
+A :class:`Move` is used by two threads, one after the other: the event loop's makes it and
+gets it back, a reactor's runs ``begin`` and ``end``. Its gate decides who owns the
+caller's memory when a deadline passes in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import xxhash
+
+from kvgds import contention
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp
+from kvgds.errors import BlockCorrupt, TransferError, TransferTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvgds.blocks import BlockKey
+    from kvgds.memory import Region, View
+    from kvgds.paths.ways import Ways
+    from kvgds.transport import File, Later
+    from kvgds.transport.contract import Rows
+
+_NO_ROWS: Rows = []
+
+
+class Move:
+    """One block on its way between a view and an image; a ``transport.Transfer``.
+
+    Attributes:
+        status: set by the tier when it ends: ``"hit"``, ``"miss"``, ``"stored"`` or
+            ``"present"``; ``error`` is set instead when it failed.
+        abandoned: the caller has gone; what arrives must not be published.
+    """
+
+    __slots__ = (
+        "_gate",
+        "abandoned",
+        "algorithm",
+        "backend",
+        "device",
+        "device_rows",
+        "error",
+        "file",
+        "generation",
+        "key",
+        "lease",
+        "lease_address",
+        "namespace",
+        "nbytes",
+        "offset",
+        "owner",
+        "path",
+        "place",
+        "regions",
+        "slot",
+        "status",
+        "stream",
+        "view",
+        "ways",
+        "work",
+        "write",
+    )
+
+    def __init__(
+        self,
+        *,
+        namespace: bytes,
+        key: BlockKey,
+        view: View,
+        write: bool,
+        path: Path,
+        full: bool,
+        owner: object = None,
+        backend: str = "",
+        stream: int = 0,
+    ) -> None:
+        self.namespace = namespace
+        self.key = key
+        self.view = view
+        self.write = write
+        self.path = path
+        self.nbytes = view.nbytes
+        self.algorithm = XXH3_128 if full else NO_CHECKSUM
+        self.owner = owner
+        self.backend = backend
+        self.status = ""
+        self.error: Exception | None = None
+        self.abandoned = False
+        self.lease: memoryview = memoryview(b"")
+        self.lease_address = 0
+        self.regions: Sequence[Region] = ()
+        self.file: File = None  # type: ignore[assignment]  # the tier sets it before submitting
+        self.offset = 0
+        self.device = view.region.device or 0
+        self.device_rows: Rows = _NO_ROWS
+        self.stream = stream
+        self.ways: Ways
+        self.work: Work | None = None
+        self.generation: int | None = None  # of a load: the one expected; None: any
+        self.place = ""
+        self.slot = 0  # slab tier only
+        self._gate = threading.Lock()
+
+    @property
+    def direction(self) -> Literal["load", "store"]:
+        """Seen from the caller's memory."""
+        return "store" if self.write else "load"
+
+    def lend(self, ways: Ways, offset: int, nbytes: int) -> None:
+        """Give the move its lease of the bounce region."""
+        self.ways = ways
+        self.lease = ways.arena.bytes[offset : offset + nbytes]
+        self.lease_address = ways.arena.span.address + offset
+        self.regions = (ways.region, self.view.region) if self.path.holds else (ways.region,)
+
+    def abandon(self) -> bool:
+        """Take the caller's memory away from the transfer. False: it is being used just now."""
+        if not self._gate.acquire(blocking=False):
+            return False
+        self.abandoned = True
+        return True
+
+    def enter(self) -> bool:
+        """Reactor: use the caller's memory from now on. False: the caller took it back."""
+        if self._gate.acquire(blocking=False):
+            return True
+        self.error = self.timeout()
+        return False
+
+    def leave(self) -> None:
+        """Reactor: the caller's memory is not needed any more."""
+        self._gate.release()
+
+    def again(self) -> None:
+        """After a failure: ready to begin once more, and until then the caller's to take back."""
+        self.error = None
+        if self.path.holds:
+            self.leave()
+        self.work = None
+        self.device_rows = _NO_ROWS
+
+    def begin(self) -> Rows | Later | None:
+        """Stage what is to be stored; see ``transport.Transfer``."""
+        if self.abandoned:
+            self.error = self.timeout()
+            return None
+        return self.path.begin(self)
+
+    def end(self) -> Later | None:
+        """Check and hand over what was loaded; see ``transport.Transfer``."""
+        return self.path.end(self)
+
+    def fail(self, error: Exception) -> None:
+        """Record why the bytes did not move; see ``transport.Transfer``."""
+        if isinstance(error, TransferError | BlockCorrupt):
+            self.error = error
+            return
+        number = getattr(error, "errno", None)
+        self.error = TransferError(str(error), errno=number, **self.context)
+        self.error.__cause__ = error
+
+    def timeout(self) -> TransferTimeout:
+        """The error for a deadline that passed."""
+        return TransferTimeout("passed its deadline", errno=errno.ETIMEDOUT, **self.context)
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What every error about this move says."""
+        return {
+            "direction": self.direction,
+            "key": self.key,
+            "path": self.path.name,
+            "backend": self.backend,
+        }
+
+    def stamp(self, checksum: bytes) -> None:
+        """Write the stamp into the lease."""
+        stamp = Stamp(
+            self.namespace, self.key, self.generation or 0, self.nbytes, self.algorithm, checksum
+        ).encode()
+        self.lease[: len(stamp)] = stamp
+        self.lease[len(stamp) : PAGE] = bytes(PAGE - len(stamp))
+
+    def check(self, checksum: Callable[[], bytes] | None) -> None:
+        """Raise BlockCorrupt unless the stamp is this block's and the payload is whole.
+
+        Args:
+            checksum: what the payload's is; None: only the stamp is looked at.
+        """
+        stamp = Stamp.decode(self.lease[:PAGE])
+        if stamp is None:
+            raise self.corrupt("there is no whole stamp")
+        if (stamp.namespace, stamp.key) != (self.namespace, self.key):
+            raise self.corrupt(f"the stamp is of another block, {stamp.key.hex()[:32]}")
+        if stamp.nbytes != self.nbytes:
+            raise self.corrupt(f"the stamp says {stamp.nbytes} bytes, expected {self.nbytes}")
+        if self.generation is not None and stamp.generation != self.generation:
+            raise self.corrupt(f"generation {stamp.generation}, expected {self.generation}")
+        if (
+            checksum is not None
+            and self.algorithm != NO_CHECKSUM
+            and (stamp.algorithm != self.algorithm or stamp.checksum != checksum())
+        ):
+            raise self.corrupt("the payload does not match its checksum")
+
+    def corrupt(self, reason: str) -> BlockCorrupt:
+        """The error for stored bytes that are wrong."""
+        return BlockCorrupt(self.key, reason, self.place)
+
+
+class Work(Protocol):
+    """What a GPU does for a move meanwhile."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended. Raises what went wrong."""
+
+
+class Path(Protocol):
+    """One way between a view and an image. Both methods run on a reactor thread.
+
+    Attributes:
+        holds: whether storage uses the caller's memory itself, from ``begin`` to ``end``.
+    """
+
+    name: str
+    holds: bool
+
+    def lease_bytes(self, nbytes: int) -> int:
+        """Bytes of the bounce region that a block of ``nbytes`` needs, whole pages."""
+
+    def begin(self, move: Move) -> Rows | Later | None:
+        """Make ready what is to be stored; the rows to move, or None if it was abandoned."""
+
+    def end(self, move: Move) -> Later | None:
+        """Check what was loaded and put it into the view; raises BlockCorrupt."""
+
+
+_HELD_BYTES = 64 << 10  # xxhash gives up the lock for more
+
+
+def checksum_of(pieces: Sequence[memoryview]) -> bytes:
+    """xxh3-128 of the pieces in order.
+
+    Hashing a long piece at once lets go of the interpreter lock, so that the event loop runs
+    meanwhile. While the loop is busy in Python, taking the lock back costs more than the hashing:
+    then long pieces are hashed in stretches that keep it.
+    """
+    if len(pieces) == 1 and len(pieces[0]) <= _HELD_BYTES:
+        return xxhash.xxh3_128_digest(pieces[0])
+    started = time.monotonic()
+    hold = contention.busy()
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        step = _HELD_BYTES if hold else len(piece)
+        for start in range(0, len(piece), step):
+            state.update(piece[start : start + step])
+    if not hold:
+        contention.waited(time.monotonic() - started - sum(map(len, pieces)) * 1e-9)
+    return state.digest()

@@ -1,0 +1,256 @@
+"""The ways between a view and an image on storage, and the bounce region that they lease from.
+
+*Direct*: storage reads and writes the caller's memory; only the stamp's page is leased. *Bounce*:
+the whole image is leased and copied. *GDS*: as direct, for GPU memory. Which of them an engine has
+is decided once, when it opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
+from kvgds.errors import PathUnavailable
+from kvgds.memory import copy_pieces, pairs
+from kvgds.memory.device import COPIED, cuda
+from kvgds.memory.kernels import Checksums
+from kvgds.paths.move import checksum_of
+from kvgds.transport import LATER
+
+if TYPE_CHECKING:
+    from kvgds.memory import Arena, Region, View
+    from kvgds.memory.device import Copied, Copying, Cuda
+    from kvgds.memory.kernels import Digests
+    from kvgds.paths.gds import Gds
+    from kvgds.paths.move import Move, Path
+    from kvgds.paths.plan import PathPlan
+    from kvgds.transport import Later
+    from kvgds.transport.contract import Rows
+
+_NOTHING = bytes(16)
+
+
+class _Direct:
+    name = "direct"
+    holds = True
+
+    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
+        return PAGE
+
+    def begin(self, move: Move) -> Rows | None:
+        if not move.enter():
+            return None
+        if move.write:
+            full = move.algorithm != NO_CHECKSUM
+            move.stamp(checksum_of(move.view.pieces()) if full else _NOTHING)
+        return [(move.lease_address, move.offset, PAGE), *_payload_rows(move)]
+
+    def end(self, move: Move) -> None:
+        if not move.write:
+            move.check(lambda: checksum_of(move.view.pieces()))
+
+
+def _payload_rows(move: Move) -> Rows:
+    rows = []
+    offset = move.offset + PAGE
+    for address, nbytes in move.view.rows():
+        rows.append((address, offset, nbytes))
+        offset += nbytes
+    return rows
+
+
+class _Bounce:
+    """By way of the lease: a host's copies end at once, a GPU runs them on engines of its own."""
+
+    name = "bounce"
+    holds = False
+
+    def lease_bytes(self, nbytes: int) -> int:
+        return image_bytes(nbytes)
+
+    def begin(self, move: Move) -> Rows | Later | None:
+        if move.write:
+            if move.work is None:
+                if not move.enter():
+                    return None
+                move.work = self._copy(move)
+            if not move.work.done:
+                return LATER
+            move.leave()
+            self._seal(move)
+        return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
+
+    def end(self, move: Move) -> Later | None:
+        if move.write:
+            return None
+        if move.work is None:
+            move.check(lambda: checksum_of([move.lease[PAGE : PAGE + move.nbytes]]))
+            if not move.enter():
+                return None
+            move.work = self._copy(move)
+        return None if move.work.done else LATER
+
+    @staticmethod
+    def _copy(move: Move) -> Copying | Copied:
+        view, device = move.view, move.view.region.device
+        if device is None:
+            payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
+            copy_pieces(*((pieces, payload) if move.write else (payload, pieces)))
+            return COPIED
+        lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
+        copies = pairs(memory, lease) if move.write else pairs(lease, memory)
+        return move.ways.cuda().copy(device, copies, move.stream)
+
+    @staticmethod
+    def _seal(move: Move) -> None:
+        """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
+        payload = move.lease[PAGE:]
+        payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
+        full = move.algorithm != NO_CHECKSUM
+        move.stamp(checksum_of([payload[: move.nbytes]]) if full else _NOTHING)
+
+
+class _GpuDirect:
+    """By cuFile, which knows no streams: what uses the memory is waited for before it moves."""
+
+    holds = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._makers: dict[int, Future[Checksums]] = {}
+        self._lock = threading.Lock()  # one lane at a time makes or uses a device's checksums
+
+    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
+        return PAGE
+
+    def begin(self, move: Move) -> Rows | Later | None:
+        full = move.write and move.algorithm != NO_CHECKSUM
+        if move.work is None:
+            if not move.enter():
+                return None
+            device = move.device
+            move.work = _Summing(self, move) if full else cuda().reached(device, move.stream)
+        if not move.work.done:
+            return LATER
+        if move.write:
+            move.stamp(move.work.checksum if isinstance(move.work, _Summing) else _NOTHING)
+        move.work = None
+        move.device_rows = _payload_rows(move)
+        return [(move.lease_address, move.offset, PAGE)]
+
+    def end(self, move: Move) -> Later | None:
+        if move.write:
+            return None
+        if move.work is None:
+            move.check(None)
+            if move.algorithm == NO_CHECKSUM:
+                return None
+            move.work = _Summing(self, move)
+        if not move.work.done:
+            return LATER
+        summing = move.work
+        move.check(lambda: summing.checksum if isinstance(summing, _Summing) else _NOTHING)
+        return None
+
+    def launch(self, move: Move) -> Digests | None:
+        """Start making a block's checksum; None: the device's kernels are still being made."""
+        device = move.device
+        with self._lock:
+            maker = self._makers.get(device)
+            if maker is None:
+                maker = self._makers[device] = Future()
+                name = f"kvgds-kernels-{device}"
+                threading.Thread(target=_make, args=(device, maker), name=name, daemon=True).start()
+            if not maker.done():
+                return None
+            ours = cuda().follow(device, move.stream)
+            return maker.result().launch([move.view.rows()], ours)
+
+
+def _make(device: int, maker: Future[Checksums]) -> None:
+    try:
+        maker.set_result(Checksums(device))
+    except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants a checksum
+        maker.set_exception(error)
+
+
+class _Summing:
+    """A block's checksum, being made on its GPU."""
+
+    def __init__(self, way: _GpuDirect, move: Move) -> None:
+        self._way = way
+        self._move = move
+        self._digests = way.launch(move)
+
+    @property
+    def done(self) -> bool:
+        if self._digests is None:
+            self._digests = self._way.launch(self._move)
+        return self._digests is not None and self._digests.done
+
+    @property
+    def checksum(self) -> bytes:
+        return self._digests.read()[0] if self._digests is not None else _NOTHING
+
+
+DIRECT: Path = _Direct()
+BOUNCE: Path = _Bounce()
+
+
+class Ways:
+    """The ways that one engine has, and its bounce region: host memory that lies in NIXL's hands.
+
+    Attributes:
+        gds: how GPU memory moves without a copy, once that is proved; None: it bounces.
+    """
+
+    def __init__(self, arena: Arena, region: Region) -> None:
+        self.arena = arena
+        self.region = region
+        self.gds: _GpuDirect | None = None
+        self._pinned = False
+        self._lock = threading.Lock()
+
+    def choose(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
+        """Settle how GPU memory moves to a tier; its plan, if there is a GPU. Blocks."""
+        devices = 0
+        with contextlib.suppress(PathUnavailable):
+            devices = cuda().devices
+        if not devices:
+            return ()
+        here = f"{devices} GPUs answer"
+        if gds.path:
+            self.gds = _GpuDirect(gds.path)
+            evidence = (here, *gds.evidence, "blocks whose parts are not whole pages bounce")
+            backend = f"{gds.plugin}, stamps {host.backend}"
+            plan = replace(host, memory="gpu", path=gds.path, backend=backend, alignment=PAGE)
+            return (replace(plan, evidence=evidence, refused=gds.refused),)
+        evidence = (f"{here}; copies through page-locked host memory",)
+        return (replace(host, memory="gpu", path="bounce", evidence=evidence, refused=gds.refused),)
+
+    def path_for(self, view: View, alignment: int) -> Path:
+        """The path that a view takes to a tier with this alignment."""
+        region = view.region
+        if region.device is None:
+            return DIRECT if region.zero_copy and view.alignment >= alignment else BOUNCE
+        if self.gds is not None and region.zero_copy and view.alignment >= PAGE:
+            return self.gds
+        return BOUNCE
+
+    def cuda(self) -> Cuda:
+        """The CUDA runtime, once the region is page-locked for it. Blocks the first time."""
+        with self._lock:
+            if not self._pinned:
+                cuda().pin(self.arena.span)
+                self._pinned = True
+        return cuda()
+
+    def close(self) -> None:
+        """Unlock the pages; nothing may copy any more."""
+        if self._pinned:
+            cuda().unpin(self.arena.span)
+            self._pinned = False

@@ -1,0 +1,326 @@
+"""GPU memory by GPUDirect Storage: right bytes, in the streams' order, and no other path ever."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvgds import BlockCorrupt, BusyError, ConfigError, TransferError, TransferTimeout, open_engine
+from simulator.checks_engine import MIB, NAMESPACE, PAGE, Rows, config, filled, gpu, simulator
+from support import spoil, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvgds import Engine, EngineConfig
+    from simulator import Simulator, Vram
+
+__all__ = ["gpu", "simulator"]  # fixtures
+
+PINNING_FAILED, UNSUPPORTED_FILE = 5036, 5008
+
+
+def direct(root: Path, layout: str = "slabs") -> EngineConfig:
+    """An engine that insists on GPUDirect Storage. Checksums are for checks of their own."""
+    return config(root, path="gds", tier={"verify": "stamp", "layout": layout})
+
+
+@pytest.fixture(params=["slabs", "files"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> EngineConfig:
+    return direct(tmp_path / "kv", request.param)
+
+
+class Part:
+    """A piece of GPU memory."""
+
+    def __init__(self, vram: Vram, start: int, nbytes: int) -> None:
+        told = {"shape": (nbytes,), "data": (vram.address + start, False)}
+        self.__cuda_array_interface__ = {**vram.__cuda_array_interface__, **told}
+
+
+def moved(gpu: Simulator, before: dict[str, int]) -> dict[str, int]:
+    """What cuFile has done since then."""
+    names = ("bytes_read", "bytes_written", "bounced")
+    return {name: gpu.counter(name) - before[name] for name in names}
+
+
+async def test_payload_goes_by_cufile_and_comes_back(
+    gpu: Simulator, settings: EngineConfig
+) -> None:
+    size = 6 * PAGE
+    blocks = {b"%d" % i: filled(gpu, size, i, i % 2) for i in range(5)}
+    async with open_engine(settings) as engine:
+        plan = engine.plan[1]
+        assert (plan.memory, plan.path, plan.refused) == ("gpu", "gds", ())
+        assert any("nvidia-fs" in line for line in plan.evidence)
+        before = gpu.counters()
+        items = [(key, engine.register(vram)) for key, (vram, _) in blocks.items()]
+        assert {o.status for o in await engine.store_many(items)} == {"stored"}
+        assert moved(gpu, before) == {"bytes_read": 0, "bytes_written": 5 * size, "bounced": 0}
+    async with open_engine(settings) as engine:
+        before = gpu.counters()
+        for key, (vram, data) in blocks.items():
+            vram.write(bytes(size))
+            assert await engine.load(key, engine.register(vram))
+            assert vram.read() == data
+            host = bytearray(size)  # the image is the same, wherever it came from
+            assert await engine.load(key, host)
+            assert host == data
+        assert moved(gpu, before) == {"bytes_read": 5 * size, "bytes_written": 0, "bounced": 0}
+        rows = engine.metrics.registry.get_sample_value
+        labels = {"direction": "load", "tier": engine.plan[0].tier, "outcome": "hit"}
+        assert rows("kvgds_operations_total", {**labels, "path": "gds"}) == 5
+
+
+async def test_a_paged_cache_and_parts_that_are_no_pages(gpu: Simulator, tmp_path: Path) -> None:
+    for step, path in ((2 * PAGE, "gds"), (6000, "bounce")):
+        layers = [filled(gpu, 4 * step, (step, i)) for i in range(3)]
+        async with open_engine(direct(tmp_path / path)) as engine:
+            cache = engine.register_cache([Rows(vram, 4) for vram, _ in layers])
+            before = gpu.counters()
+            items = [(b"%d" % i, cache.block(i)) for i in range(4)]
+            assert {o.status for o in await engine.store_many(items)} == {"stored"}
+            for vram, _ in layers:
+                vram.write(bytes(4 * step))
+            assert all(o.hit for o in await engine.load_many(items))
+            assert [vram.read() for vram, _ in layers] == [data for _, data in layers]
+            whole = 12 * step if path == "gds" else 0
+            assert moved(gpu, before) == {
+                "bytes_read": whole,
+                "bytes_written": whole,
+                "bounced": 0,
+            }
+
+
+async def test_cufile_is_told_of_memory_once(gpu: Simulator, tmp_path: Path) -> None:
+    """Registered twice and let go once, it would move by cuFile's own copies."""
+    vram, _ = filled(gpu, 4 * PAGE, "twice")
+    part = Part(vram, PAGE, PAGE)
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        assert engine.register(vram) is region
+        with pytest.raises(ConfigError, match="registered already"):
+            engine.register(part)
+        await engine.deregister(region)
+        assert await engine.store(b"k", engine.register(part))
+        before = gpu.counter("bounced")
+        assert await engine.load(b"k", engine.register(part))
+        assert gpu.counter("bounced") == before
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def later(gpu: Simulator, to: Vram, source: Vram, stream: int) -> None:
+    """Queue a copy between pieces of GPU memory."""
+    ends = ctypes.c_void_p(to.address), ctypes.c_void_p(source.address)
+    size, kind = ctypes.c_size_t(source.nbytes), 3
+    gpu.call("cudaMemcpyAsync", *ends, size, kind, ctypes.c_void_p(stream))
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path: str) -> None:
+    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+    vram, _ = filled(gpu, 2 * PAGE, "old")
+    source, new = filled(gpu, 2 * PAGE, "new")
+    stream = gpu.stream()
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        gpu.hold(stream)
+        later(gpu, vram, source, stream)
+        storing = asyncio.create_task(engine.store(b"k", region, stream=stream))
+        assert await engine.store(b"other", bytes(PAGE))  # which waits for no stream
+        assert not storing.done()
+        gpu.release(stream)
+        assert await storing
+        back = bytearray(2 * PAGE)
+        assert await engine.load(b"k", back)
+        assert back == new
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_a_load_overwrites_nothing_that_a_stream_reads(
+    gpu: Simulator, tmp_path: Path, path: str
+) -> None:
+    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+    vram, stored = filled(gpu, 2 * PAGE, "stored")
+    copy, _ = filled(gpu, 2 * PAGE, "copy")
+    stream = gpu.stream()
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        await engine.store(b"k", region)
+        vram.write(bytes(2 * PAGE))
+        gpu.hold(stream)
+        later(gpu, copy, vram, stream)
+        loading = asyncio.create_task(engine.load(b"k", region, stream=stream))
+        assert await engine.store(b"other", bytes(PAGE))
+        assert not loading.done()
+        gpu.release(stream)
+        assert await loading
+        assert (copy.read(), vram.read()) == (bytes(2 * PAGE), stored)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+async def absent(engine: Engine, key: bytes, nbytes: int) -> None:
+    """Nothing is stored under a key, and no slot is lost: another block takes it."""
+    assert await engine.prefix([key]) == 0
+    assert await engine.load(key, bytearray(nbytes)) is False
+
+
+async def test_memory_that_cufile_refuses_is_an_error(
+    gpu: Simulator, settings: EngineConfig
+) -> None:
+    """NIXL would go on through cuFile's own copies: a path that nobody chose."""
+    vram, _ = filled(gpu, 2 * PAGE, "refused")
+    sound, data = filled(gpu, 2 * PAGE, "sound")
+    async with open_engine(settings) as engine:
+        known = engine.register(sound)
+        assert await engine.store(b"sound", known)
+        region, before = engine.register(vram), gpu.counters()
+        gpu.buffer_register(PINNING_FAILED)
+        for act in (engine.store(b"k", region), engine.load(b"sound", region)):
+            with pytest.raises(TransferError, match="5036"):
+                await act
+        sound.write(bytes(2 * PAGE))
+        assert await engine.load(b"sound", known)
+        assert sound.read() == data
+        gpu.buffer_register()
+        assert moved(gpu, before)["bounced"] == 0
+        await absent(engine, b"k", 2 * PAGE)
+        assert await engine.store(b"k", region)
+
+
+async def test_a_file_that_cufile_refuses_is_an_error(gpu: Simulator, tmp_path: Path) -> None:
+    """A file for each block, registered when it is first used: no slab that is known already."""
+    vram, _ = filled(gpu, 2 * PAGE, "file")
+    async with open_engine(direct(tmp_path / "kv", "files")) as engine:
+        region = engine.register(vram)
+        gpu.handle_register(UNSUPPORTED_FILE)
+        with pytest.raises(TransferError):
+            await engine.store(b"k", region)
+        gpu.handle_register()
+        await absent(engine, b"k", 2 * PAGE)
+        assert await engine.store(b"k", region)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("error", errno.EIO), ("error", UNSUPPORTED_FILE), ("short", 100)]
+)
+@pytest.mark.parametrize("operation", ["read", "write"])
+async def test_what_cufile_fails_at_is_an_error(
+    gpu: Simulator, settings: EngineConfig, operation: Any, what: Any, value: int
+) -> None:
+    """Of that block alone: its neighbours, which travel with it, arrive."""
+    blocks = [filled(gpu, 2 * PAGE, (operation, i)) for i in range(4)]
+    async with open_engine(settings) as engine:
+        regions = [engine.register(vram) for vram, _ in blocks]
+        items = [(b"%d" % i, region) for i, region in enumerate(regions)]
+        if operation == "read":
+            assert all(o.ok for o in await engine.store_many(items))
+            for vram, _ in blocks:
+                vram.write(bytes(2 * PAGE))
+        # Once in the flight of all, once when the block is tried alone.
+        gpu.fault(operation, what, value, skip=1, count=1)
+        act = engine.store_many if operation == "write" else engine.load_many
+        outcomes = await act(items)
+        gpu.clear()
+        assert all(o.ok for o in outcomes)  # the neighbours' second try is the block's, too
+        gpu.fault(operation, what, value)
+        other = b"other" if operation == "write" else b"0"
+        if operation == "write":
+            with pytest.raises(TransferError):
+                await engine.store(other, regions[0])
+            gpu.clear()
+            await absent(engine, other, 2 * PAGE)
+        else:
+            with pytest.raises(TransferError):
+                await engine.load(other, regions[0])
+            gpu.clear()
+        assert all(o.hit for o in await engine.load_many(items))
+        assert [vram.read() for vram, _ in blocks] == [data for _, data in blocks]
+
+
+async def test_a_stamp_of_another_block_is_corrupt(gpu: Simulator, tmp_path: Path) -> None:
+    vram, data = filled(gpu, 2 * PAGE, "stamped")
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        for key in (b"k", b"sound"):
+            await engine.store(key, region)
+        await asyncio.to_thread(spoil, tmp_path / "kv", b"k", 9, NAMESPACE)
+        outcomes = await engine.load_many([(b"k", region)])
+        assert isinstance(outcomes[0].error, BlockCorrupt)
+        assert await engine.load(b"sound", region)
+        assert vram.read() == data
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+async def test_past_its_deadline(gpu: Simulator, settings: EngineConfig, direction: str) -> None:
+    """Told at once; the memory is cuFile's until that has ended, and nothing half is there."""
+    vram, data = filled(gpu, 2 * PAGE, "late")
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        await engine.store(b"there", region)
+        gpu.fault("write" if direction == "store" else "read", "hold")
+        act, key = (engine.store, b"k") if direction == "store" else (engine.load, b"there")
+        with pytest.raises(TransferTimeout) as caught:
+            await act(key, region, timeout_s=0.2)
+        settled = caught.value.settled
+        assert settled is not None
+        with pytest.raises(BusyError):
+            await engine.load(b"there", region)
+        gpu.clear()
+        gpu.release_io()
+        await settled
+        await until(lambda: not engine.statistics().quarantined_bytes)
+        await absent(engine, b"k", 2 * PAGE)
+        assert await engine.load(b"there", region)
+        assert vram.read() == data
+
+
+async def test_cancelled_it_is_waited_for(gpu: Simulator, settings: EngineConfig) -> None:
+    vram, data = filled(gpu, 2 * PAGE, "cancelled")
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        await engine.store(b"there", region)
+        held = gpu.counter("held")
+        gpu.fault("read", "hold")
+        loading = asyncio.create_task(engine.load(b"there", region))
+        await asyncio.to_thread(gpu.wait_counter, "held", held + 1)
+        loading.cancel()
+        assert await engine.store(b"other", bytes(PAGE))
+        assert not loading.done()
+        gpu.clear()
+        gpu.release_io()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        assert await engine.load(b"there", region)
+        assert vram.read() == data
+
+
+async def test_memory_is_let_go_before_it_is_freed(gpu: Simulator, tmp_path: Path) -> None:
+    names = ("freed_while_registered", "closed_while_registered", "deregistered_in_use")
+    before = [gpu.counter(name) for name in names]
+    vram, _ = filled(gpu, 2 * PAGE, "let go")
+    async with open_engine(direct(tmp_path / "kv", "files")) as engine:
+        region = engine.register(vram)
+        await engine.store(b"k", region)
+        await engine.deregister(region)
+        vram.free()
+    assert [gpu.counter(name) for name in names] == before
+
+
+async def test_more_than_a_group_at_once(gpu: Simulator, tmp_path: Path) -> None:
+    vram, data = filled(gpu, 32 * MIB, "many")
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        items = [(b"%d" % i, region[i * MIB : (i + 1) * MIB]) for i in range(32)]
+        assert all(o.ok for o in await engine.store_many(items))
+        vram.write(bytes(32 * MIB))
+        assert all(o.hit for o in await engine.load_many(items))
+        assert vram.read() == data
