@@ -127,14 +127,18 @@ async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path
     settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
     vram, _ = filled(gpu, 2 * PAGE, "old")
     source, new = filled(gpu, 2 * PAGE, "new")
+    others = [filled(gpu, 2 * PAGE, i)[0] for i in range(3)]
     stream = gpu.stream()
     async with open_engine(settings) as engine:
-        region = engine.register(vram)
+        region, before = engine.register(vram), gpu.counter("bytes_written")
         gpu.hold(stream)
         later(gpu, vram, source, stream)
         storing = asyncio.create_task(engine.store(b"k", region, stream=stream))
-        assert await engine.store(b"other", bytes(PAGE))  # which waits for no stream
+        for i, other in enumerate(others):  # which another stream has written
+            assert await engine.store(b"%d" % i, engine.register(other), stream=None)
         assert not storing.done()
+        payload = 6 * PAGE if path == "gds" else 0
+        assert gpu.counter("bytes_written") - before == payload
         gpu.release(stream)
         assert await storing
         back = bytearray(2 * PAGE)
