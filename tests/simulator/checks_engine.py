@@ -159,7 +159,7 @@ async def test_a_store_waits_for_what_the_gpu_is_doing(gpu: Simulator, tmp_path:
         writing = asyncio.create_task(asyncio.to_thread(vram.write, after))
         await asyncio.to_thread(gpu.wait_counter, "waiting", 1)
         storing = asyncio.create_task(engine.store(b"k", region))
-        await asyncio.to_thread(gpu.wait_counter, "pending", 3)  # its copy is behind the write
+        await asyncio.to_thread(gpu.wait_counter, "pending", 2)  # what it waits for, behind it
         gpu.release(0)
         await writing
         assert await storing

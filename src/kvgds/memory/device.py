@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvgds.memory import Span
 
 _NAMES = ("libcudart.so.12", "libcudart.so.13")
+NOTHING = bytes(16)  # the checksum of work that makes none
 NOT_READY = 600  # cudaErrorNotReady
 _PORTABLE = 1
 _NON_BLOCKING = 1
@@ -93,18 +94,10 @@ class Cuda:
         self._call("cudaEventRecord", event, ctypes.c_void_p(stream))
         return Copying(self, event)
 
-    def follow(self, device: int, stream: int) -> int:
-        """Our own stream of a GPU, made to wait for all that another was given so far."""
+    def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
+        """Start copies (to, from, bytes)."""
         self._call("cudaSetDevice", device)
-        ours, before = self._stream(device), self._event()
-        self._call("cudaEventRecord", before, ctypes.c_void_p(stream))
-        self._call("cudaStreamWaitEvent", ours, before, 0)
-        self._call("cudaEventDestroy", before)
-        return ours.value or 0
-
-    def copy(self, device: int, copies: Sequence[tuple[int, int, int]], stream: int = 0) -> Copying:
-        """Start copies (to, from, bytes), after all that a stream (0: the default) was given."""
-        ours = ctypes.c_void_p(self.follow(device, stream))
+        ours = ctypes.c_void_p(self.stream(device))
         after = self._event()
         try:
             for to, source, nbytes in copies:
@@ -142,18 +135,21 @@ class Cuda:
         self._call("cudaEventCreateWithFlags", ctypes.byref(event), _NO_TIMING)
         return event
 
-    def _stream(self, device: int) -> ctypes.c_void_p:
+    def stream(self, device: int) -> int:
+        """The stream on which kvgds does its own work on a GPU, the current one of this thread."""
         with self._lock:
             stream = self._streams.get(device)
             if stream is None:
                 stream = self._streams[device] = ctypes.c_void_p()
                 name = "cudaStreamCreateWithFlags"
                 self._call(name, ctypes.byref(stream), _NON_BLOCKING)
-            return stream
+            return stream.value or 0
 
 
 class Copying:
     """What a stream was given, copies perhaps, until it has done it."""
+
+    checksum = NOTHING
 
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
@@ -183,6 +179,7 @@ class Copied:
     """Copies that ended before they could be asked for."""
 
     done = True
+    checksum = NOTHING
 
 
 COPIED = Copied()

@@ -222,6 +222,10 @@ class Work(Protocol):
     def done(self) -> bool:
         """Whether it has ended. Raises what went wrong."""
 
+    @property
+    def checksum(self) -> bytes:
+        """The payload's, once done, if that was the work."""
+
 
 class Path(Protocol):
     """One way between a view and an image. Both methods run on a reactor thread.

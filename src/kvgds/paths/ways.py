@@ -11,27 +11,28 @@ import contextlib
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
 from kvgds.errors import PathUnavailable
 from kvgds.memory import copy_pieces, pairs
-from kvgds.memory.device import COPIED, cuda
+from kvgds.memory.device import COPIED, NOTHING, cuda
 from kvgds.memory.kernels import Checksums
 from kvgds.paths.move import checksum_of
 from kvgds.transport import LATER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvgds.memory import Arena, Region, View
-    from kvgds.memory.device import Copied, Copying, Cuda
+    from kvgds.memory.device import Cuda
     from kvgds.memory.kernels import Digests
     from kvgds.paths.gds import Gds
-    from kvgds.paths.move import Move, Path
+    from kvgds.paths.move import Move, Path, Work
     from kvgds.paths.plan import PathPlan
     from kvgds.transport import Later
     from kvgds.transport.contract import Rows
-
-_NOTHING = bytes(16)
 
 
 class _Direct:
@@ -46,7 +47,7 @@ class _Direct:
             return None
         if move.write:
             full = move.algorithm != NO_CHECKSUM
-            move.stamp(checksum_of(move.view.pieces()) if full else _NOTHING)
+            move.stamp(checksum_of(move.view.pieces()) if full else NOTHING)
         return [(move.lease_address, move.offset, PAGE), *_payload_rows(move)]
 
     def end(self, move: Move) -> None:
@@ -95,7 +96,7 @@ class _Bounce:
         return None if move.work.done else LATER
 
     @staticmethod
-    def _copy(move: Move) -> Copying | Copied:
+    def _copy(move: Move) -> Work:
         view, device = move.view, move.view.region.device
         if device is None:
             payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
@@ -103,7 +104,7 @@ class _Bounce:
             return COPIED
         lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)
-        return move.ways.cuda().copy(device, copies, move.stream)
+        return _After(move, lambda: move.ways.cuda().copy(device, copies))
 
     @staticmethod
     def _seal(move: Move) -> None:
@@ -111,7 +112,7 @@ class _Bounce:
         payload = move.lease[PAGE:]
         payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
         full = move.algorithm != NO_CHECKSUM
-        move.stamp(checksum_of([payload[: move.nbytes]]) if full else _NOTHING)
+        move.stamp(checksum_of([payload[: move.nbytes]]) if full else NOTHING)
 
 
 class _GpuDirect:
@@ -132,12 +133,11 @@ class _GpuDirect:
         if move.work is None:
             if not move.enter():
                 return None
-            device = move.device
-            move.work = _Summing(self, move) if full else cuda().reached(device, move.stream)
+            move.work = _After(move, lambda: _Summing(self, move) if full else COPIED)
         if not move.work.done:
             return LATER
         if move.write:
-            move.stamp(move.work.checksum if isinstance(move.work, _Summing) else _NOTHING)
+            move.stamp(move.work.checksum)
         move.work = None
         move.device_rows = _payload_rows(move)
         return [(move.lease_address, move.offset, PAGE)]
@@ -152,13 +152,12 @@ class _GpuDirect:
             move.work = _Summing(self, move)
         if not move.work.done:
             return LATER
-        summing = move.work
-        move.check(lambda: summing.checksum if isinstance(summing, _Summing) else _NOTHING)
+        checksum = move.work.checksum
+        move.check(lambda: checksum)
         return None
 
-    def launch(self, move: Move) -> Digests | None:
+    def launch(self, device: int, rows: list[tuple[int, int]]) -> Digests | None:
         """Start making a block's checksum; None: the device's kernels are still being made."""
-        device = move.device
         with self._lock:
             maker = self._makers.get(device)
             if maker is None:
@@ -167,8 +166,7 @@ class _GpuDirect:
                 threading.Thread(target=_make, args=(device, maker), name=name, daemon=True).start()
             if not maker.done():
                 return None
-            ours = cuda().follow(device, move.stream)
-            return maker.result().launch([move.view.rows()], ours)
+            return maker.result().launch([rows], cuda().stream(device))
 
 
 def _make(device: int, maker: Future[Checksums]) -> None:
@@ -178,23 +176,45 @@ def _make(device: int, maker: Future[Checksums]) -> None:
         maker.set_exception(error)
 
 
+class _After:
+    """Work that starts once the caller's stream has done what it was given.
+
+    The reactor looks instead of letting our stream wait: others' work would wait behind that.
+    """
+
+    def __init__(self, move: Move, start: Callable[[], Work]) -> None:
+        self._before = cuda().reached(move.device, move.stream)
+        self._start: Callable[[], Work] | None = start
+        self._work: Work | None = None
+
+    @property
+    def done(self) -> bool:
+        if self._start is not None and self._before.done:
+            self._work = self._start()
+            self._start = None  # it knows the move, which knows this
+        return self._work is not None and self._work.done
+
+    @property
+    def checksum(self) -> bytes:
+        return self._work.checksum if self._work is not None else NOTHING
+
+
 class _Summing:
     """A block's checksum, being made on its GPU."""
 
     def __init__(self, way: _GpuDirect, move: Move) -> None:
-        self._way = way
-        self._move = move
-        self._digests = way.launch(move)
+        self._launch = partial(way.launch, move.device, move.view.rows())
+        self._digests = self._launch()
 
     @property
     def done(self) -> bool:
         if self._digests is None:
-            self._digests = self._way.launch(self._move)
+            self._digests = self._launch()
         return self._digests is not None and self._digests.done
 
     @property
     def checksum(self) -> bytes:
-        return self._digests.read()[0] if self._digests is not None else _NOTHING
+        return self._digests.read()[0] if self._digests is not None else NOTHING
 
 
 DIRECT: Path = _Direct()
