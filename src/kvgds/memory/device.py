@@ -57,6 +57,13 @@ class Cuda:
         self._streams: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
 
+    @property
+    def version(self) -> int:
+        """Major version of the runtime: 12, 13."""
+        said = ctypes.c_int()
+        self._call("cudaRuntimeGetVersion", ctypes.byref(said))
+        return said.value // 1000
+
     def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - ctypes converts
         code = getattr(self._library, name)(*arguments)
         if code:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvgds import contention
 from kvgds.errors import PathUnavailable
 from kvgds.memory.cufile import CufileError, cufile
+from kvgds.memory.device import cuda
 from kvgds.transport.contract import File
 
 if TYPE_CHECKING:
@@ -137,8 +138,14 @@ def nixl() -> _Nixl:
 
 
 def _candidates() -> Iterator[str]:
-    """Where its library may be: in the wheels, or where the system's loader looks."""
-    for name in ("nixl_cu12", "nixl_cu13"):
+    """Where its library may be: in the wheels, or where the system's loader looks.
+
+    The build for the CUDA runtime of this process comes first: its plugins need just that one.
+    """
+    names = ["nixl_cu12", "nixl_cu13"]
+    with contextlib.suppress(PathUnavailable):
+        names.sort(key=f"nixl_cu{cuda().version}".__ne__)
+    for name in names:
         spec = find_spec(name)
         if spec is not None and spec.origin is not None:
             libraries = Path(spec.origin).parent.parent / f".{name}.mesonpy.libs"
