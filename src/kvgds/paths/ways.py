@@ -11,7 +11,6 @@ import contextlib
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
@@ -122,8 +121,7 @@ class _GpuDirect:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._makers: dict[int, Future[Checksums]] = {}
-        self._lock = threading.Lock()  # one lane at a time makes or uses a device's checksums
+        self._sums: dict[int, _Sums] = {}
 
     def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
         return PAGE
@@ -133,7 +131,7 @@ class _GpuDirect:
         if move.work is None:
             if not move.enter():
                 return None
-            move.work = _After(move, lambda: _Summing(self, move) if full else COPIED)
+            move.work = _After(move, lambda: self._sum(move) if full else COPIED)
         if not move.work.done:
             return LATER
         if move.write:
@@ -149,31 +147,87 @@ class _GpuDirect:
             move.check(None)
             if move.algorithm == NO_CHECKSUM:
                 return None
-            move.work = _Summing(self, move)
+            move.work = self._sum(move)
         if not move.work.done:
             return LATER
         checksum = move.work.checksum
         move.check(lambda: checksum)
         return None
 
-    def launch(self, device: int, rows: list[tuple[int, int]]) -> Digests | None:
-        """Start making a block's checksum; None: the device's kernels are still being made."""
+    def _sum(self, move: Move) -> _Summing:
+        sums = self._sums.get(move.device)
+        if sums is None:  # a lane that comes second at the same moment gets the first one's
+            sums = self._sums.setdefault(move.device, _Sums(move.device))
+        return sums.ask(move.view.rows())
+
+
+class _Sums:
+    """The checksums that one GPU makes: those asked for in one turn of a reactor, in one launch.
+
+    The kernels are made by a thread of their own, a second or so; until then nothing is launched.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._maker: Future[Checksums] | None = None
+        self._asked: list[_Summing] = []
+        self._lock = threading.Lock()  # one lane at a time
+
+    def ask(self, rows: list[tuple[int, int]]) -> _Summing:
+        summing = _Summing(self, rows)
         with self._lock:
-            maker = self._makers.get(device)
-            if maker is None:
-                maker = self._makers[device] = Future()
-                name = f"kvgds-kernels-{device}"
-                threading.Thread(target=_make, args=(device, maker), name=name, daemon=True).start()
-            if not maker.done():
-                return None
-            return maker.result().launch([rows], cuda().stream(device))
+            self._asked.append(summing)
+            if self._maker is None:
+                self._maker = Future()
+                name = f"kvgds-kernels-{self._device}"
+                threading.Thread(target=self._make, name=name, daemon=True).start()
+        return summing
+
+    def _make(self) -> None:
+        assert self._maker is not None  # noqa: S101 - set before this thread was started
+        try:
+            self._maker.set_result(Checksums(self._device))
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants a checksum
+            self._maker.set_exception(error)
+
+    def launch(self) -> None:
+        """Start on all that were asked for; what goes wrong is each one's to tell."""
+        with self._lock:
+            if not self._asked or self._maker is None or not self._maker.done():
+                return
+            asked, self._asked = self._asked, []
+            try:
+                stream = cuda().stream(self._device)
+                digests = self._maker.result().launch([each.rows for each in asked], stream)
+            except Exception as error:  # noqa: BLE001 - see above
+                for each in asked:
+                    each.error = error
+                return
+            for i, each in enumerate(asked):
+                each.digests, each.index = digests, i
 
 
-def _make(device: int, maker: Future[Checksums]) -> None:
-    try:
-        maker.set_result(Checksums(device))
-    except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants a checksum
-        maker.set_exception(error)
+class _Summing:
+    """A block's checksum, being made on its GPU."""
+
+    def __init__(self, sums: _Sums, rows: list[tuple[int, int]]) -> None:
+        self._sums = sums
+        self.rows = rows
+        self.index = 0
+        self.digests: Digests | None = None
+        self.error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        if self.digests is None and self.error is None:
+            self._sums.launch()
+        if self.error is not None:
+            raise self.error
+        return self.digests is not None and self.digests.done
+
+    @property
+    def checksum(self) -> bytes:
+        return self.digests.read()[self.index] if self.digests is not None else NOTHING
 
 
 class _After:
@@ -197,24 +251,6 @@ class _After:
     @property
     def checksum(self) -> bytes:
         return self._work.checksum if self._work is not None else NOTHING
-
-
-class _Summing:
-    """A block's checksum, being made on its GPU."""
-
-    def __init__(self, way: _GpuDirect, move: Move) -> None:
-        self._launch = partial(way.launch, move.device, move.view.rows())
-        self._digests = self._launch()
-
-    @property
-    def done(self) -> bool:
-        if self._digests is None:
-            self._digests = self._launch()
-        return self._digests is not None and self._digests.done
-
-    @property
-    def checksum(self) -> bytes:
-        return self._digests.read()[0] if self._digests is not None else NOTHING
 
 
 DIRECT: Path = _Direct()
