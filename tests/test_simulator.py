@@ -61,7 +61,6 @@ print(Simulator().cudart.cudaGetDeviceCount(ctypes.byref(number)), number.value)
 def run(*arguments: str, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
     env = {"NIXL_LOG_LEVEL": "FATAL", **environment(**settings)}
-    env["PYTHONPATH"] = f"{CHECKS.parent}:{env.get('PYTHONPATH', '')}"
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:

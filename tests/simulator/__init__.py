@@ -2,6 +2,7 @@
 
 What host code may not do with device memory kills it here too, and what would be undefined on a
 GPU is an error or a counter. Streams and cuFile operations can be held, so no test needs to sleep.
+In `packages` is a small CuPy for it, so that GPU checksums run too.
 
 Never load it into a process that may have a real GPU: a library is known by its name alone, and the
 first one that was loaded serves the whole process. So: a child process, started with `environment`.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 SOURCE = Path(__file__).parent
+PACKAGES = SOURCE / "packages"
 CUDART, CUFILE = "libcudart.so.12", "libcufile.so.0"
 FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread")
 ANSWER_S = 20.0
@@ -79,17 +81,24 @@ def _compile(folder: Path, name: str, source: str, *more: str) -> None:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """The environment of a child process that finds the simulator where it looks for CUDA.
+    """The environment of a child process that finds the simulator where it looks for CUDA and CuPy.
 
     Args:
         settings: of the simulator, named in lower case and without ``SIMCUDA_``: ``devices=2``.
     """
     folder = str(build())
-    behind = os.environ.get("LD_LIBRARY_PATH")
     given = {f"SIMCUDA_{name.upper()}": str(value) for name, value in settings.items()}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SIMCUDA_")}
-    path = f"{folder}:{behind}" if behind else folder
-    return {**kept, "LD_LIBRARY_PATH": path, "SIMCUDA_FOLDER": folder, **given}
+    paths = {
+        "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", folder),
+        "PYTHONPATH": _before("PYTHONPATH", str(PACKAGES), str(SOURCE.parent)),
+    }
+    return {**kept, **paths, "SIMCUDA_FOLDER": folder, **given}
+
+
+def _before(name: str, *folders: str) -> str:
+    behind = os.environ.get(name)
+    return ":".join((*folders, behind) if behind else folders)
 
 
 class Simulator:
@@ -167,7 +176,7 @@ class Simulator:
             self.call("simcuda_release", ctypes.c_void_p(stream))
 
     def copy_delay(self, seconds: float) -> None:
-        """Make every copy take this much longer."""
+        """Make every copy and every kernel take this much longer."""
         self.cudart.simcuda_set_copy_delay_us(ctypes.c_int64(int(seconds * 1e6)))
 
     def strict_pinned(self, *, strict: bool) -> None:
@@ -220,11 +229,12 @@ class Simulator:
         self.cufile.simcufile_release(ctypes.c_int64(error))
 
     def clear(self) -> None:
-        """Be healthy again: no faults, nothing held, no delay."""
+        """Be healthy again: no faults, no broken device, nothing held, no delay."""
         self.cufile.simcufile_clear()
         for name in self._settings:
             self._set(name, 0)
         self.copy_delay(0)
+        self.cudart.simcuda_heal()
         self.release()
 
     # --- counters -----------------------------------------------------------------------------

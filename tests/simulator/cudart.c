@@ -8,10 +8,14 @@
  * its n-th operation". Events, cudaStreamWaitEvent and the legacy default stream all come down to
  * marks. Streams are never freed, so that a mark never dangles.
  *
- * `lock` guards everything; `changed` tells of every change. Only a copy itself runs without it.
+ * A kernel is a function of the host that is told where its memory really is. One that touches
+ * anything else breaks its device, as on a GPU: nothing runs on it any more, and it says so.
+ *
+ * `lock` guards everything; `changed` tells of every change. Copies and kernels run without it.
  */
 
 #define _GNU_SOURCE
+#include "kernels.h"
 #include "simulator.h"
 
 #include <errno.h>
@@ -56,12 +60,15 @@ static const struct {
      "part or all of the requested memory range is already mapped"},
     {NOT_REGISTERED, "cudaErrorHostMemoryNotRegistered",
      "pointer does not correspond to a registered memory region"},
+    {ILLEGAL_ADDRESS, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {MISALIGNED_ADDRESS, "cudaErrorMisalignedAddress", "misaligned address"},
     {NOT_SUPPORTED, "cudaErrorNotSupported", "operation not supported"},
     {UNKNOWN, "cudaErrorUnknown", "unknown error"},
 };
 
 enum { CUFILE_BAD_POINTER = 5012, CUFILE_BAD_RANGE = 5014 };
 enum { MAX_DEVICES = 8, VERSION = 12090, NONBLOCKING = 1, LEGACY = 1, PER_THREAD = 2 };
+enum { GARBAGE = 0xA5 };
 enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3, BY_ADDRESS = 4 };
 
 static const size_t ARENA = (size_t)1 << 36;
@@ -72,7 +79,7 @@ struct allocation {
     char *address, *bytes;
     size_t nbytes;
     int device;
-    unsigned users; /* copies and cuFile operations under way */
+    unsigned users; /* copies, kernels and cuFile operations under way */
     bool freed;
 };
 
@@ -97,7 +104,9 @@ struct operation {
     size_t marks;
     char *to, *from;
     size_t to_pitch, from_pitch, width, height;
-    struct allocation *memory[2];
+    kernel *kernel;
+    struct launch launch;
+    struct allocation *memory[MOST_ARGUMENTS];
     struct pinned *host[2];
 };
 
@@ -132,14 +141,15 @@ static struct stream *streams, *legacy[MAX_DEVICES];
 static struct event *events;
 static bool strict_pinned, all_held;
 static long copy_delay_us;
+static int failure[MAX_DEVICES]; /* of a kernel: what the device answers from then on */
 
 static __thread int current, last_error;
 static __thread struct stream *per_thread[MAX_DEVICES];
 
 #define COUNTERS(C) \
-    C(copies) C(async_copies) C(unpinned_copies) C(refused_copies) C(events_recorded) \
-    C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) C(live_streams) \
-    C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
+    C(copies) C(async_copies) C(launches) C(unpinned_copies) C(refused_copies) \
+    C(events_recorded) C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) \
+    C(live_streams) C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
 #define FIELD(name) int64_t name;
 #define NAME(name) #name,
 static struct { COUNTERS(FIELD) } count;
@@ -262,6 +272,7 @@ int cudaMalloc(void **address, size_t nbytes) {
         return unlock_and_give(OUT_OF_MEMORY);
     char *bytes = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (bytes == MAP_FAILED) return unlock_and_give(OUT_OF_MEMORY);
+    memset(bytes, GARBAGE, nbytes); /* who forgets to write it shall not find zeros */
     struct allocation *a = calloc(1, sizeof *a);
     *a = (struct allocation){allocations, arena[current] + handed_out[current], bytes, nbytes,
                              current,     0,                                    false};
@@ -276,14 +287,7 @@ int cudaMalloc(void **address, size_t nbytes) {
 
 static void wait_for_device(int device);
 
-int cudaFree(void *address) {
-    if (!address) return SUCCESS;
-    pthread_mutex_lock(&lock);
-    struct allocation *a = allocation_at(address);
-    if (!a || a->address != address) return unlock_and_give(INVALID_VALUE);
-    wait_for_device(a->device); /* as the real one does */
-    a = allocation_at(address); /* somebody else may have freed it meanwhile */
-    if (!a) return unlock_and_give(INVALID_VALUE);
+static void free_now(struct allocation *a) {
     used[a->device] -= a->nbytes;
     count.live_allocations--;
     count.live_bytes -= (int64_t)a->nbytes;
@@ -292,7 +296,27 @@ int cudaFree(void *address) {
         count.freed_in_use++;
     else
         drop_allocation(a);
+}
+
+int cudaFree(void *address) {
+    if (!address) return SUCCESS;
+    pthread_mutex_lock(&lock);
+    struct allocation *a = allocation_at(address);
+    if (!a || a->address != address) return unlock_and_give(INVALID_VALUE);
+    wait_for_device(a->device); /* as the real one does */
+    a = allocation_at(address); /* somebody else may have freed it meanwhile */
+    if (!a) return unlock_and_give(INVALID_VALUE);
+    free_now(a);
     return unlock_and_give(SUCCESS);
+}
+
+/* Free memory as a pool does that gives it to the next who asks: without waiting for anything. */
+int simcuda_free_now(void *address) {
+    pthread_mutex_lock(&lock);
+    struct allocation *a = allocation_at(address);
+    bool found = a && a->address == address;
+    if (found) free_now(a);
+    return unlock_and_give(found ? SUCCESS : INVALID_VALUE);
 }
 
 int cudaMemGetInfo(size_t *unused, size_t *total) {
@@ -368,25 +392,65 @@ static bool may_run(const struct stream *stream) {
     return true;
 }
 
-static void perform(const struct operation *op, long delay_us) {
-    if (!op->height) return;
+static bool needs(const struct operation *op, const struct allocation *a) {
+    for (int i = 0; i < MOST_ARGUMENTS; i++)
+        if (op->memory[i] == a) return true;
+    return false;
+}
+
+static int by_address(const void *one, const void *other) {
+    uint64_t a = ((const struct range *)one)->begin, b = ((const struct range *)other)->begin;
+    return (a > b) - (a < b);
+}
+
+/* What a kernel may touch: all that is alive on its device as it starts, and what it was given. */
+static void open_memory(struct operation *op, int device) {
+    size_t n = 1;
+    for (struct allocation *a = allocations; a; a = a->next) n++;
+    struct range *ranges = calloc(n, sizeof *ranges);
+    for (struct allocation *a = allocations; a; a = a->next) {
+        uint64_t start = (uintptr_t)a->address;
+        if (a->device == device && (!a->freed || needs(op, a)))
+            ranges[op->launch.count++] =
+                (struct range){start, start + a->nbytes, (uintptr_t)a->bytes};
+    }
+    qsort(ranges, op->launch.count, sizeof *ranges, by_address);
+    op->launch.ranges = ranges;
+}
+
+static int perform(struct operation *op, long delay_us) {
+    if (!op->height && !op->kernel) return SUCCESS;
     if (delay_us > 0) {
         struct timespec delay = {delay_us / 1000000, delay_us % 1000000 * 1000};
         nanosleep(&delay, NULL);
     }
+    if (op->kernel) return op->kernel(&op->launch);
     for (size_t row = 0; row < op->height; row++)
         memmove(op->to + row * op->to_pitch, op->from + row * op->from_pitch, op->width);
+    return SUCCESS;
 }
 
-static void finish(struct stream *stream, struct operation *op) {
+/* Run a stream's next operation, without the lock. */
+static void advance(struct stream *stream) {
+    struct operation *op = stream->first;
+    if (failure[stream->device]) return;
+    long delay_us = copy_delay_us;
+    if (op->kernel) open_memory(op, stream->device);
+    pthread_mutex_unlock(&lock);
+    int error = perform(op, delay_us);
+    pthread_mutex_lock(&lock);
+    if (error) failure[stream->device] = error;
+}
+
+static void finish(struct stream *stream) {
+    struct operation *op = stream->first;
     stream->first = op->next;
     if (!stream->first) stream->last = NULL;
     stream->done = op->number;
-    for (int i = 0; i < 2; i++) {
-        unuse_allocation(op->memory[i]);
-        unuse_pin(op->host[i]);
-    }
+    for (int i = 0; i < MOST_ARGUMENTS; i++) unuse_allocation(op->memory[i]);
+    for (int i = 0; i < 2; i++) unuse_pin(op->host[i]);
     free(op->after);
+    free((void *)op->launch.ranges);
     free(op);
     count.pending--;
     pthread_cond_broadcast(&changed);
@@ -403,12 +467,8 @@ static void *run(void *argument) {
             }
             pthread_cond_wait(&changed, &lock);
         }
-        struct operation *op = stream->first;
-        long delay_us = copy_delay_us;
-        pthread_mutex_unlock(&lock);
-        perform(op, delay_us);
-        pthread_mutex_lock(&lock);
-        finish(stream, op);
+        advance(stream);
+        finish(stream);
     }
 }
 
@@ -469,6 +529,11 @@ static struct mark submit(struct stream *stream, struct operation *op, struct ma
     return (struct mark){stream, op->number};
 }
 
+/* What a call to a device answers, which is nothing else once that is broken. */
+static int answer(int device, int otherwise) {
+    return failure[device] ? failure[device] : otherwise;
+}
+
 static void wait_for(struct mark mark) {
     if (reached(mark)) return;
     count.waiting++;
@@ -509,7 +574,7 @@ int cudaStreamSynchronize(void *handle) {
     if (is_legacy(stream))
         for (struct stream *s = streams; s; s = s->next)
             if (entangled(stream, s)) wait_for((struct mark){s, s->submitted});
-    return unlock_and_give(SUCCESS);
+    return unlock_and_give(answer(stream->device, SUCCESS));
 }
 
 int cudaStreamQuery(void *handle) {
@@ -520,14 +585,14 @@ int cudaStreamQuery(void *handle) {
     if (is_legacy(stream))
         for (struct stream *s = streams; s; s = s->next)
             done = done && !(entangled(stream, s) && s->done < s->submitted);
-    return unlock_and_give(done ? SUCCESS : NOT_READY);
+    return unlock_and_give(answer(stream->device, done ? SUCCESS : NOT_READY));
 }
 
 int cudaDeviceSynchronize(void) {
     if (!devices) return give(NO_DEVICE);
     pthread_mutex_lock(&lock);
     wait_for_device(current);
-    return unlock_and_give(SUCCESS);
+    return unlock_and_give(answer(current, SUCCESS));
 }
 
 /* --- events ------------------------------------------------------------------------------------ */
@@ -576,15 +641,16 @@ int cudaEventQuery(void *handle) {
     pthread_mutex_lock(&lock);
     struct event *event = event_of(handle);
     if (!event) return unlock_and_give(INVALID_HANDLE);
-    return unlock_and_give(reached(event->mark) ? SUCCESS : NOT_READY);
+    return unlock_and_give(answer(event->device, reached(event->mark) ? SUCCESS : NOT_READY));
 }
 
 int cudaEventSynchronize(void *handle) {
     pthread_mutex_lock(&lock);
     struct event *event = event_of(handle);
     if (!event) return unlock_and_give(INVALID_HANDLE);
+    int device = event->device;
     wait_for(event->mark); /* of this recording, whatever becomes of the event meanwhile */
-    return unlock_and_give(SUCCESS);
+    return unlock_and_give(answer(device, SUCCESS));
 }
 
 int cudaStreamWaitEvent(void *stream_handle, void *handle, unsigned flags) {
@@ -666,9 +732,10 @@ static int copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, 
         .to_pitch = to_pitch, .from_pitch = from_pitch, .width = width, .height = height};
     pthread_mutex_lock(&lock);
     struct stream *stream = stream_of(handle);
-    int error = stream ? copy_locked(op, to, from, kind, stream, async) : INVALID_HANDLE;
+    int error = stream ? answer(stream->device, SUCCESS) : INVALID_HANDLE;
+    if (!error) error = copy_locked(op, to, from, kind, stream, async);
     if (error) free(op);
-    return unlock_and_give(error);
+    return unlock_and_give(error ? error : answer(stream->device, SUCCESS));
 }
 
 int cudaMemcpy(void *to, const void *from, size_t nbytes, int kind) {
@@ -682,6 +749,26 @@ int cudaMemcpyAsync(void *to, const void *from, size_t nbytes, int kind, void *s
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                       size_t height, int kind, void *stream) {
     return copy(to, to_pitch, from, from_pitch, width, height, kind, stream, true);
+}
+
+/* --- kernels ----------------------------------------------------------------------------------- */
+
+/* Run a kernel behind what the stream has; device memory among its arguments stays until then. */
+int simcuda_launch(kernel *function, const struct launch *launch, void *handle) {
+    if (!devices) return give(NO_DEVICE);
+    pthread_mutex_lock(&lock);
+    struct stream *stream = stream_of(handle);
+    int error = stream ? answer(stream->device, SUCCESS) : INVALID_HANDLE;
+    if (error) return unlock_and_give(error);
+    struct operation *op = calloc(1, sizeof *op);
+    *op = (struct operation){.kernel = function, .launch = *launch};
+    for (int i = 0; i < MOST_ARGUMENTS; i++) {
+        op->memory[i] = allocation_at((const void *)(uintptr_t)launch->arguments[i]);
+        if (op->memory[i]) op->memory[i]->users++;
+    }
+    count.launches++;
+    submit(stream, op, (struct mark){0});
+    return unlock_and_give(SUCCESS);
 }
 
 /* --- devices and errors ------------------------------------------------------------------------ */
@@ -776,6 +863,13 @@ void simcuda_set_copy_delay_us(int64_t delay_us) {
 void simcuda_set_strict_pinned(int strict) {
     pthread_mutex_lock(&lock);
     strict_pinned = strict;
+    pthread_mutex_unlock(&lock);
+}
+
+/* Be as if no kernel had ever failed; with CUDA only a new process is. */
+void simcuda_heal(void) {
+    pthread_mutex_lock(&lock);
+    memset(failure, 0, sizeof failure);
     pthread_mutex_unlock(&lock);
 }
 

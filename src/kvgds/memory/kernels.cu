@@ -9,7 +9,8 @@
 // row of sums, and the chain ends without a scramble after it.
 //
 // No kernel has a barrier, a shuffle or shared memory: threads of one kernel never see each other's
-// writes. So a loop over the grid, in any order, runs the same code on a CPU; the tests do that.
+// writes. So a loop over the grid, in any order, runs the same code on a CPU; the tests do that. They
+// check every load and store, so memory is touched through intrinsics alone; __stwb is a plain store.
 //
 // `table`, in 64-bit words: for each block [first fragment, fragments, bytes, first row of sums],
 // then for each fragment [address - start, end], where start and end are its place in its block.
@@ -160,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(64, 8)
         Cursor end = seek(fragments, count, tail);
         accumulate(sum, pair_at(end, tail), secret_at(key), secret_at(key + 8));
     }
-    sums[(__ldg(block + 3) + row) * 4 + pair] = sum;
+    __stwb(sums + (__ldg(block + 3) + row) * 4 + pair, sum);
 }
 
 static __device__ __forceinline__ u64 scramble(u64 lane, u64 key, u64 sum) {
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(8, 1)
     for (u32 i = 0; i < AHEAD; i++) {
         if (i < left) state = scramble(state, key, now[i]);
     }
-    lanes[blockIdx.x * 8 + lane] = state;
+    __stwb(lanes + blockIdx.x * 8 + lane, state);
 }
 
 // The upper half of a 128-bit product xored with its lower half, in steps of 32 bits.
@@ -221,11 +222,12 @@ extern "C" __global__ void __launch_bounds__(32)
     u32 block = blockIdx.x * blockDim.x + threadIdx.x;
     if (block >= blocks) return;
     u64 nbytes = __ldg(table + HEADER * (u64)block + 2);
-    const u64* mine = lanes + 8 * (u64)block;
-    u64 low = merge(mine, 11, nbytes * P64_1);
-    u64 high = merge(mine, SECRET_BYTES - STRIPE - 11, ~(nbytes * P64_2));
+    const u64* state = lanes + 8 * (u64)block;
+    u64 low = merge(state, 11, nbytes * P64_1);
+    u64 high = merge(state, SECRET_BYTES - STRIPE - 11, ~(nbytes * P64_2));
+    unsigned char* mine = digests + 16 * (u64)block;
     for (u32 i = 0; i < 8; i++) {
-        digests[16 * (u64)block + i] = (unsigned char)(high >> (56 - 8 * i));
-        digests[16 * (u64)block + 8 + i] = (unsigned char)(low >> (56 - 8 * i));
+        __stwb(mine + i, (unsigned char)(high >> (56 - 8 * i)));
+        __stwb(mine + 8 + i, (unsigned char)(low >> (56 - 8 * i)));
     }
 }
