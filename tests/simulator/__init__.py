@@ -80,10 +80,11 @@ def _compile(folder: Path, name: str, source: str, *more: str) -> None:
         raise RuntimeError(f"the simulator can't be built:\n{done.stderr}")
 
 
-def environment(**settings: object) -> dict[str, str]:
+def environment(*, cupy: bool = True, **settings: object) -> dict[str, str]:
     """The environment of a child process that finds the simulator where it looks for CUDA and CuPy.
 
     Args:
+        cupy: whether it finds one.
         settings: of the simulator, named in lower case and without ``SIMCUDA_``: ``devices=2``.
     """
     folder = str(build())
@@ -91,7 +92,7 @@ def environment(**settings: object) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SIMCUDA_")}
     paths = {
         "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", folder),
-        "PYTHONPATH": _before("PYTHONPATH", str(PACKAGES), str(SOURCE.parent)),
+        "PYTHONPATH": _before("PYTHONPATH", *([str(PACKAGES)] if cupy else []), str(SOURCE.parent)),
     }
     return {**kept, **paths, "SIMCUDA_FOLDER": folder, **given}
 

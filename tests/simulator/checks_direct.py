@@ -24,14 +24,14 @@ __all__ = ["gpu", "simulator"]  # fixtures
 PINNING_FAILED, UNSUPPORTED_FILE = 5036, 5008
 
 
-def direct(root: Path, layout: str = "slabs") -> EngineConfig:
-    """An engine that insists on GPUDirect Storage. Checksums are for checks of their own."""
-    return config(root, path="gds", tier={"verify": "stamp", "layout": layout})
+def direct(root: Path, layout: str = "slabs", verify: str = "full") -> EngineConfig:
+    """An engine that insists on GPUDirect Storage."""
+    return config(root, path="gds", tier={"verify": verify, "layout": layout})
 
 
-@pytest.fixture(params=["slabs", "files"])
+@pytest.fixture(params=[("slabs", "full"), ("slabs", "stamp"), ("files", "full")])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> EngineConfig:
-    return direct(tmp_path / "kv", request.param)
+    return direct(tmp_path / "kv", *request.param)
 
 
 class Part:
@@ -260,6 +260,37 @@ async def test_a_stamp_of_another_block_is_corrupt(gpu: Simulator, tmp_path: Pat
         outcomes = await engine.load_many([(b"k", region)])
         assert isinstance(outcomes[0].error, BlockCorrupt)
         assert await engine.load(b"sound", region)
+        assert vram.read() == data
+
+
+async def test_a_payload_that_is_not_its_checksum_is_corrupt(
+    gpu: Simulator, tmp_path: Path
+) -> None:
+    """Of its neighbours, summed in the same launch, nothing is said."""
+    blocks = [filled(gpu, 2 * PAGE, ("sum", i)) for i in range(6)]
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        items = [(b"%d" % i, engine.register(vram)) for i, (vram, _) in enumerate(blocks)]
+        assert all(o.ok for o in await engine.store_many(items))
+        await asyncio.to_thread(spoil, tmp_path / "kv", b"3", PAGE + 9, NAMESPACE)
+        outcomes = await engine.load_many(items)
+        assert [o.status for o in outcomes] == ["hit"] * 3 + ["error"] + ["hit"] * 2
+        assert isinstance(outcomes[3].error, BlockCorrupt)
+        assert [o.status for o in await engine.load_many(items)].count("miss") == 1
+
+
+async def test_blocks_that_begin_together_are_summed_together(
+    gpu: Simulator, tmp_path: Path
+) -> None:
+    vram, data = filled(gpu, 32 * PAGE, "together")
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        items = [(b"%d" % i, region[i * PAGE : (i + 1) * PAGE]) for i in range(32)]
+        assert all(o.ok for o in await engine.store_many(items[:1]))  # the kernels are made
+        before = gpu.counter("launches")
+        assert all(o.ok for o in await engine.store_many(items[1:]))
+        assert gpu.counter("launches") - before <= 2 * 3  # kernels, for at most two turns
+        vram.write(bytes(32 * PAGE))
+        assert all(o.hit for o in await engine.load_many(items))
         assert vram.read() == data
 
 

@@ -103,7 +103,6 @@ class Cuda:
 
     def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
         """Start copies (to, from, bytes)."""
-        self._call("cudaSetDevice", device)
         ours = ctypes.c_void_p(self.stream(device))
         after = self._event()
         try:
@@ -143,7 +142,8 @@ class Cuda:
         return event
 
     def stream(self, device: int) -> int:
-        """The stream on which kvgds does its own work on a GPU, the current one of this thread."""
+        """The stream on which kvgds does its own work on a GPU, which becomes the current one."""
+        self._call("cudaSetDevice", device)
         with self._lock:
             stream = self._streams.get(device)
             if stream is None:

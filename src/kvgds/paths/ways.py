@@ -148,6 +148,7 @@ class _GpuDirect:
             if move.algorithm == NO_CHECKSUM:
                 return None
             move.work = self._sum(move)
+            return LATER  # others may be summed with it
         if not move.work.done:
             return LATER
         checksum = move.work.checksum
@@ -246,6 +247,7 @@ class _After:
         if self._start is not None and self._before.done:
             self._work = self._start()
             self._start = None  # it knows the move, which knows this
+            return self._work is COPIED  # else others may start with it, before anybody looks
         return self._work is not None and self._work.done
 
     @property
