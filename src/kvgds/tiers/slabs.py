@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import FileTier
     from kvgds.paths import Move
+    from kvgds.tiers.slots import Slab
 
+_DELETED = "was deleted while the engine had it open"
 _TOUCHES = 1024  # about how many uses may be forgotten by a crash
 
 
@@ -55,7 +57,8 @@ class Slabs:
         self._namespace_id = 0
         self._dirty: set[int] = set()  # slabs written since the last commit
         self._moving = 0
-        self._lock = -1
+        self._lock = self._index_fd = -1
+        self._links_count = True  # not on every file system
 
     # --- opening and closing, in the executor ---------------------------------------
 
@@ -82,8 +85,10 @@ class Slabs:
         power, direct = settings.durable == "power", self.plan.direct_io
         path = settings.root / "index.db"
         database = connect(path, power=power, new=not slabs_in(settings.root))
-        self._index = index = Index(database, services.post, self._sync if power else _nothing)
+        self._index = index = Index(database, services.post, self._secure)
         try:
+            self._index_fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._links_count = bool(os.fstat(self._index_fd).st_nlink)
             namespace = self._namespace
             self._namespace_id = number = index.namespace(namespace.digest, namespace.text)
             Recovery(settings, index, self._slots, namespace=number, direct=direct).run(progress)
@@ -106,19 +111,32 @@ class Slabs:
     def _close_files(self) -> None:
         with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
             stack.callback(locks.close, self._lock)
+            if self._index_fd >= 0:
+                stack.callback(os.close, self._index_fd)
             for slab in self._slots.slabs.values():
                 stack.callback(os.close, slab.file.fd)
             self._slots.slabs.clear()
 
-    def _sync(self) -> None:
-        """Make the payloads of the coming commit durable; runs on the index's thread."""
+    def _secure(self) -> None:
+        """Before a commit that puts blocks, on the index's thread: see that they will outlive it.
+
+        Who deletes files under an engine is found out here, where neither loop nor reactor waits:
+        what has no name any more is gone at the latest when it is closed.
+        """
+        if self._deleted(self._index_fd):
+            rule = "close the engine, then `kvgds fsck --rebuild`"
+            raise FileNotFoundError(f"index.db {_DELETED}; {rule}")
         dirty = set()
         while self._dirty:  # one by one: reactors add to it meanwhile
             dirty.add(self._dirty.pop())
-        for slab_id in dirty:
-            slab = self._slots.slabs.get(slab_id)
-            if slab is not None:
+        for slab in map(self._slots.slabs.get, dirty):
+            if slab is not None and self._deleted(slab.file.fd):
+                slab.lost = True
+            elif slab is not None and self._settings.durable == "power":
                 os.fdatasync(slab.file.fd)
+
+    def _deleted(self, fd: int) -> bool:
+        return self._links_count and not os.fstat(fd).st_nlink
 
     # --- asking -----------------------------------------------------------------------
 
@@ -201,14 +219,15 @@ class Slabs:
     def store(self, moves: Sequence[Move]) -> None:
         """See ``Tier.store``."""
         present, new = [], []
+        slabs = self._slots.slabs
         for move in moves:
             block = self._slots.blocks.get(move.key)
-            if block is not None and block[2] == move.nbytes:
+            if block is None or block[2] != move.nbytes or slabs[block[0] >> SLOT_BITS].lost:
+                new.append(move)
+            else:
                 move.status = "present"
                 self._slots.touch(move.key, block)
                 present.append(move)
-            else:
-                new.append(move)
         self._supply.ask(new)
         if present:
             self._note_uses(_TOUCHES)
@@ -254,6 +273,10 @@ class Slabs:
                 slots.free(move.slot)
             elif move.abandoned:
                 drops.append(Forgotten(move.slot))
+            elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost:
+                slots.abandon_slab(slab)
+                move.error = self._lost(move, slab)
+                drops.append(Forgotten(move.slot))
             else:
                 old = slots.blocks.get(move.key)
                 if old is not None:
@@ -264,6 +287,11 @@ class Slabs:
         self._supply.drop(drops)
         self._services.settle(moves)
         self._supply.serve()
+
+    @staticmethod
+    def _lost(move: Move, slab: Slab) -> TransferError:
+        rule = "keep others out of the directory, and store the block again"
+        return TransferError(f"{slab.path} {_DELETED}; {rule}", **move.context)
 
     def expire(self) -> None:
         """See ``Tier.expire``."""
@@ -277,10 +305,6 @@ class Slabs:
             return
         gone = [self._slots.forget(block[0])]
         self._supply.drop(gone, lambda error: done(error is None, error))
-
-
-def _nothing() -> None:
-    return
 
 
 def _ignore(error: Exception | None) -> None:

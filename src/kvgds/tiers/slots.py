@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterator
     from pathlib import Path
 
     from kvgds.blocks import BlockKey
@@ -51,7 +51,7 @@ class SizeClass:
 class Slab:
     """One slab file and how many of its slots are in use just now."""
 
-    __slots__ = ("busy", "file", "id", "path", "size", "slots", "used_at")
+    __slots__ = ("busy", "file", "id", "lost", "path", "size", "slots", "used_at")
 
     def __init__(self, slab_id: int, slots: int, path: Path, file: File, size: SizeClass) -> None:
         self.id = slab_id
@@ -59,6 +59,7 @@ class Slab:
         self.path = path
         self.file = file
         self.size = size
+        self.lost = False  # its file was deleted; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
         self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
 
@@ -138,13 +139,8 @@ class Slots:
 
     def least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
         """The slab of another class that was not used for longest, and that nobody uses now."""
-        held = {slot >> SLOT_BITS for slot in self.holds}
-        idle = (
-            slab
-            for slab in self.slabs.values()
-            if not slab.busy and slab.id not in held and slab.size is not other_than
-        )
-        return min(idle, key=lambda slab: slab.used_at, default=None)
+        slabs = [slab for slab in self._idle_slabs() if slab.size is not other_than]
+        return min(slabs, key=lambda slab: slab.used_at, default=None)
 
     def older_slab(self, size: SizeClass) -> Slab | None:
         """Another class's slab, if all of it is older than anything of this class."""
@@ -153,6 +149,21 @@ class Slots:
         if slab is None or oldest is None or slab.used_at > self.blocks[oldest][3]:
             return None
         return slab
+
+    def abandon_slab(self, slab: Slab) -> None:
+        """Store no more into a slab whose file is lost; its blocks load until it is given up."""
+        free = len(slab.size.free)
+        slab.size.free = [slot for slot in slab.size.free if slot not in slab.places()]
+        self.quarantined += free - len(slab.size.free)
+
+    def lost_slab(self) -> Slab | None:
+        """A slab whose file is lost, if nobody uses it now."""
+        return next((slab for slab in self._idle_slabs() if slab.lost), None)
+
+    def _idle_slabs(self) -> Iterator[Slab]:
+        held = {slot >> SLOT_BITS for slot in self.holds}
+        slabs = self.slabs.values()
+        return (slab for slab in slabs if not slab.busy and slab.id not in held)
 
     # --- slots ------------------------------------------------------------------------
 
@@ -198,8 +209,12 @@ class Slots:
         if slot in self.holds:
             self.orphans.add(slot)
             return
-        free = self.slabs[slot >> SLOT_BITS].size.free
-        free.insert(0 if last else len(free), slot)
+        slab = self.slabs[slot >> SLOT_BITS]
+        free = slab.size.free
+        if slab.lost:
+            self.quarantined += 1
+        else:
+            free.insert(0 if last else len(free), slot)
 
     def quarantine(self, slot: int) -> None:
         """Take a block's slot out of use, for good."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -101,4 +102,5 @@ def remove_slab(fd: int, path: Path, detached: Future[None] | None = None) -> No
     if detached is not None:
         detached.result()
     os.close(fd)
-    os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):  # somebody else did
+        os.unlink(path)

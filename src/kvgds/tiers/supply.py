@@ -144,13 +144,14 @@ class Supply:
         if room >= size.slot_bytes and not (self._disk_full and size.used):
             self._grow(size, room)
             return
-        if size.waiting and (older := self._slots.older_slab(size)):
-            self._give_up(older)
+        slots = self._slots
+        if size.waiting and (slab := slots.lost_slab() or slots.older_slab(size)):
+            self._give_up(slab)
             return
         needed = len(size.waiting) - size.going
         ahead = min(_EVICT, size.slots // 16)
         evicted = self._evict(size, max(needed, ahead))
-        wait = evicted or size.pending or size.used or self._slots.orphans
+        wait = evicted or size.pending or size.used or slots.orphans
         if size.waiting and not wait and not self._steal(size):
             self._refuse(size, lambda: self._too_big(size.slot_bytes))
 
