@@ -607,63 +607,6 @@ async def test_a_load_that_meets_an_error(tmp_path: Path, op: Any, count: int) -
             assert await there(engine, [b"bad", b"good"]) == [b"bad", b"good"]
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
-@pytest.mark.parametrize("op", ["lookup", "open", "getattr", "read"])
-async def test_a_block_that_another_host_has_evicted(tmp_path: Path, op: Any, number: int) -> None:
-    """A network file system loses it before it is open, when it is, or as it is read: a miss."""
-    with FaultyDisk(tmp_path) as disk:
-        root = disk.root / "kv"
-        async with opened(disk.backing / "kv") as engine:
-            await put(engine, b"gone", b"here")
-        async with opened(root) as engine:
-            disk.fail(op, number, match=path_of(root, b"gone").name)
-            outcomes = await engine.load_many([(k, bytearray(NBYTES)) for k in (b"gone", b"here")])
-            assert [outcome.status for outcome in outcomes] == ["miss", "hit"]
-            assert engine.statistics().tiers[0].blocks == 1
-            disk.clear()
-            assert await there(engine, [b"gone", b"here"]) == [b"gone", b"here"]
-
-
-async def test_a_file_that_goes_at_any_moment_is_closed(tmp_path: Path) -> None:
-    """Whichever look at its status fails, before it is open or after."""
-    with FaultyDisk(tmp_path) as disk:
-        async with opened(disk.backing / "kv") as engine:
-            await put(engine, b"key")
-        async with opened(disk.root / "kv") as engine:
-            for skip in range(5):
-                disk.fail("getattr", errno.ESTALE, match="*.kv", skip=skip)
-                hit = await get(engine, b"key")
-                disk.clear()
-            assert hit
-
-
-@pytest.mark.parametrize("op", ["open", "read"])
-async def test_a_stale_block_is_stored_anew(tmp_path: Path, op: Any) -> None:
-    """That it is there by its name is no reason to say that it is present."""
-    with FaultyDisk(tmp_path) as disk:
-        root = disk.root / "kv"
-        async with opened(disk.backing / "kv") as engine:
-            await put(engine, b"stale")
-        async with opened(root) as engine:
-            disk.fail(op, errno.ESTALE, match=path_of(root, b"stale").name)
-            assert await engine.store(b"stale", content(b"stale", NBYTES))
-            disk.clear()
-            assert await get(engine, b"stale")
-            assert ledger(root) == taken(root) == IMAGE
-
-
-async def test_files_that_do_not_close_well(tmp_path: Path) -> None:
-    """Are closed all the same, each, and what was loaded from them counts."""
-    with FaultyDisk(tmp_path) as disk:
-        async with opened(disk.backing / "kv") as engine:
-            await put(engine, b"a", b"b", b"c")
-        async with opened(disk.root / "kv") as engine:
-            disk.fail("flush", errno.ESTALE, match="*.kv")
-            items = [(key, bytearray(NBYTES)) for key in (b"a", b"b", b"c")]
-            outcomes = await engine.load_many(items)
-            assert [outcome.status for outcome in outcomes] == ["hit"] * 3
-
-
 async def test_loads_do_not_wait_for_the_ledger(tmp_path: Path) -> None:
     """However long somebody else holds it; stores do, until their deadline."""
     root = tmp_path / "kv"

@@ -18,7 +18,6 @@ from faults import FaultyDisk, fill_up, read_only, small_disk
 from kvgds import (
     BlockCorrupt,
     ConfigError,
-    Engine,
     FileTier,
     Namespace,
     PathUnavailable,
@@ -29,7 +28,6 @@ from kvgds import (
 from kvgds.testing import HeldTransport, TierContract
 from kvgds.tiers.space import slot_bytes_for
 from kvgds.transport import NixlTransport
-from kvgds.upkeep import fsck
 from support import (
     MIB,
     PAGE,
@@ -293,104 +291,6 @@ async def test_a_slab_that_is_gone(tmp_path: Path) -> None:
     keys = await filled(root)
     min(root.glob("slab-*")).unlink()
     assert await whole(root, keys) == keys[16:]
-
-
-# --- files that are deleted under an engine -------------------------------------------------------
-
-
-async def remove(*paths: Path) -> None:
-    rm = await asyncio.create_subprocess_exec("rm", *paths)
-    assert await rm.wait() == 0
-
-
-async def loads(engine: Engine, key: bytes) -> bool:
-    """Whether a block is there; then it is right."""
-    memory = bytearray(SIZE)
-    there = await engine.load(key, memory)
-    assert not there or memory == content(key, SIZE)
-    return there
-
-
-@pytest.mark.parametrize("durable", ["process", "power"])
-async def test_a_slab_that_is_deleted_under_an_engine(tmp_path: Path, durable: str) -> None:
-    """No store into it is acknowledged; its blocks load for the time being; the next are safe."""
-    root = tmp_path / "kv"
-    tier = {"capacity_bytes": 64 * 4 * (PAGE + SIZE), "durable": durable}
-    async with open_engine(config(root, tier=tier)) as engine:
-        assert await engine.store(b"old", content(b"old", SIZE))
-        await remove(*root.glob("slab-*"))
-        both = [(key, content(key, SIZE)) for key in (b"a", b"b")]
-        for outcome in await engine.store_many(both):
-            assert isinstance(outcome.error, TransferError)
-            assert "deleted" in str(outcome.error)
-            assert outcome.error.key == outcome.key
-        assert await engine.prefix([b"a"]) == 0
-        assert await loads(engine, b"old")
-        assert [outcome.status for outcome in await engine.store_many(both)] == ["stored"] * 2
-        assert await engine.store(b"old", content(b"old", SIZE))  # present, but not to stay
-    async with opened(root, tier=tier) as engine:
-        assert [await loads(engine, key) for key in (b"old", b"a", b"b")] == [True] * 3
-
-
-async def test_a_deleted_slab_is_given_up_for_room(tmp_path: Path) -> None:
-    """Where there is no room but its own: a load from it ends well, and the next store is safe."""
-    root, tier = tmp_path / "kv", {"capacity_bytes": PAGE + SIZE}
-    async with opened(root, tier=tier) as engine:
-        assert await engine.store(b"a", content(b"a", SIZE))
-        await remove(*root.glob("slab-*"))
-        engine.held.hold("start", lambda transfer: not transfer.write)
-        loading = asyncio.ensure_future(loads(engine, b"a"))
-        await engine.held.wait_held("start")
-        storing = asyncio.ensure_future(engine.store(b"b", content(b"b", SIZE)))
-        await turns()
-        engine.held.release()
-        assert await loading
-        with pytest.raises(TransferError, match="deleted"):
-            await storing
-        assert await engine.store(b"c", content(b"c", SIZE))
-        assert engine.statistics().tiers[0].quarantined == 0
-    async with opened(root, tier=tier) as engine:
-        assert await loads(engine, b"c")
-
-
-async def test_neighbours_of_a_deleted_slab_are_stored(tmp_path: Path) -> None:
-    """Committed together with a store into it: one slab's loss fails no other's blocks."""
-    root = tmp_path / "kv"
-    async with open_engine(config(root)) as engine:
-        assert await engine.store(b"small", content(b"small", PAGE))
-        (gone,) = root.glob("slab-*")
-        assert await engine.store(b"a", content(b"a", SIZE))
-        await remove(gone)
-        items = [(b"b", content(b"b", SIZE)), (b"c", content(b"c", PAGE))]
-        outcomes = await engine.store_many(items)
-        assert [outcome.status for outcome in outcomes] == ["stored", "error"]
-    async with opened(root) as engine:
-        assert await loads(engine, b"b")
-        assert await engine.prefix([b"small"]) == 0
-
-
-async def test_an_index_that_is_deleted_under_an_engine(tmp_path: Path) -> None:
-    """Nothing is acknowledged that it would have to remember, and the error says what to do."""
-    root = tmp_path / "kv"
-    async with open_engine(config(root)) as engine:
-        assert await engine.store(b"old", content(b"old", SIZE))
-        await remove(root / "index.db")
-        for _ in range(2):
-            with pytest.raises(TransferError, match=r"index\.db was deleted.*fsck --rebuild"):
-                await engine.store(b"new", content(b"new", SIZE))
-        assert await engine.load(b"old", bytearray(SIZE))
-        assert await engine.prefix([b"new"]) == 0
-    await asyncio.to_thread(fsck, root, rebuild=True)
-    async with open_engine(config(root)) as engine:
-        assert await loads(engine, b"old")
-
-
-async def test_a_file_system_that_counts_no_links(tmp_path: Path) -> None:
-    """Says of every file that it has no name: there nothing is taken for deleted."""
-    with FaultyDisk(tmp_path, links=False) as disk:
-        async with opened(disk.root / "kv") as engine:
-            assert await engine.store(b"a", content(b"a", SIZE))
-            assert await loads(engine, b"a")
 
 
 def plant_link(root: Path, name: str) -> Path:

@@ -265,7 +265,7 @@ class Slabs:
 
     def _committed(self, moves: list[Move], error: Exception | None) -> None:
         self._moving -= len(moves)
-        slots, drops = self._slots, []
+        slots, drops, lost = self._slots, [], set()
         for move in moves:
             slots.pend(move.slot, -1)
             if error is not None:
@@ -274,7 +274,7 @@ class Slabs:
             elif move.abandoned:
                 drops.append(Forgotten(move.slot))
             elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost:
-                slots.abandon_slab(slab)
+                lost.add(slab)
                 move.error = self._lost(move, slab)
                 drops.append(Forgotten(move.slot))
             else:
@@ -284,6 +284,8 @@ class Slabs:
                 number = move.generation or 0
                 slots.put(move.slot, move.key, number, move.nbytes, number)
                 move.status = "stored"
+        for slab in lost:
+            slots.abandon_slab(slab)
         self._supply.drop(drops)
         self._services.settle(moves)
         self._supply.serve()

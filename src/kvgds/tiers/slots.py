@@ -152,9 +152,10 @@ class Slots:
 
     def abandon_slab(self, slab: Slab) -> None:
         """Store no more into a slab whose file is lost; its blocks load until it is given up."""
-        free = len(slab.size.free)
-        slab.size.free = [slot for slot in slab.size.free if slot not in slab.places()]
-        self.quarantined += free - len(slab.size.free)
+        size, places = slab.size, slab.places()
+        before = len(size.free)
+        size.free = [slot for slot in size.free if slot not in places]
+        self.quarantined += before - len(size.free)
 
     def lost_slab(self) -> Slab | None:
         """A slab whose file is lost, if nobody uses it now."""
