@@ -529,7 +529,8 @@ def attributes(found: os.stat_result) -> bytes:
     """A stat result as a fuse_attr."""
     times = [found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns]
     seconds, rest = [ns // 10**9 for ns in times], [ns % 10**9 for ns in times]
-    owner = (found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_rdev)
+    links = 0 if sys.argv[4:] == ["no links"] else found.st_nlink
+    owner = (found.st_mode, links, found.st_uid, found.st_gid, found.st_rdev)
     return ATTR.pack(
         found.st_ino, found.st_size, found.st_blocks, *seconds, *rest, *owner, found.st_blksize, 0
     )
@@ -621,4 +622,4 @@ def main(root: str, backing: str, control_fd: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4])

@@ -75,11 +75,13 @@ class FaultyDisk:
     Rules hold from the moment the call returns until they are spent or cleared; the oldest that applies decides.
     The kernel cuts I/O into requests of at most 1 MiB. Reads that the page cache answers never get here.
     All methods may be called from any thread; they wait for the server's answer, so not from an event loop under guard.
+    Without `links` it counts none, as some real ones do: every file seems to have been deleted.
     """
 
-    def __init__(self, where: Path, backing: Path | None = None) -> None:
+    def __init__(self, where: Path, backing: Path | None = None, *, links: bool = True) -> None:
         self.root = where / "disk"
         self.backing = backing or where / "backing"
+        self._options = [] if links else ["no links"]
         self._lock = threading.Lock()
         self._vanished = False
 
@@ -90,7 +92,7 @@ class FaultyDisk:
         with theirs:
             arguments = [str(self.root), str(self.backing.resolve()), str(theirs.fileno())]
             self._server = subprocess.Popen(
-                [sys.executable, "-I", str(SERVER), *arguments],
+                [sys.executable, "-I", str(SERVER), *arguments, *self._options],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the test; its teardown still needs the disk

@@ -79,6 +79,7 @@ class Watched(Engine):
     def check(self) -> None:
         """Everything that was lent has come back, and every slot is somewhere."""
         flights, tier = self._flights, cast("Any", self._tier)
+        slots = tier._slots
         scheduler = flights.scheduler
         assert (scheduler.queued, scheduler.running, scheduler.queued_bytes) == (0, 0, 0)
         assert scheduler.free_bounce == self.config.bounce_bytes // PAGE * PAGE
@@ -88,21 +89,21 @@ class Watched(Engine):
         assert len(flights.territory._claims) == 0
         assert [region.uses for region in self.regions] == [0] * len(self.regions)
         assert tier.idle()
-        sizes = tier._classes.values()
+        sizes = slots.sizes.values()
         assert not any(size.waiting or size.going or size.pending for size in sizes)
-        assert not tier._holds
-        assert not tier._orphans
+        assert not slots.holds
+        assert not slots.orphans
         used = [slot for size in sizes for slot in size.used]
         free = [slot for size in sizes for slot in size.free]
         assert len({*used, *free}) == len(used) + len(free)
-        assert {slot for slot, *_ in tier._blocks.values()} <= set(used)
+        assert {slot for slot, *_ in slots.blocks.values()} <= set(used)
         named = sorted(key for size in sizes for key in size.used.values() if key is not None)
-        assert named == sorted(tier._blocks)
-        assert tier._bytes == sum(len(size.used) * size.slot_bytes for size in sizes)
-        assert tier._slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
-        assert tier._slab_bytes <= self.config.tiers[0].capacity_bytes
+        assert named == sorted(slots.blocks)
+        assert slots.bytes_used == sum(len(size.used) * size.slot_bytes for size in sizes)
+        assert slots.slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
+        assert slots.slab_bytes <= self.config.tiers[0].capacity_bytes
         lost = sum(size.slots for size in sizes) - len(used) - len(free)
-        assert 0 <= lost <= tier._quarantined
+        assert 0 <= lost <= slots.quarantined
 
 
 @contextlib.asynccontextmanager

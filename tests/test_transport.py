@@ -126,6 +126,45 @@ def test_reads_and_writes_that_fall_short(tmp_path: Path, bench: Bench) -> None:
             disk.clear()
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_what_fails_once_is_tried_once_more(tmp_path: Path, bench: Bench, write: bool) -> None:  # noqa: FBT001
+    """A plain call on the same range succeeds right after: so does NIXL's second try."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        data = os.urandom(PAGE)
+        (disk.backing / "file").write_bytes(bytes(PAGE) if write else data)
+        bench.arena.bytes[:PAGE] = data if write else bytes(PAGE)
+        disk.fail("write" if write else "read", errno.EIO, count=1)
+        (transfer,) = blocks(file, bench, 1, write=write)
+        bench.run(transfer)
+        assert transfer.calls == ["begin", "end"]
+        assert bench.arena.bytes[:PAGE] == (disk.backing / "file").read_bytes() == data
+
+
+def test_what_fails_twice_has_failed(tmp_path: Path, bench: Bench) -> None:
+    """Even if plain calls succeed each time: nothing is tried for ever."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(PAGE))
+        disk.fail("read", errno.EIO, count=1)
+        disk.fail("read", errno.EIO, skip=1, count=1)  # of those that the first rule lets pass
+        (transfer,) = blocks(file, bench, 1, write=False)
+        bench.run(transfer)
+        assert transfer.calls == ["begin", "fail"]
+        assert "plain call" in str(transfer.error)
+        assert len(disk.seen("read")) == 4
+
+
+def test_what_lies_in_gpu_memory_is_not_tried_again(tmp_path: Path, bench: Bench) -> None:
+    """There is no GPU here, so its rows can't move, whatever a plain call says."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(2 * PAGE))
+        (transfer,) = blocks(file, bench, 1, write=False)
+        transfer.device_rows = [(0, PAGE, PAGE)]
+        bench.run(transfer)
+        assert transfer.calls == ["begin", "fail"]
+        assert "plain call" in str(transfer.error)
+        assert len(disk.seen("read")) == 3  # NIXL's of the host's row, and a plain one of each
+
+
 def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> None:
     """The oldest transfer is stuck; those after it, to another file, are found all the same."""
     with (

@@ -170,6 +170,8 @@ class Files:
         for move, _ in sound:
             if move.error is None:
                 move.status = "hit"
+            else:
+                fail(move, move.error)
         self._under_way += 1
         self._services.run(partial(close_files, sound), lambda _: self._end([], 1))
         self._end_loads([move for move, _ in sound])

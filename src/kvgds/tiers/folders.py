@@ -65,7 +65,11 @@ class Folders:
         """Open a regular file to read it. It is looked at first: to open a pipe would wait."""
         self.regular(path)
         fd = os.open(path, os.O_RDONLY | SAFE | flags, dir_fd=self._root)
-        return fd, os.fstat(fd)
+        try:
+            return fd, os.fstat(fd)
+        except BaseException:  # a network file system may have lost it already
+            os.close(fd)
+            raise
 
     def sync(self) -> None:
         """If blocks are to survive a loss of power: make changed names durable."""

@@ -1,11 +1,11 @@
-"""A slab directory's space: slab files, the slots in them, and their size classes."""
+"""A slab directory's space: the names of slab files, how they are cut, and the calls on them."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
-from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import PAGE, image_bytes
@@ -14,10 +14,6 @@ from kvgds.errors import ConfigError
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
-
-    from kvgds.blocks import BlockKey
-    from kvgds.paths import Move
-    from kvgds.transport import File
 
 SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
 SLOT_MASK = (1 << SLOT_BITS) - 1
@@ -44,33 +40,6 @@ def slabs_in(root: Path) -> dict[int, str]:
     with os.scandir(root) as entries:
         matches = (SLAB_NAME.fullmatch(entry.name) for entry in entries if entry.is_file())
         return {int(match[1]): match[0] for match in matches if match}
-
-
-class Slab:
-    """One slab file and how many of its slots are in use just now."""
-
-    __slots__ = ("busy", "file", "id", "path", "slots", "used_at")
-
-    def __init__(self, slab_id: int, slots: int, path: Path, file: File) -> None:
-        self.id = slab_id
-        self.slots = slots
-        self.path = path
-        self.file = file
-        self.busy = 0  # slots being written, or waiting for a commit
-        self.used_at = 0  # when one of its blocks was last stored or loaded, by the tier's clock
-
-
-class SizeClass:
-    """The slots of one size."""
-
-    def __init__(self, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.slots = 0
-        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
-        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
-        self.going = 0  # slots whose removal is being committed
-        self.pending = 0  # those, and slots being written
-        self.waiting: deque[Move] = deque()  # stores without a slot yet
 
 
 def room_on_disk(path: Path) -> int:
@@ -128,9 +97,10 @@ def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
     return fd, min(had, nbytes)
 
 
-def remove_slab(slab: Slab, detached: Future[None] | None = None) -> None:
+def remove_slab(fd: int, path: Path, detached: Future[None] | None = None) -> None:
     """Delete a slab file once NIXL, if it knows it, has forgotten its descriptor. Blocks."""
     if detached is not None:
         detached.result()
-    os.close(slab.file.fd)
-    os.unlink(slab.path)
+    os.close(fd)
+    with contextlib.suppress(FileNotFoundError):  # somebody else did
+        os.unlink(path)

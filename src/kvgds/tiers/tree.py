@@ -228,8 +228,6 @@ class Tree:
         for move in moves:
             try:
                 self._open_block(move, folders)
-            except FileNotFoundError:
-                move.status = "miss"
             except Exception as error:  # noqa: BLE001 - it belongs to this move alone
                 fail(move, error)
             (ended if move.status or move.error else going).append(move)
@@ -291,13 +289,21 @@ class Tree:
 
     def _look(self, store: Store, folders: Folders) -> None:
         """End the store of a block that is there already."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._serves(store, folders):
-                store.state, store.move.status = "ended", "present"
+        if self._serves(store, folders):
+            store.state, store.move.status = "ended", "present"
+
+    @classmethod
+    def _serves(cls, store: Store, folders: Folders) -> bool:
+        """Whether there is a file that would do instead; then it has been used just now."""
+        try:
+            return cls._holds(store, folders)
+        except OSError as error:
+            if is_gone(error):
+                return False
+            raise
 
     @staticmethod
-    def _serves(store: Store, folders: Folders) -> bool:
-        """Whether the file that is there would do instead; then it has been used just now."""
+    def _holds(store: Store, folders: Folders) -> bool:
         move = store.move
         fd, found = folders.open(store.place, 0)
         try:
@@ -527,12 +533,15 @@ def close_files(loads: list[Opened]) -> None:
     """Close the files of loads that have ended."""
     for move, detached in loads:
         if detached.exception() is None:  # else NIXL may still name it: leak it
-            os.close(move.file.fd)
+            with contextlib.suppress(OSError):  # closed all the same, and nothing was written
+                os.close(move.file.fd)
 
 
 def fail(move: Move, error: BaseException) -> None:
-    """Record why a move could not go on."""
-    if isinstance(error, KvgdsError):
+    """Record why a move could not go on; a load of what is gone is a miss."""
+    if is_gone(error) and not move.write:
+        move.error, move.status = None, "miss"
+    elif isinstance(error, KvgdsError):
         move.error = error
     elif isinstance(error, OSError) and move.write and error.errno in _FULL:
         move.error = _disk_full(explain(error))
@@ -541,6 +550,11 @@ def fail(move: Move, error: BaseException) -> None:
         move.error.__cause__ = error
     else:
         move.fail(error)  # type: ignore[arg-type]
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether somebody, perhaps on another host, has removed the file meanwhile."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def explain(error: OSError) -> str:

@@ -63,12 +63,13 @@ _FIRST_RATE = 2e9  # bytes a second, until measured
 class _Member:
     """A transfer on its way through a lane."""
 
-    __slots__ = ("deliver", "rows", "transfer")
+    __slots__ = ("deliver", "retried", "rows", "transfer")
 
     def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
         self.transfer = transfer
         self.deliver = deliver
         self.rows: Rows = []
+        self.retried = False
 
 
 class _Flight:
@@ -396,16 +397,27 @@ class Lane:
         self._ended.append(member)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
-        """NIXL tells only that something in the flight failed: try each member by itself."""
+        """NIXL tells only that something in the flight failed: try each member by itself.
+
+        Once more, if then a plain call on its rows succeeds: whatever was wrong has passed. Not if
+        some of them lie in GPU memory, where a plain call proves nothing.
+        """
         if len(flight.members) > 1:
             self._alone.extend(flight.members)
             return
         (member,) = flight.members
+        transfer = member.transfer
         try:
-            reason = _diagnose(member.transfer, member.rows, error)
+            reason = _diagnose(transfer, member.rows, error)
         except Exception as cause:  # noqa: BLE001 - rows that no call takes; the lane must live
             reason = NotMoved(None, f"{error}: {cause}")
-        member.transfer.fail(reason)
+        if reason is None and not (member.retried or transfer.device_rows):
+            member.retried = True
+            self._alone.append(member)
+            return
+        transfer.fail(
+            reason or NotMoved(None, f"{error}, but a plain call on the same range succeeds")
+        )
         self._ended.append(member)
 
     def _report(self) -> None:
@@ -454,8 +466,8 @@ def _far_rows(flight: _Flight) -> tuple[Descriptors, Descriptors]:
     return local, remote
 
 
-def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
-    """What the system says of the same rows: NIXL's errors carry no errno."""
+def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved | None:
+    """What the system says of the same rows: NIXL's errors carry no errno. None: nothing."""
     fd = transfer.file.fd
     far = [(0, offset, nbytes) for _, offset, nbytes in transfer.device_rows]
     for address, offset, nbytes in (*rows, *far):
@@ -472,4 +484,4 @@ def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved:
         if moved < nbytes:
             verb = "write" if transfer.write else "read"
             return NotMoved(errno.EIO, f"{error}: short {verb}, {moved} of {nbytes} bytes")
-    return NotMoved(None, f"{error}, but a plain call on the same range succeeds")
+    return None

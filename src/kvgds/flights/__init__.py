@@ -1,8 +1,8 @@
 """Blocks under way: who waits for which, what shares one I/O, and whose memory it is meanwhile.
 
-Owns the event loop's side of every operation. A call is a *batch* of *waiters*, one a block;
-waiters for the same block share a *flight*, one I/O; the scheduler says when a flight starts, the
-tier where its bytes lie. It does no I/O and takes no lock: ended moves come back in groups.
+Owns the event loop's side of every operation, from admission to outcome; ``batch`` has what it
+keeps of each. The scheduler says when a flight starts, the tier where its bytes lie. It does no I/O
+and takes no lock: ended moves come back in groups.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from kvgds.blocks import Outcome, check_key
 from kvgds.deadlines import Deadlines
 from kvgds.errors import (
-    BusyError,
     CapacityError,
     ClosedError,
     ConfigError,
@@ -25,19 +24,22 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
+from kvgds.flights.batch import Batch, Flight, Settled, Waiter
 from kvgds.memory import Cache, Region, Territory, View, copy_view
 from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
-from kvgds.paths import Move, Path, Ways
+from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
     from concurrent.futures import Future as ThreadFuture
 
     from kvgds.blocks import BlockKey
     from kvgds.config import EngineConfig
     from kvgds.tiers import Tier
+
+__all__ = ["Batch", "Flights", "Memory"]
 
 Memory: TypeAlias = Any
 """Memory of one block: a View (`cache.block(i)`, `region[a:b]`), a whole Region, or what
@@ -48,122 +50,6 @@ _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _SETTLE_AT_ONCE = 4
 _PUMP_BYTES = 4 << 20
-_PENDING = Outcome(b"", "pending")
-
-
-class Settled:
-    """Returns, to however many await it, once the memory is the caller's again."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._future: asyncio.Future[None] = loop.create_future()
-
-    def __await__(self) -> Generator[Any, None, None]:
-        return asyncio.shield(self._future).__await__()
-
-    def set(self) -> None:
-        """The memory is free."""
-        self._future.set_result(None)
-
-
-class Batch:
-    """One call's blocks; wakes its task once for all, or once for each group that ends."""
-
-    __slots__ = (
-        "arrivals",
-        "deadlines",
-        "expired",
-        "left",
-        "loop",
-        "outcomes",
-        "priority",
-        "since",
-        "stream",
-        "waiter",
-        "waiters",
-        "write",
-    )
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        deadlines: Deadlines[Batch],
-        blocks: int,
-        priority: Priority,
-        *,
-        write: bool,
-        each: bool,
-        stream: int,
-    ) -> None:
-        self.loop = loop
-        self.deadlines = deadlines
-        self.write = write
-        self.priority = priority
-        self.stream = stream  # what GPU memory is used on
-        self.since = loop.time()
-        self.outcomes = [_PENDING] * blocks  # complete once nothing is left
-        self.left = blocks
-        self.waiters: list[Waiter] = []
-        self.arrivals: deque[Outcome] | None = deque() if each else None
-        self.waiter: asyncio.Future[None] | None = None
-        self.expired = False
-
-    def settle(self, index: int, outcome: Outcome) -> None:
-        """One block has ended."""
-        self.outcomes[index] = outcome
-        self.left -= 1
-        if self.arrivals is not None:
-            self.arrivals.append(outcome)
-        elif self.left:
-            return
-        if not self.left:
-            self.waiters.clear()  # the deadline's entry outlives it, its memory need not
-            self.deadlines.ended()
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    async def news(self) -> None:
-        """Wait until something has ended that the task has not seen."""
-        if self.waiter is not None:
-            raise BusyError("another task awaits this operation; it wakes one alone")
-        self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
-
-
-class Waiter:
-    """One block of one call."""
-
-    __slots__ = ("batch", "flight", "index", "overdue", "view")
-
-    def __init__(self, batch: Batch, index: int, view: View) -> None:
-        self.batch = batch
-        self.index = index
-        self.view = view
-        self.flight: Flight | None = None  # None once it has its outcome
-        self.overdue: Settled | None = None  # told of its deadline, memory still in use
-
-
-class Flight:
-    """One I/O on one block, and everybody who waits for it."""
-
-    __slots__ = ("copying", "key", "leader", "move", "path", "ticket", "waiters", "write")
-
-    def __init__(self, key: BlockKey, leader: Waiter, path: Path, *, write: bool) -> None:
-        self.key = key
-        self.path = path
-        self.write = write
-        self.leader = leader  # whose memory moves, even if it waits no longer
-        self.waiters = [leader]
-        self.ticket: Ticket[Flight]
-        self.move: Move | None = None  # set when it starts
-        self.copying = False
-
-    def takes(self, waiter: Waiter) -> bool:
-        """Whether one more may share this I/O."""
-        fits = self.leader.view.nbytes == waiter.view.nbytes
-        return fits and bool(self.waiters) and not self.copying
 
 
 class Flights:

@@ -1,0 +1,142 @@
+"""What is under way: a call is a *batch* of *waiters*, one a block, who wait for *flights*.
+
+Waiters for the same block share a flight, one I/O. A waiter has a flight until it has its outcome;
+a batch wakes its task when nothing is left, or at every outcome where each is wanted at once.
+
+Belongs to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kvgds.blocks import Outcome
+from kvgds.errors import BusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from kvgds.blocks import BlockKey
+    from kvgds.deadlines import Deadlines
+    from kvgds.memory import View
+    from kvgds.paths import Move, Path
+    from kvgds.schedule import Priority, Ticket
+
+_PENDING = Outcome(b"", "pending")
+
+
+class Settled:
+    """Returns, to however many await it, once the memory is the caller's again."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return asyncio.shield(self._future).__await__()
+
+    def set(self) -> None:
+        """The memory is free."""
+        self._future.set_result(None)
+
+
+class Batch:
+    """One call's blocks; wakes its task once for all, or once for each group that ends."""
+
+    __slots__ = (
+        "arrivals",
+        "deadlines",
+        "expired",
+        "left",
+        "loop",
+        "outcomes",
+        "priority",
+        "since",
+        "stream",
+        "waiter",
+        "waiters",
+        "write",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        deadlines: Deadlines[Batch],
+        blocks: int,
+        priority: Priority,
+        *,
+        write: bool,
+        each: bool,
+        stream: int,
+    ) -> None:
+        self.loop = loop
+        self.deadlines = deadlines
+        self.write = write
+        self.priority = priority
+        self.stream = stream  # what uses the blocks' memory, if that is a GPU's
+        self.since = loop.time()
+        self.outcomes = [_PENDING] * blocks  # complete once nothing is left
+        self.left = blocks
+        self.waiters: list[Waiter] = []
+        self.arrivals: deque[Outcome] | None = deque() if each else None
+        self.waiter: asyncio.Future[None] | None = None
+        self.expired = False
+
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """One block has ended."""
+        self.outcomes[index] = outcome
+        self.left -= 1
+        if self.arrivals is not None:
+            self.arrivals.append(outcome)
+        elif self.left:
+            return
+        if not self.left:
+            self.waiters.clear()  # the deadline's entry outlives it, its memory need not
+            self.deadlines.ended()
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def news(self) -> None:
+        """Wait until something has ended that the task has not seen."""
+        if self.waiter is not None:
+            raise BusyError("another task awaits this operation; it wakes one alone")
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+
+class Waiter:
+    """One block of one call."""
+
+    __slots__ = ("batch", "flight", "index", "overdue", "view")
+
+    def __init__(self, batch: Batch, index: int, view: View) -> None:
+        self.batch = batch
+        self.index = index
+        self.view = view
+        self.flight: Flight | None = None  # None once it has its outcome
+        self.overdue: Settled | None = None  # told of its deadline, memory still in use
+
+
+class Flight:
+    """One I/O on one block, and everybody who waits for it."""
+
+    __slots__ = ("copying", "key", "leader", "move", "path", "ticket", "waiters", "write")
+
+    def __init__(self, key: BlockKey, leader: Waiter, path: Path, *, write: bool) -> None:
+        self.key = key
+        self.path = path
+        self.write = write
+        self.leader = leader  # whose memory moves, even if it waits no longer
+        self.waiters = [leader]
+        self.ticket: Ticket[Flight]
+        self.move: Move | None = None  # set when it starts
+        self.copying = False
+
+    def takes(self, waiter: Waiter) -> bool:
+        """Whether one more may share this I/O."""
+        fits = self.leader.view.nbytes == waiter.view.nbytes
+        return fits and bool(self.waiters) and not self.copying

@@ -1,0 +1,148 @@
+"""What an engine finds in a directory of slabs, and makes of it.
+
+The rows of the index become the map of slots; slab files that were cut or lost are made whole,
+without the blocks that they held; what a death left lying about is removed. Whatever it decides is
+committed before it returns, so that a later opening decides no other way.
+
+Blocks: runs in the executor, before the index's thread starts and anything else uses the map.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+from kvgds.blocks import NO_CHECKSUM
+from kvgds.errors import ConfigError
+from kvgds.tiers.index import Changes, damaged
+from kvgds.tiers.slots import Slab
+from kvgds.tiers.space import (
+    SLAB_NAME,
+    SLOT_BITS,
+    SLOT_MASK,
+    open_slab,
+    remove_slab,
+    slab_name,
+    slabs_in,
+)
+from kvgds.transport import File
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvgds.config import FileTier
+    from kvgds.tiers.index import Index
+    from kvgds.tiers.slots import Slots
+
+    Progress = Callable[[str, int, int], None]
+
+
+class Recovery:
+    """One opening of a directory.
+
+    Args:
+        namespace: the number of the one whose blocks are served.
+        direct: whether slab files are opened with O_DIRECT.
+    """
+
+    def __init__(
+        self, settings: FileTier, index: Index, slots: Slots, *, namespace: int, direct: bool
+    ) -> None:
+        self._settings = settings
+        self._index = index
+        self._slots = slots
+        self._namespace = namespace
+        self._direct = direct
+        self._usable: dict[int, int] = {}  # by slab: how many slots have kept their bytes
+
+    def run(self, progress: Progress) -> None:
+        """Fill the map.
+
+        Raises:
+            ConfigError: among others, if the index holds what no engine wrote.
+        """
+        try:
+            self._slots.clock = itertools.count((self._index.count_open() << 40) + 1)
+            self._open_slabs()
+            self._load_blocks(progress)
+            self._sweep()
+            self._shrink()
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise damaged(self._settings.root / "index.db", error) from None
+
+    def _open_slabs(self) -> None:
+        there = slabs_in(self._settings.root)
+        for slab_id, slot_bytes, slots in self._index.slabs():
+            path = self._settings.root / slab_name(slab_id, slot_bytes)
+            if there.get(slab_id, path.name) != path.name:
+                rule = (
+                    f"is {there[slab_id]} by its name; `kvgds fsck --rebuild` makes the index anew"
+                )
+                raise ConfigError("root", str(path), rule)
+            fd, whole = open_slab(path, slot_bytes * slots, direct=self._direct)
+            size = self._slots.size_class(slot_bytes)
+            self._slots.add_slab(Slab(slab_id, slots, path, File(fd), size))
+            self._usable[slab_id] = whole // slot_bytes
+
+    def _load_blocks(self, progress: Progress) -> None:
+        total, done = self._index.count(), 0
+        wrong: list[int] = []
+        taken = set()
+        for chunk in self._index.blocks():
+            for row in chunk:
+                slot = row[0]
+                unusable: int | None = slot
+                if slot & SLOT_MASK < self._usable.get(slot >> SLOT_BITS, 0):
+                    taken.add(slot)
+                    unusable = self._adopt(row)
+                if unusable is not None:
+                    taken.discard(unusable)
+                    wrong.append(unusable)
+            done += len(chunk)
+            progress("recovering the index", done, total)
+        self._index.apply(Changes(drop=wrong))
+        for slab in self._slots.slabs.values():
+            self._slots.open_slab(slab, taken)
+
+    def _adopt(self, row: tuple[int, int, bytes | None, int, int, int]) -> int | None:
+        """Take one row of the index; the slot whose row must go, if one must.
+
+        Blocks of other namespaces wait for eviction. What this engine may not serve, and what
+        has been replaced, goes at once: it would come back when the later one is deleted.
+        """
+        slot, namespace, key, generation, nbytes, algorithm = row
+        slots = self._slots
+        if key is None:
+            slots.quarantined += 1
+            return None
+        if namespace != self._namespace:
+            slots.put_foreign(slot)
+            return None
+        rival = slots.blocks.get(key)
+        unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
+        if unchecked or (rival is not None and rival[1] > generation):
+            return slot
+        gone = None if rival is None else slots.forget(rival[0]).slot
+        slots.put(slot, key, generation, nbytes, len(slots.blocks))  # rows come in order of use
+        return gone
+
+    def _sweep(self) -> None:
+        """Remove what was cut short: temporaries, and slab files that the index does not know."""
+        known = {slab.path.name for slab in self._slots.slabs.values()}
+        for name in os.listdir(self._settings.root):
+            stray = name.startswith((".trial-", ".kvgds.json-"))
+            if stray or (SLAB_NAME.fullmatch(name) and name not in known):
+                os.unlink(self._settings.root / name)
+
+    def _shrink(self) -> None:
+        """Give up slabs until the capacity, which may be less than last time, holds."""
+        while self._slots.slab_bytes > self._settings.capacity_bytes:
+            slab = self._slots.least_wanted_slab(None)
+            if slab is None:  # pragma: no cover - nothing is in flight at open
+                return
+            self._slots.remove_slab(slab)
+            self._index.apply(Changes(drop_slab=[slab.id]))
+            remove_slab(slab.file.fd, slab.path)

@@ -1,0 +1,277 @@
+"""Which slot of which slab holds which block, in memory.
+
+Owns the map and its accounts. A slot is in one place: free, lent to a store, used by a block, on
+its way out until that is committed, or in quarantine. One that is being loaded is not free before
+the last load of it has ended. Nothing here waits, and nothing is durable: ``supply`` and ``slabs``
+see to it that the index knows of a change before a slot is used again.
+
+Belongs to the event loop's thread; while the directory is opened, to the executor's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator
+    from pathlib import Path
+
+    from kvgds.blocks import BlockKey
+    from kvgds.paths import Move
+    from kvgds.transport import File
+
+Block: TypeAlias = tuple[int, int, int, int]  # slot, generation, bytes, when it was last used
+
+
+class Forgotten(NamedTuple):
+    """A block that is invisible, but still in the index."""
+
+    slot: int
+    key: BlockKey | None = None
+    block: Block = (0, 0, 0, 0)
+
+
+class SizeClass:
+    """The slots of one size."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots = 0
+        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
+        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
+        self.going = 0  # slots whose removal is being committed
+        self.pending = 0  # those, and slots being written
+        self.waiting: deque[Move] = deque()  # stores without a slot yet
+
+
+class Slab:
+    """One slab file and how many of its slots are in use just now."""
+
+    __slots__ = ("busy", "file", "id", "lost", "path", "size", "slots", "used_at")
+
+    def __init__(self, slab_id: int, slots: int, path: Path, file: File, size: SizeClass) -> None:
+        self.id = slab_id
+        self.slots = slots
+        self.path = path
+        self.file = file
+        self.size = size
+        self.lost = False  # its file was deleted; the index's thread finds out
+        self.busy = 0  # slots being written, or waiting for a commit
+        self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
+
+    def places(self) -> range:
+        """The numbers of its slots, lowest last."""
+        base = self.id << SLOT_BITS
+        return range(base + self.slots - 1, base - 1, -1)
+
+
+class Slots:
+    """The map.
+
+    Attributes:
+        blocks: what a load would find.
+        slabs: by id.
+        sizes: the size classes, by bytes a slot.
+        clock: numbers uses and generations; later is larger.
+        touched: uses that the index does not know of, by slot.
+        holds: loads in flight, by slot.
+        orphans: slots to be freed when their last hold ends.
+        bytes_used: of slots that blocks use, those of other namespaces included.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[BlockKey, Block] = {}
+        self.slabs: dict[int, Slab] = {}
+        self.sizes: dict[int, SizeClass] = {}
+        self.clock = itertools.count(1)
+        self.touched: dict[int, int] = {}
+        self.holds: dict[int, int] = {}
+        self.orphans: set[int] = set()
+        self.bytes_used = 0
+        self.slab_bytes = 0
+        self.evictions = 0
+        self.quarantined = 0
+
+    # --- slabs ------------------------------------------------------------------------
+
+    def size_class(self, slot_bytes: int) -> SizeClass:
+        """The class of slots of this size."""
+        size = self.sizes.get(slot_bytes)
+        if size is None:
+            size = self.sizes[slot_bytes] = SizeClass(slot_bytes)
+        return size
+
+    def add_slab(self, slab: Slab) -> None:
+        """Know a slab; none of its slots is free yet."""
+        self.slabs[slab.id] = slab
+        slab.size.slots += slab.slots
+        self.slab_bytes += slab.slots * slab.size.slot_bytes
+
+    def open_slab(self, slab: Slab, taken: Container[int] = ()) -> None:
+        """Make all but the taken slots free, to be used after those that are."""
+        slab.size.free[:0] = [slot for slot in slab.places() if slot not in taken]
+
+    def remove_slab(self, slab: Slab) -> tuple[list[Forgotten], list[int]]:
+        """Forget a slab: the blocks and the free slots that it had; the rest is in quarantine."""
+        size, places = slab.size, slab.places()
+        gone = [self.forget(slot) for slot in list(size.used) if slot in places]
+        free = [slot for slot in size.free if slot in places]
+        size.free = [slot for slot in size.free if slot not in places]
+        self.evictions += len(gone)
+        self.quarantined -= slab.slots - len(gone) - len(free)
+        size.slots -= slab.slots
+        del self.slabs[slab.id]
+        self.slab_bytes -= slab.slots * size.slot_bytes
+        return gone, free
+
+    def restore_slab(self, slab: Slab, gone: list[Forgotten], free: list[int]) -> None:
+        """Go on with a slab that was to be removed."""
+        self.add_slab(slab)
+        slab.size.free[:0] = free
+        self.evictions -= len(gone)
+        self.quarantined += slab.slots - len(gone) - len(free)
+        for block in reversed(gone):
+            self.remember(block)
+
+    def least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
+        """The slab of another class that was not used for longest, and that nobody uses now."""
+        slabs = [slab for slab in self._idle_slabs() if slab.size is not other_than]
+        return min(slabs, key=lambda slab: slab.used_at, default=None)
+
+    def older_slab(self, size: SizeClass) -> Slab | None:
+        """Another class's slab, if all of it is older than anything of this class."""
+        oldest = next(iter(size.used.values()), None)
+        slab = None if oldest is None else self.least_wanted_slab(size)
+        if slab is None or oldest is None or slab.used_at > self.blocks[oldest][3]:
+            return None
+        return slab
+
+    def abandon_slab(self, slab: Slab) -> None:
+        """Store no more into a slab whose file is lost; its blocks load until it is given up."""
+        size, places = slab.size, slab.places()
+        before = len(size.free)
+        size.free = [slot for slot in size.free if slot not in places]
+        self.quarantined += before - len(size.free)
+
+    def lost_slab(self) -> Slab | None:
+        """A slab whose file is lost, if nobody uses it now."""
+        return next((slab for slab in self._idle_slabs() if slab.lost), None)
+
+    def _idle_slabs(self) -> Iterator[Slab]:
+        held = {slot >> SLOT_BITS for slot in self.holds}
+        slabs = self.slabs.values()
+        return (slab for slab in slabs if not slab.busy and slab.id not in held)
+
+    # --- slots ------------------------------------------------------------------------
+
+    def take(self, move: Move, size: SizeClass) -> None:
+        """Lend a free slot of this class to a store."""
+        slab = self._aim(move, size.free.pop(), next(self.clock))
+        slab.busy += 1
+        size.pending += 1
+
+    def hold(self, move: Move, block: Block) -> None:
+        """Begin a load of a block."""
+        slot = block[0]
+        self._aim(move, slot, block[1])
+        self.holds[slot] = self.holds.get(slot, 0) + 1
+        self.touch(move.key, block)
+
+    def _aim(self, move: Move, slot: int, generation: int) -> Slab:
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        move.file = slab.file
+        move.offset = place * slab.size.slot_bytes
+        move.generation = generation
+        move.place = f"slab {slab.id} slot {place}"
+        move.slot = slot
+        return slab
+
+    def unhold(self, slot: int) -> None:
+        """A load has ended."""
+        left = self.holds.pop(slot) - 1
+        if left:
+            self.holds[slot] = left
+        elif slot in self.orphans:
+            self.orphans.discard(slot)
+            self.free(slot)
+
+    def pend(self, slot: int, step: int) -> None:
+        """Count a slot that waits for a commit (1), or does no longer (-1)."""
+        slab = self.slabs[slot >> SLOT_BITS]
+        slab.busy += step
+        slab.size.pending += step
+
+    def free(self, slot: int, *, last: bool = False) -> None:
+        """Make a slot free, to be used next or last of all."""
+        if slot in self.holds:
+            self.orphans.add(slot)
+            return
+        slab = self.slabs[slot >> SLOT_BITS]
+        free = slab.size.free
+        if slab.lost:
+            self.quarantined += 1
+        else:
+            free.insert(0 if last else len(free), slot)
+
+    def quarantine(self, slot: int) -> None:
+        """Take a block's slot out of use, for good."""
+        self.forget(slot)
+        self.quarantined += 1
+
+    def victims(self, size: SizeClass, wanted: int) -> list[int]:
+        """The slots of the least recently used blocks that nobody is loading."""
+        recent_last = itertools.islice(size.used, wanted + len(self.holds))
+        return [slot for slot in recent_last if slot not in self.holds][:wanted]
+
+    # --- blocks -----------------------------------------------------------------------
+
+    def put(self, slot: int, key: BlockKey, generation: int, nbytes: int, used_at: int) -> None:
+        """Make a block visible: the most recently used."""
+        slab = self.slabs[slot >> SLOT_BITS]
+        self.blocks[key] = (slot, generation, nbytes, used_at)
+        slab.size.used[slot] = key
+        slab.used_at = used_at
+        self.bytes_used += slab.size.slot_bytes
+
+    def put_foreign(self, slot: int) -> None:
+        """Keep the slot of another namespace's block, which can only be evicted."""
+        size = self.slabs[slot >> SLOT_BITS].size
+        size.used[slot] = None
+        self.bytes_used += size.slot_bytes
+
+    def touch(self, key: BlockKey, block: Block) -> None:
+        """A block is used now."""
+        slot, generation, nbytes, _ = block
+        now = next(self.clock)
+        self.blocks[key] = (slot, generation, nbytes, now)
+        slab = self.slabs[slot >> SLOT_BITS]
+        slab.size.used.move_to_end(slot)
+        slab.used_at = now
+        self.touched[slot] = now
+
+    def take_touched(self) -> dict[int, int]:
+        """The uses that the index is to be told of now."""
+        touched, self.touched = self.touched, {}
+        return touched
+
+    def forget(self, slot: int) -> Forgotten:
+        """Make a block invisible; its slot is not free yet."""
+        size = self.slabs[slot >> SLOT_BITS].size
+        key = size.used.pop(slot)
+        self.bytes_used -= size.slot_bytes
+        self.touched.pop(slot, None)
+        return Forgotten(slot) if key is None else Forgotten(slot, key, self.blocks.pop(key))
+
+    def remember(self, gone: Forgotten) -> None:
+        """The index still names a block, so its slot is not free: go on with it."""
+        size = self.slabs[gone.slot >> SLOT_BITS].size
+        self.bytes_used += size.slot_bytes
+        replaced = gone.key is None or gone.key in self.blocks
+        size.used[gone.slot] = None if replaced else gone.key
+        size.used.move_to_end(gone.slot, last=False)
+        if gone.key is not None and not replaced:
+            self.blocks[gone.key] = gone.block

@@ -1,0 +1,321 @@
+"""Slots for stores: handed out, and got by evicting, by making slabs and by giving them up.
+
+Owns who waits for a slot, and what is done about it. One slab at a time is made or given up. A slot
+whose block goes is free once its removal is committed; what the index can't take is as it was
+before. A store ends refused only when nothing under way can give it a slot any more.
+
+Belongs to the event loop's thread; files are made and removed in the executor.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvgds.errors import StorageFull, TransferError
+from kvgds.tiers.index import Changes
+from kvgds.tiers.slots import Slab
+from kvgds.tiers.space import SLOT_BITS, make_slab, remove_slab, slab_name, slot_bytes_for
+from kvgds.transport import File
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from kvgds.config import FileTier
+    from kvgds.paths import Move
+    from kvgds.tiers import Services
+    from kvgds.tiers.index import Index
+    from kvgds.tiers.slots import Forgotten, SizeClass, Slots
+
+RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
+_SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
+_SLABS = 64  # a slab is about this part of the capacity
+_EVICT = 64  # most blocks that one commit evicts ahead of need
+
+
+class Supply:
+    """Gives stores their slots.
+
+    Args:
+        send: is given the moves that have a slot, and writes them.
+        direct: whether slab files are opened with O_DIRECT.
+    """
+
+    def __init__(
+        self,
+        settings: FileTier,
+        services: Services,
+        index: Index,
+        slots: Slots,
+        send: Callable[[list[Move]], None],
+        *,
+        direct: bool,
+    ) -> None:
+        self._settings = settings
+        self._services = services
+        self._index = index
+        self._slots = slots
+        self._send = send
+        self._direct = direct
+        self._next_slab = max(slots.slabs, default=-1) + 1
+        self._slab_on_its_way = False  # or on its way out
+        self._disk_full = False
+        self._dropping = 0
+
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._dropping or self._slab_on_its_way)
+
+    # --- stores -----------------------------------------------------------------------
+
+    def ask(self, moves: Sequence[Move]) -> None:
+        """Give each store a slot and send it, now or when there is one; or refuse it."""
+        refused, going = [], []
+        for move in moves:
+            slot_bytes = slot_bytes_for(move.nbytes)
+            if slot_bytes > self._settings.capacity_bytes:
+                move.error = self._too_big(slot_bytes)
+                refused.append(move)
+                continue
+            size = self._slots.size_class(slot_bytes)
+            if size.waiting or not size.free:
+                size.waiting.append(move)
+            else:
+                self._slots.take(move, size)
+                going.append(move)
+        if going:
+            self._send(going)
+        if refused:
+            self._services.settle(refused)
+        self.serve()
+
+    def serve(self) -> None:
+        """Give slots to waiting stores, and see to it that there will be more."""
+        sizes = self._slots.sizes.values()
+        for size in sizes:
+            going = []
+            while size.waiting and size.free:
+                move = size.waiting.popleft()
+                self._slots.take(move, size)
+                going.append(move)
+            if going:
+                self._send(going)
+        # Those that wait come first: the room made for them is not to be taken ahead of need.
+        for size in sorted(sizes, key=lambda size: not size.waiting):
+            if size.waiting or _low(size):
+                self._make_room(size)
+
+    def expire(self) -> None:
+        """End the waiting of abandoned stores."""
+        for size in self._slots.sizes.values():
+            gone = [move for move in size.waiting if move.abandoned]
+            if gone:
+                size.waiting = deque(move for move in size.waiting if not move.abandoned)
+                for move in gone:
+                    move.error = move.timeout()
+                self._services.settle(gone)
+
+    def _refuse(self, size: SizeClass, make: Callable[[], Exception]) -> None:
+        moves = list(size.waiting)
+        size.waiting.clear()
+        for move in moves:
+            move.error = make()
+        if moves:
+            self._services.settle(moves)
+
+    def _too_big(self, slot_bytes: int) -> StorageFull:
+        capacity = self._settings.capacity_bytes
+        return StorageFull(
+            f"slabs:{self._settings.root}: no room for a block that takes {slot_bytes:,} bytes "
+            f"with its stamp, and nothing to evict; raise capacity_bytes={capacity:,}"
+        )
+
+    # --- evicting ---------------------------------------------------------------------
+
+    def _make_room(self, size: SizeClass) -> None:
+        if self._slab_on_its_way:
+            return
+        room = self._settings.capacity_bytes - self._slots.slab_bytes
+        if room >= size.slot_bytes and not (self._disk_full and size.used):
+            self._grow(size, room)
+            return
+        slots = self._slots
+        if size.waiting and (slab := slots.lost_slab() or slots.older_slab(size)):
+            self._give_up(slab)
+            return
+        needed = len(size.waiting) - size.going
+        ahead = min(_EVICT, size.slots // 16)
+        evicted = self._evict(size, max(needed, ahead))
+        wait = evicted or size.pending or size.used or slots.orphans
+        if size.waiting and not wait and not self._steal(size):
+            self._refuse(size, lambda: self._too_big(size.slot_bytes))
+
+    def _evict(self, size: SizeClass, wanted: int) -> int:
+        """Drop the least recently used blocks that nobody is loading; how many."""
+        victims = self._slots.victims(size, wanted)
+        self._slots.evictions += len(victims)
+        gone = [self._slots.forget(slot) for slot in victims]
+        self.drop(gone, partial(self._evicted, size, len(gone)))
+        return len(gone)
+
+    def _evicted(self, size: SizeClass, blocks: int, error: Exception | None) -> None:
+        if error is not None:  # they are back, and would be tried again for ever
+            self._slots.evictions -= blocks
+            self._refuse(size, lambda: commit_error(self._settings.root, error))
+
+    def drop(
+        self, gone: list[Forgotten], done: Callable[[Exception | None], None] | None = None
+    ) -> None:
+        """Commit the removal of forgotten blocks, then free their slots."""
+        if not gone:
+            return
+        slots = [block.slot for block in gone]
+        for slot in slots:
+            self._count_going(slot, 1)
+        self._dropping += len(slots)
+        self._index.commit(Changes(drop=slots), partial(self._dropped, gone, done))
+
+    def _dropped(
+        self,
+        gone: list[Forgotten],
+        done: Callable[[Exception | None], None] | None,
+        error: Exception | None,
+    ) -> None:
+        self._dropping -= len(gone)
+        for block in reversed(gone):
+            self._count_going(block.slot, -1)
+            if error is None:
+                self._slots.free(block.slot)
+            else:
+                self._slots.remember(block)
+        if done is not None:
+            done(error)
+        self.serve()
+
+    def _count_going(self, slot: int, step: int) -> None:
+        self._slots.slabs[slot >> SLOT_BITS].size.going += step
+        self._slots.pend(slot, step)
+
+    # --- giving up a slab ---------------------------------------------------------------
+
+    def _steal(self, size: SizeClass) -> bool:
+        """Give up another class's slab for this one. False: none can be had, ever."""
+        slab = self._slots.least_wanted_slab(size)
+        if slab is None:
+            busy = any(slab.busy for slab in self._slots.slabs.values())
+            return busy or bool(self._slots.holds)
+        self._give_up(slab)
+        return True
+
+    def _give_up(self, slab: Slab) -> None:
+        gone, free = self._slots.remove_slab(slab)
+        self._slab_on_its_way = True
+        done = partial(self._unindexed, slab, gone, free)
+        self._index.commit(Changes(drop_slab=[slab.id]), done)
+
+    def _unindexed(
+        self, slab: Slab, gone: list[Forgotten], free: list[int], error: Exception | None
+    ) -> None:
+        if error is not None:  # the index still names it: go on with it
+            self._slots.restore_slab(slab, gone, free)
+            self._not_grown(error)
+            return
+        detached = self._services.transport.detach(slab.file)
+        self._services.run(partial(remove_slab, slab.file.fd, slab.path, detached), self._removed)
+
+    def _removed(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._not_grown(error)
+            return
+        self._slab_on_its_way = False
+        self.serve()
+
+    def _not_grown(self, error: BaseException) -> None:
+        """The index can't take it, or a file won't go: another try would end alike."""
+        self._slab_on_its_way = False
+        for size in self._slots.sizes.values():
+            self._refuse(size, lambda: self._growth_error(error))
+
+    def _growth_error(self, error: BaseException) -> Exception:
+        if isinstance(error, sqlite3.Error):
+            return commit_error(self._settings.root, error)
+        return disk_full(self._settings.root, f"can't make a slab: {error}")
+
+    # --- making a slab ------------------------------------------------------------------
+
+    def _grow(self, size: SizeClass, room: int) -> None:
+        """Make one more slab; in the executor, because allocating it may take a while."""
+        capacity = self._settings.capacity_bytes
+        part = max(min(capacity // _SLABS, _SLAB_MOST), size.slot_bytes)
+        slab_id = self._next_slab
+        self._next_slab += 1
+        self._slab_on_its_way = True
+        path = self._settings.root / slab_name(slab_id, size.slot_bytes)
+        make = partial(
+            make_slab,
+            path,
+            size.slot_bytes,
+            min(part, room) // size.slot_bytes,
+            reserve=min(RESERVE, capacity // 16),
+            direct=self._direct,
+            sync=self._settings.durable == "power",
+        )
+        self._services.run(make, partial(self._made, size, slab_id, path))
+
+    def _made(
+        self, size: SizeClass, slab_id: int, path: Path, future: Future[tuple[int, int]]
+    ) -> None:
+        if error := future.exception():
+            self._grown_badly(error)
+            return
+        fd, slots = future.result()
+        slab = Slab(slab_id, slots, path, File(fd), size)
+        row = (slab_id, size.slot_bytes, slots)
+        self._index.commit(Changes(add_slab=[row]), partial(self._indexed, slab))
+
+    def _indexed(self, slab: Slab, error: Exception | None) -> None:
+        if error is not None:  # a file that can't be removed goes at the next opening
+            remove = partial(remove_slab, slab.file.fd, slab.path)
+            self._services.run(remove, lambda _: self._not_grown(error))
+            return
+        self._slab_on_its_way = self._disk_full = False
+        self._slots.add_slab(slab)
+        self._slots.open_slab(slab)
+        self.serve()
+
+    def _grown_badly(self, error: BaseException) -> None:
+        """The disk has no room for another slab: go on with what there is, or say so."""
+        self._slab_on_its_way = False
+        self._disk_full = True
+        for size in self._slots.sizes.values():
+            if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
+                continue
+            if size.used or self._steal(size):
+                continue
+            self._refuse(size, lambda: self._growth_error(error))
+
+
+def _low(size: SizeClass) -> bool:
+    """Whether to evict ahead of need; small classes use all their slots instead."""
+    return bool(size.used) and len(size.free) + size.going < min(_EVICT // 2, size.slots // 32)
+
+
+def commit_error(root: Path, error: Exception) -> Exception:
+    """What those are told whose commit failed."""
+    full = isinstance(error, sqlite3.Error) and "full" in str(error)
+    if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return disk_full(root, f"the index can't grow: {error}")
+    wrapped = TransferError(f"the index of {root} failed: {error}", direction="store")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def disk_full(root: Path, why: str) -> StorageFull:
+    """The error for a disk that takes no more."""
+    return StorageFull(f"{root}: {why}; free space, or lower capacity_bytes")

@@ -1,0 +1,180 @@
+"""Files that somebody else removes while an engine has them open."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import sharing
+from faults import FaultyDisk
+from kvgds import Engine, TransferError, open_engine
+from kvgds.upkeep import fsck
+from sharing import IMAGE, NBYTES
+from support import PAGE, config, content, turns
+from support import opened as slabs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 3 * PAGE
+
+
+# --- slabs, and their index: by hand ----------------------------------------------------------
+
+
+async def remove(*paths: Path) -> None:
+    rm = await asyncio.create_subprocess_exec("rm", *paths)
+    assert await rm.wait() == 0
+
+
+async def loads(engine: Engine, key: bytes) -> bool:
+    """Whether a block is there; then it is right."""
+    memory = bytearray(SIZE)
+    there = await engine.load(key, memory)
+    assert not there or memory == content(key, SIZE)
+    return there
+
+
+@pytest.mark.parametrize("durable", ["process", "power"])
+async def test_a_slab_that_is_deleted_under_an_engine(tmp_path: Path, durable: str) -> None:
+    """No store into it is acknowledged; its blocks load for the time being; the next are safe."""
+    root = tmp_path / "kv"
+    tier = {"capacity_bytes": 64 * 4 * (PAGE + SIZE), "durable": durable}
+    async with open_engine(config(root, tier=tier)) as engine:
+        assert await engine.store(b"old", content(b"old", SIZE))
+        await remove(*root.glob("slab-*"))
+        both = [(key, content(key, SIZE)) for key in (b"a", b"b")]
+        for outcome in await engine.store_many(both):
+            assert isinstance(outcome.error, TransferError)
+            assert "deleted" in str(outcome.error)
+            assert outcome.error.key == outcome.key
+        assert await engine.prefix([b"a"]) == 0
+        assert await loads(engine, b"old")
+        assert [outcome.status for outcome in await engine.store_many(both)] == ["stored"] * 2
+        assert await engine.store(b"old", content(b"old", SIZE))  # present, but not to stay
+    async with slabs(root, tier=tier) as engine:
+        assert [await loads(engine, key) for key in (b"old", b"a", b"b")] == [True] * 3
+
+
+async def test_a_deleted_slab_is_given_up_for_room(tmp_path: Path) -> None:
+    """Where there is no room but its own: a load from it ends well, and the next store is safe."""
+    root, tier = tmp_path / "kv", {"capacity_bytes": PAGE + SIZE}
+    async with slabs(root, tier=tier) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        await remove(*root.glob("slab-*"))
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        loading = asyncio.ensure_future(loads(engine, b"a"))
+        await engine.held.wait_held("start")
+        storing = asyncio.ensure_future(engine.store(b"b", content(b"b", SIZE)))
+        await turns()
+        engine.held.release()
+        assert await loading
+        with pytest.raises(TransferError, match="deleted"):
+            await storing
+        assert await engine.store(b"c", content(b"c", SIZE))
+        assert engine.statistics().tiers[0].quarantined == 0
+    async with slabs(root, tier=tier) as engine:
+        assert await loads(engine, b"c")
+
+
+async def test_neighbours_of_a_deleted_slab_are_stored(tmp_path: Path) -> None:
+    """Committed together with a store into it: one slab's loss fails no other's blocks."""
+    root = tmp_path / "kv"
+    async with open_engine(config(root)) as engine:
+        assert await engine.store(b"small", content(b"small", PAGE))
+        (gone,) = root.glob("slab-*")
+        assert await engine.store(b"a", content(b"a", SIZE))
+        await remove(gone)
+        items = [(b"b", content(b"b", SIZE)), (b"c", content(b"c", PAGE))]
+        outcomes = await engine.store_many(items)
+        assert [outcome.status for outcome in outcomes] == ["stored", "error"]
+    async with slabs(root) as engine:
+        assert await loads(engine, b"b")
+        assert await engine.prefix([b"small"]) == 0
+
+
+async def test_an_index_that_is_deleted_under_an_engine(tmp_path: Path) -> None:
+    """Nothing is acknowledged that it would have to remember, and the error says what to do."""
+    root = tmp_path / "kv"
+    async with open_engine(config(root)) as engine:
+        assert await engine.store(b"old", content(b"old", SIZE))
+        await remove(root / "index.db")
+        for _ in range(2):
+            with pytest.raises(TransferError, match=r"index\.db was deleted.*fsck --rebuild"):
+                await engine.store(b"new", content(b"new", SIZE))
+        assert await engine.load(b"old", bytearray(SIZE))
+        assert await engine.prefix([b"new"]) == 0
+    await asyncio.to_thread(fsck, root, rebuild=True)
+    async with open_engine(config(root)) as engine:
+        assert await loads(engine, b"old")
+
+
+async def test_a_file_system_that_counts_no_links(tmp_path: Path) -> None:
+    """Says of every file that it has no name: there nothing is taken for deleted."""
+    with FaultyDisk(tmp_path, links=False) as disk:
+        async with slabs(disk.root / "kv") as engine:
+            assert await engine.store(b"a", content(b"a", SIZE))
+            assert await loads(engine, b"a")
+
+
+# --- blocks of the files layout: by another host ------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("op", ["lookup", "open", "getattr", "read"])
+async def test_a_block_that_another_host_has_evicted(tmp_path: Path, op: Any, number: int) -> None:
+    """A network file system loses it before it is open, when it is, or as it is read: a miss."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with sharing.opened(disk.backing / "kv") as engine:
+            await sharing.put(engine, b"gone", b"here")
+        async with sharing.opened(root) as engine:
+            disk.fail(op, number, match=sharing.path_of(root, b"gone").name)
+            outcomes = await engine.load_many([(k, bytearray(NBYTES)) for k in (b"gone", b"here")])
+            assert [outcome.status for outcome in outcomes] == ["miss", "hit"]
+            assert engine.statistics().tiers[0].blocks == 1
+            disk.clear()
+            assert await sharing.there(engine, [b"gone", b"here"]) == [b"gone", b"here"]
+
+
+async def test_a_file_that_goes_at_any_moment_is_closed(tmp_path: Path) -> None:
+    """Whichever look at its status fails, before it is open or after."""
+    with FaultyDisk(tmp_path) as disk:
+        async with sharing.opened(disk.backing / "kv") as engine:
+            await sharing.put(engine, b"key")
+        async with sharing.opened(disk.root / "kv") as engine:
+            for skip in range(5):
+                disk.fail("getattr", errno.ESTALE, match="*.kv", skip=skip)
+                hit = await sharing.get(engine, b"key")
+                disk.clear()
+            assert hit
+
+
+@pytest.mark.parametrize("op", ["open", "read"])
+async def test_a_stale_block_is_stored_anew(tmp_path: Path, op: Any) -> None:
+    """That it is there by its name is no reason to say that it is present."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with sharing.opened(disk.backing / "kv") as engine:
+            await sharing.put(engine, b"stale")
+        async with sharing.opened(root) as engine:
+            disk.fail(op, errno.ESTALE, match=sharing.path_of(root, b"stale").name)
+            assert await engine.store(b"stale", content(b"stale", NBYTES))
+            disk.clear()
+            assert await sharing.get(engine, b"stale")
+            assert sharing.ledger(root) == sharing.taken(root) == IMAGE
+
+
+async def test_files_that_do_not_close_well(tmp_path: Path) -> None:
+    """Are closed all the same, each, and what was loaded from them counts."""
+    with FaultyDisk(tmp_path) as disk:
+        async with sharing.opened(disk.backing / "kv") as engine:
+            await sharing.put(engine, b"a", b"b", b"c")
+        async with sharing.opened(disk.root / "kv") as engine:
+            disk.fail("flush", errno.ESTALE, match="*.kv")
+            items = [(key, bytearray(NBYTES)) for key in (b"a", b"b", b"c")]
+            outcomes = await engine.load_many(items)
+            assert [outcome.status for outcome in outcomes] == ["hit"] * 3
