@@ -70,7 +70,7 @@ def _described(root: int, path: str) -> str:
         fd, _ = Folders(root).open(path, 0)
         with open(fd, encoding="utf-8") as file:
             return json.dumps(json.load(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
 
 
