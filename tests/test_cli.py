@@ -486,10 +486,17 @@ def test_doctor_tries_the_tiers_of_a_config_file(tmp_path: Path) -> None:
     assert [way["what"] for way in part["refused"]] == ["O_DIRECT"]
 
 
-def test_doctor_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVGDS_TIERS__0__ROOT", str(tmp_path / "kv"))
-    monkeypatch.setenv("KVGDS_TIERS__0__CAPACITY_BYTES", "1000000")
+@pytest.mark.parametrize("whole", [False, True])
+def test_doctor_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool
+) -> None:
     monkeypatch.setenv("KVGDS_NAMESPACE__MODEL", "some/model")
+    if whole:
+        tier = f'{{root = "{tmp_path / "kv"}", capacity_bytes = 1_000_000}}'
+        monkeypatch.setenv("KVGDS_TIERS", f"[{tier}]")
+    else:
+        monkeypatch.setenv("KVGDS_TIERS__0__ROOT", str(tmp_path / "kv"))
+        monkeypatch.setenv("KVGDS_TIERS__0__CAPACITY_BYTES", "1000000")
     (part,) = found("doctor")["roots"]
     assert part["root"] == str(tmp_path / "kv")
 

@@ -684,6 +684,23 @@ def test_a_repair_fills_no_disk(tmp_path: Path) -> None:
         assert loads(config(root, "slabs"), keys(3)) == keys(3)
 
 
+@pytest.mark.parametrize("planted", ["link", "directory"])
+def test_a_repair_goes_on_past_what_is_no_slab(tmp_path: Path, planted: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (slab,) = root.glob("slab-*")
+    slab.unlink()
+    if planted == "link":
+        slab.symlink_to("nowhere")
+    else:
+        slab.mkdir()
+    (root / "slab-00000099-8192.kv").touch()
+    report = fsck(root, repair=True)
+    left = [problem for problem in report.problems if not problem.repaired]
+    assert [problem.kind for problem in left] == ["truncated"]
+    assert "a slab can't be opened" in left[0].text
+
+
 def test_a_repair_goes_on_past_what_it_cannot_remove(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     fill(config(root, "slabs"), keys(2))
@@ -983,6 +1000,24 @@ def test_a_directory_of_files_has_no_index_to_rebuild(tmp_path: Path) -> None:
     fill(config(root, "files"), keys(1))
     with pytest.raises(ConfigError, match="--repair"):
         fsck(root, rebuild=True)
+
+
+@pytest.mark.parametrize("name", ["tmp", "quarantine", "ledger"])
+def test_what_is_in_the_way_among_the_blocks_is_named(tmp_path: Path, name: str) -> None:
+    """A file instead of a directory, and the other way round."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(2))
+    place = root / name
+    if place.is_dir():
+        place.rmdir()
+        place.touch()
+    else:
+        place.unlink()
+        place.mkdir()
+    for act in (ACTS["gc"],) if name == "ledger" else (ACTS["ls"], fsck):
+        with pytest.raises(ConfigError, match=f"{place}.*directory"):
+            act(root)
+    assert file_of(root, b"key-0").exists()
 
 
 def test_a_description_that_is_nested_deeply_leaves_the_digest_too(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def _tiers(root: Path | None, config: Path | None) -> list[FileTier]:
     from kvgds.config import FileTier, load_config
 
     tiers: list[FileTier] = []
-    if config is not None or "KVGDS_TIERS__0__ROOT" in os.environ:
+    if config is not None or any(name.startswith("KVGDS_TIERS") for name in os.environ):
         tiers += load_config(config, os.environ).tiers
     if root is not None:
         tiers.append(FileTier(root=root, capacity_bytes=1 << 30))

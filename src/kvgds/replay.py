@@ -68,7 +68,7 @@ def requests_of(trace: Path, limit: int | None = None) -> Iterator[tuple[int, ..
     """
     try:
         if not stat.S_ISREG(os.stat(trace).st_mode):
-            rule = "can't be read: it must be a file, because it is read twice; a pipe can't be"
+            rule = "can't be read: it is read twice, so it must be a regular file and no pipe"
             raise ConfigError("trace", os.fspath(trace), rule)
         with open(trace, encoding="utf-8") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())

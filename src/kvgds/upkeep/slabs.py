@@ -316,7 +316,11 @@ def _make_whole(slab: Slab, problem: Problem) -> None:
         problem.text += f"; to make it whole takes {lacking:,} bytes, {room:,} are free: free some,"
         problem.text += " or --rebuild takes it as it is"
         return
-    fd, _ = open_slab(slab.path, slab.slots * slab.slot_bytes, direct=False)
+    try:
+        fd, _ = open_slab(slab.path, slab.slots * slab.slot_bytes, direct=False)
+    except ConfigError as error:
+        problem.text += f"; {error.rule}"
+        return
     os.close(fd)
     problem.repaired = True
 
