@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -107,6 +109,8 @@ def process(*arguments: object, **changes: Any) -> subprocess.CompletedProcess[s
         ("1Ti", 1 << 40),
         ("1P", 1 << 50),
         ("17B", 17),
+        ("9007199254740993", 9007199254740993),
+        ("9223372036854775807", (1 << 63) - 1),
     ],
 )
 def test_sizes_are_read(text: str, nbytes: int) -> None:
@@ -117,6 +121,25 @@ def test_sizes_are_read(text: str, nbytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["8192P", "9" * 19, "9" * 400, pytest.param("9" * 99_999 + "P", id="a long number")]
+)
+def test_what_is_larger_than_any_disk_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is too much") as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9" * 12 + "s", "999999w", "9" * 400 + "d", pytest.param("9" * 99_999 + "w", id="long")],
+)
+def test_what_is_longer_than_any_life_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is too long") as caught:
+        parse_age(text)
+    assert len(str(caught.value)) < 100
 
 
 @pytest.mark.parametrize(
@@ -170,6 +193,14 @@ def test_version_and_help() -> None:
         ("replay", "trace"),
         ("replay", "trace", "--root", "here", "--block-bytes", "4Q"),
         ("replay", "trace", "--root", "here", "--in-flight", "0"),
+        ("ls", "here", "--limit", "9" * 20),
+        pytest.param(("ls", "here", "--limit", "9" * 5000), id="ls, a limit of 5,000 digits"),
+        ("gc", "here", "--keep-bytes", "9" * 400),
+        ("gc", "here", "--older-than", "9" * 400 + "d"),
+        ("replay", "trace", "--root", "here", "--limit", "9" * 20),
+        ("replay", "trace", "--root", "here", "--in-flight", "9" * 20),
+        ("replay", "trace", "--root", "here", "--block-bytes", "9" * 400),
+        ("replay", "trace", "--root", "here", "--capacity", "9" * 400),
     ],
 )
 def test_a_wrong_call_ends_with_2(arguments: tuple[str, ...]) -> None:
@@ -352,6 +383,14 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path, more: tuple[str, ...]) -> No
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("gc", "--help")])
+def test_an_output_that_is_full_is_told_before_any_command(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        streams = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        result = process(*arguments, **streams)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+
+
 def test_an_output_that_is_full_is_told(tmp_path: Path) -> None:
     fill(tmp_path / "kv", 200)
     with open("/dev/full", "w", encoding="utf-8") as full:
@@ -447,10 +486,17 @@ def test_doctor_tries_the_tiers_of_a_config_file(tmp_path: Path) -> None:
     assert [way["what"] for way in part["refused"]] == ["O_DIRECT"]
 
 
-def test_doctor_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVGDS_TIERS__0__ROOT", str(tmp_path / "kv"))
-    monkeypatch.setenv("KVGDS_TIERS__0__CAPACITY_BYTES", "1000000")
+@pytest.mark.parametrize("whole", [False, True])
+def test_doctor_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool
+) -> None:
     monkeypatch.setenv("KVGDS_NAMESPACE__MODEL", "some/model")
+    if whole:
+        tier = f'{{root = "{tmp_path / "kv"}", capacity_bytes = 1_000_000}}'
+        monkeypatch.setenv("KVGDS_TIERS", f"[{tier}]")
+    else:
+        monkeypatch.setenv("KVGDS_TIERS__0__ROOT", str(tmp_path / "kv"))
+        monkeypatch.setenv("KVGDS_TIERS__0__CAPACITY_BYTES", "1000000")
     (part,) = found("doctor")["roots"]
     assert part["root"] == str(tmp_path / "kv")
 
@@ -616,6 +662,34 @@ def test_a_damaged_index_leads_to_rebuild_and_back(tmp_path: Path) -> None:
     assert found("ls", root)["namespaces"][0]["blocks"] == 3
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "UPDATE slab SET slot_bytes = 'many'",
+        "UPDATE slab SET slots = -1",
+        "UPDATE block SET key = 'text'",
+        "UPDATE block SET nbytes = 'few'",
+        "UPDATE namespace SET digest = 7",
+    ],
+)
+def test_odd_values_in_the_index_lead_to_rebuild_too(tmp_path: Path, odd: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 1)
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        database.execute(odd)
+    for arguments in (("ls", root, "--limit", 9), ("gc", root, "--keep-bytes", 0)):
+        refused = call(*arguments)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        (line,) = refused.stderr.splitlines()
+        assert "the index is damaged" in line
+        assert "`kvgds fsck --rebuild` makes it anew" in line
+    checked = call("fsck", root)
+    assert (checked.exit_code, checked.stderr) == (1, "")
+    assert "found: index: index.db: the index is damaged" in checked.stdout
+    assert call("fsck", root, "--rebuild").exit_code == 0
+    assert found("ls", root, "--limit", 9)["entries"][0]["key"] == b"key-0".hex()
+
+
 def test_without_index_and_slabs_nothing_is_to_be_rebuilt(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     fill(root)
@@ -779,6 +853,89 @@ def test_a_bad_line_ends_a_replay_with_its_number(tmp_path: Path, trace: Path) -
     (line,) = result.stderr.splitlines()
     assert "line 40" in line
     assert not (tmp_path / "kv").exists()
+
+
+# Runs before everything: sends the interrupt when a module is about to be imported.
+EARLY = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "import" and arguments[0] == os.environ["INTERRUPT_AT"]:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+"""
+SCRIPT = """
+import sys
+from kvgds.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+IMPORTS = ("kvgds.blocks", "numpy", "pydantic", "typer", "rich.table", "kvgds.doctor")
+
+
+@pytest.fixture
+def interrupted_at(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Gives the environment of a process that is interrupted at an import."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY)
+
+    def environment(module: str) -> dict[str, str]:
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        return {**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": module}
+
+    return environment
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_an_interrupt_at_the_start_ends_quietly(
+    tmp_path: Path, interrupted_at: Callable[..., dict[str, str]], way: str, module: str
+) -> None:
+    script = tmp_path / "kvgds"
+    script.write_text(SCRIPT)
+    how = ["-X", "faulthandler", "-m", "kvgds"] if way == "module" else [str(script)]
+    result = subprocess.run(
+        [sys.executable, *how, "doctor"],
+        env=interrupted_at(module),
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("module", ["numpy", "kvgds.engine"])
+def test_what_an_interrupt_does_to_another_program_is_its_own_business(
+    interrupted_at: Callable[..., dict[str, str]], module: str
+) -> None:
+    program = """
+        import signal
+        try:
+            import kvgds
+        except KeyboardInterrupt:
+            print("its own", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=interrupted_at(module),
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    assert (result.stdout, result.stderr) == ("its own True\n", "")
+
+
+def test_an_interrupt_that_is_ignored_stays_so(
+    interrupted_at: Callable[..., dict[str, str]],
+) -> None:
+    """As of what a shell starts in the background."""
+    result = process(
+        "--version",
+        env=interrupted_at("numpy"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"kvgds {__version__}\n"
 
 
 def test_an_interrupted_replay_leaves_a_sound_directory(tmp_path: Path) -> None:

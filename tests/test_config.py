@@ -43,6 +43,9 @@ def test_a_root_may_be_text() -> None:
         ("root", ""),
         ("root", 7),
         ("root", None),
+        ("root", b"kv"),
+        ("root", "/kv\0more"),
+        ("capacity_bytes", 1 << 63),
         ("layout", "slab"),
         ("verify", True),
         ("direct_io", "yes"),
@@ -70,6 +73,10 @@ def test_tiers_that_can_not_be(field: str, value: Any) -> None:
         ("path", "GDS"),
         ("bounce_bytes", 4096),
         ("bounce_bytes", 1.5),
+        ("bounce_bytes", 1 << 63),
+        ("queue_ops", 1 << 63),
+        ("inflight_ops", 1 << 63),
+        ("inflight_bytes", 1 << 63),
         ("timeout_s", 0.0),
         ("timeout_s", -1.0),
         ("timeout_s", float("inf")),
@@ -89,6 +96,15 @@ def test_engines_that_can_not_be(field: str, value: Any) -> None:
         EngineConfig(**{**BASE, field: value})
     assert field in caught.value.field or field in caught.value.rule
     assert caught.value.rule
+
+
+def test_an_integer_that_python_does_not_write_is_told_by_its_bits() -> None:
+    for huge in (1 << 20_000, -(1 << 20_000)):
+        for field in ("bounce_bytes", "queue_ops", "transport_threads"):
+            with pytest.raises(ConfigError, match="integer of 20,001 bits"):
+                EngineConfig(**{**BASE, field: huge})
+        with pytest.raises(ConfigError, match="integer of 20,001 bits"):
+            FileTier(root=Path("kv"), capacity_bytes=huge)
 
 
 def test_tiers_may_be_a_list() -> None:
@@ -211,6 +227,17 @@ def test_the_environment_alone() -> None:
         ("KVGDS_NAMESPACE", "m"),
         ("KVGDS_", "1"),
         ("KVGDS___", "1"),
+        ("KVGDS_TIERS__²__ROOT", "/kv"),
+        pytest.param("KVGDS_TIERS__" + "9" * 5000 + "__ROOT", "/kv", id="a number without end"),
+        pytest.param("KVGDS_TIMEOUT_S", "9" * 5000, id="digits without end"),
+        pytest.param("KVGDS_TIMEOUT_S", "[" * 5000, id="brackets without end"),
+        pytest.param("KVGDS_QUEUE_OPS", "0x" + "f" * 5000, id="hex digits without end"),
+        pytest.param("KVGDS_NAMESPACE__RANK", "0x" + "f" * 5000, id="a rank without end"),
+        pytest.param("KVGDS_NAMESPACE__BLOCK_TOKENS", "0x" + "f" * 5000, id="tokens without end"),
+        ("KVGDS_TIMEOUT_S", "5\nqueue_ops = 1"),
+        ("KVGDS_TIERS__0__ROOT", '"/kv\\u0000"'),
+        ("KVGDS_TIERS", "{0 = 1}"),
+        ("KVGDS_TIERS", "[[]]"),
     ],
 )
 def test_variables_that_name_nothing(tmp_path: Path, name: str, value: str) -> None:
@@ -230,6 +257,11 @@ def test_variables_that_name_nothing(tmp_path: Path, name: str, value: str) -> N
         "[namespace]\nmodle = 'm'\n[[tiers]]\nroot = '/kv'\ncapacity_bytes = 1048576",
         TEXT + "\nnothing = 1",
         "nothing = 1" + TEXT,
+        pytest.param("queue_ops = " + "9" * 5000 + TEXT, id="digits without end"),
+        pytest.param("queue_ops = 0x" + "f" * 5000 + TEXT, id="hex digits without end"),
+        pytest.param("queue_ops = " + "[" * 5000 + TEXT, id="brackets without end"),
+        "queue_ops = 1979-05-27" + TEXT,
+        "[[namespace]]\nmodel = 'm'",
     ],
 )
 def test_files_that_can_not_be(tmp_path: Path, text: str) -> None:
@@ -242,6 +274,16 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, tmp_path / "binary"):
         with pytest.raises(ConfigError, match="can't be read"):
             load_config(path, {})
+
+
+@pytest.mark.parametrize("path", [7, b"kvgds.toml", "kvgds\0.toml"])
+def test_what_is_no_path_of_a_file(path: Any) -> None:
+    with pytest.raises(ConfigError, match="config"):
+        load_config(path, {})
+
+
+def test_the_path_of_a_file_may_be_text(tmp_path: Path) -> None:
+    assert load_config(str(written(tmp_path, TEXT)), {}).timeout_s == 5  # type: ignore[arg-type]
 
 
 def test_the_library_reads_no_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from kvgds import (
     FileTier,
     KvgdsError,
     Namespace,
+    Operation,
     Outcome,
     Priority,
     QueueFull,
@@ -38,7 +39,7 @@ from kvgds.engine import logged_progress
 from support import MIB, PAGE, Watched, aligned, config, content, opened, turns, unaligned
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 SIZE = 3 * PAGE
@@ -606,6 +607,78 @@ async def test_another_loop_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ClosedError, match="loop"):
                 await asyncio.to_thread(asyncio.run, act(b"a", bytearray(8)))
         await store(engine, b"a")
+
+
+async def test_another_thread_is_refused(tmp_path: Path) -> None:
+    """Where no event loop runs either, and whatever the call is."""
+
+    def by_hand(call: Callable[[], Any]) -> None:
+        answer = call()
+        if hasattr(answer, "send"):  # a coroutine, begun without a loop
+            answer.send(None)
+
+    async with opened(tmp_path / "kv") as engine:
+        memory, region = bytearray(8), engine.register(aligned(SIZE))
+        calls: list[Callable[[], Any]] = [
+            lambda: engine.store(b"a", memory),
+            lambda: engine.load_many([(b"a", memory)]),
+            lambda: engine.load_each([(b"a", memory)]),
+            lambda: engine.store_nowait(b"a", memory),
+            lambda: engine.prefix([b"a"]),
+            lambda: engine.delete(b"a"),
+            lambda: engine.register(memory),
+            lambda: engine.register_cache([memory]),
+            lambda: engine.deregister(region),
+            engine.aclose,
+        ]
+        for call in calls:
+            with pytest.raises(ClosedError, match="no event loop runs here"):
+                await asyncio.to_thread(by_hand, call)
+        await store(engine, b"a")
+        assert await engine.load(b"a", region)
+
+
+async def test_an_operation_is_not_awaited_elsewhere(tmp_path: Path) -> None:
+    """It goes on all the same, and its own loop may await it."""
+
+    async def wait(operation: Operation) -> bool:
+        return await operation
+
+    async with opened(tmp_path / "kv") as engine:
+        engine.held.hold("landing")
+        storing = engine.store_nowait(b"a", content(b"a", SIZE))
+        with pytest.raises(ClosedError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, wait(storing))
+        engine.held.release()
+        assert await storing
+        assert await is_whole(engine, b"a")
+
+
+def test_an_engine_needs_a_loop(tmp_path: Path) -> None:
+    opening = open_engine(config(tmp_path / "kv")).__aenter__()
+    with pytest.raises(ClosedError, match="no event loop runs here"):
+        opening.send(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [None, "kv", {"tiers": []}, EngineConfig, 7])
+def test_what_is_no_configuration(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="must be an EngineConfig"):
+        open_engine(wrong)
+
+
+def test_what_is_no_progress(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="progress"):
+        open_engine(config(tmp_path / "kv"), progress=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, bytearray(8), b"key", 7])
+async def test_what_was_not_registered_is_not_deregistered(tmp_path: Path, wrong: Any) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        part: Any = engine.register(aligned(SIZE))[:PAGE]
+        for memory in (wrong, part):
+            with pytest.raises(ConfigError, match="register_cache gave"):
+                await engine.deregister(memory)
 
 
 async def test_progress_is_logged_only_when_opening_takes_long(

@@ -455,6 +455,11 @@ async def test_no_layer_escapes_the_checksum(tmp_path: Path, layout: str) -> Non
         ([values(4, 8), values(5, 8)], 0, "layers[1]"),
         ([values(4, 8)], 2, "block_axis"),
         ([values(4, 8)], -3, "block_axis"),
+        ([values(4, 8)], "0", "block_axis"),
+        ([values(4, 8)], 0.0, "block_axis"),
+        ([values(4, 8)], None, "block_axis"),
+        ([values(4, 8)], True, "block_axis"),
+        ([values(4, 8)], np.array([0, 1]), "block_axis"),
         ([np.zeros((0, 8))], 0, "layers[0]"),
         ([torch.zeros(1, 8).expand(4, 8)], 0, "layers[0]"),
         ([torch.zeros(4, 8, device="meta")], 0, "layers[0]"),
@@ -463,12 +468,18 @@ async def test_no_layer_escapes_the_checksum(tmp_path: Path, layout: str) -> Non
     ],
 )
 async def test_caches_that_can_not_be(
-    tmp_path: Path, layers: list[Any], axis: int, field: str
+    tmp_path: Path, layers: list[Any], axis: Any, field: str
 ) -> None:
     async with opened(tmp_path / "kv") as engine:
         with pytest.raises(ConfigError) as caught:
             engine.register_cache(layers, axis)
         assert caught.value.field == field
+
+
+async def test_an_axis_may_be_any_integer(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        for axis in (np.int8(1), torch.tensor(-1)):
+            assert engine.register_cache([values(4, 8)], axis).blocks == 8  # type: ignore[arg-type]
 
 
 async def test_layers_that_overlap(tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_a_trace_gives_the_ids_of_its_requests(tmp_path: Path) -> None:
         ('{"hash_ids": [true]}', "True is no id"),
         ('{"hash_ids": [1.0]}', "1.0 is no id"),
         ('{"hash_ids": [9223372036854775808]}', "is no id"),
+        pytest.param('{"hash_ids": [' + "9" * 400 + "]}", "is no id", id="400 digits"),
+        pytest.param('{"hash_ids": [' + "9" * 5000 + "]}", "is not JSON", id="5,000 digits"),
+        pytest.param('{"hash_ids": ["' + "x" * 9999 + '"]}', "is no id", id="a long text"),
+        pytest.param(
+            '{"hash_ids": [' + "[" * 500 + "]" * 500 + "]}", "is no id", id="nested a bit too much"
+        ),
+        pytest.param("[" * 100_000, "nested too deeply", id="lists without end"),
+        pytest.param('{"a": ' * 100_000, "nested too deeply", id="objects without end"),
     ],
 )
 def test_a_bad_line_is_told_with_its_number_before_anything_is_stored(
@@ -112,16 +120,19 @@ def test_a_bad_line_is_told_with_its_number_before_anything_is_stored(
     with pytest.raises(ConfigError, match=says) as caught:
         run(trace, tmp_path / "kv")
     assert f"{trace}, line 5" in str(caught.value)
+    assert len(str(caught.value)) < 500
     assert not (tmp_path / "kv").exists()
 
 
-@pytest.mark.parametrize("what", ["missing", "directory", "binary"])
+@pytest.mark.parametrize("what", ["missing", "directory", "binary", "pipe"])
 def test_a_trace_that_cannot_be_read_is_told(tmp_path: Path, what: str) -> None:
     trace = tmp_path / "trace"
     if what == "directory":
         trace.mkdir()
     elif what == "binary":
         trace.write_bytes(b"\xff\xfe\x00")
+    elif what == "pipe":
+        os.mkfifo(trace)
     with pytest.raises(ConfigError, match="can't be read") as caught:
         run(trace, tmp_path / "kv")
     assert caught.value.field == "trace"

@@ -146,6 +146,25 @@ def test_it_is_not_loaded_here() -> None:
     assert str(build()) not in maps
 
 
-@pytest.mark.parametrize(("devices", "expected"), [(0, "none that CUDA answers"), (2, "2 found")])
-def test_the_doctor_says_how_their_memory_moves(devices: int, expected: str) -> None:
-    assert expected in run("-m", "kvgds", "doctor", devices=devices)
+@pytest.mark.parametrize(
+    ("machine", "path", "fix"),
+    [
+        ({}, "gds", ""),
+        ({"path": "compat"}, "bounce", "install nvidia-fs"),
+        ({"buffer_register": 5036}, "bounce", "raise the GPU's BAR size"),
+        ({"cupy": False}, "bounce", "kvgds[cu12]"),
+        ({"devices": 0}, "", ""),
+    ],
+)
+def test_the_doctor_says_how_gpu_memory_moves(
+    tmp_path: Path, machine: dict[str, Any], path: str, fix: str
+) -> None:
+    said = run("-m", "kvgds", "doctor", "--json", "--root", str(tmp_path), **machine)
+    answer = json.loads(said)
+    (root,) = answer["roots"]
+    assert root["gpu_path"] == path
+    assert answer["gpu"]["used"] == bool(path)
+    fixes = [refused["fix"] for refused in root["refused"] if refused["what"] == "gds"]
+    assert len(fixes) == bool(fix)
+    assert all(fix in each for each in fixes)
+    assert str(tmp_path) in " ".join(root["evidence"])

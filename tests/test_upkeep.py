@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faults import FaultyDisk
+from faults import FaultyDisk, small_disk
 from kvgds import (
     BlockCorrupt,
     BusyError,
@@ -28,6 +28,7 @@ from kvgds import (
     open_engine,
 )
 from kvgds.upkeep import fsck, gc, layout_of, listing
+from kvgds.upkeep.images import WINDOW, Slab, arena_for
 from support import SLOT_BITS, content, digest, image, places, read_at, spoil, write_at
 
 if TYPE_CHECKING:
@@ -533,6 +534,195 @@ def test_a_damaged_index_is_told_with_what_to_do(
     assert sorted(root.glob("slab-*")) == slabs
 
 
+# What no engine writes, by the row that it is written to. SQLite keeps it all.
+ODD = (
+    "UPDATE slab SET slot_bytes = 'many'",
+    "UPDATE slab SET slot_bytes = 0",
+    "UPDATE slab SET slot_bytes = -20480",
+    "UPDATE slab SET slot_bytes = 20481",
+    "UPDATE slab SET slot_bytes = 20480.5",
+    "UPDATE slab SET slot_bytes = 1 << 62",
+    "UPDATE slab SET slots = x'07'",
+    "UPDATE slab SET slots = 0",
+    "UPDATE slab SET slots = -1",
+    "UPDATE slab SET slots = 1 << 62",
+    "UPDATE slab SET slots = 1e300",
+    "UPDATE slab SET id = -1",
+    "UPDATE slab SET id = 1 << 40",
+    "UPDATE block SET slot = -1 WHERE key = ?",
+    "UPDATE block SET namespace = 'ours' WHERE key = ?",
+    "UPDATE block SET key = 'text' WHERE key = ?",
+    "UPDATE block SET key = 7 WHERE key = ?",
+    "UPDATE block SET key = x'' WHERE key = ?",
+    "UPDATE block SET key = zeroblob(1025) WHERE key = ?",
+    "UPDATE block SET generation = 'last' WHERE key = ?",
+    "UPDATE block SET generation = -1 WHERE key = ?",
+    "UPDATE block SET nbytes = 'few' WHERE key = ?",
+    "UPDATE block SET nbytes = -1 WHERE key = ?",
+    "UPDATE block SET nbytes = 1e300 WHERE key = ?",
+    "UPDATE block SET algorithm = 'best' WHERE key = ?",
+    "UPDATE block SET used = 'just now' WHERE key = ?",
+    "UPDATE namespace SET digest = 'text'",
+    "UPDATE namespace SET digest = 7",
+    "UPDATE namespace SET digest = x'00'",
+    "UPDATE namespace SET text = x'00'",
+    "UPDATE meta SET value = 'often' WHERE name = 'opens'",
+    "UPDATE meta SET value = -1 WHERE name = 'opens'",
+    "UPDATE meta SET value = 1 << 23 WHERE name = 'opens'",
+    "ALTER TABLE block DROP COLUMN generation",
+    "ALTER TABLE block RENAME COLUMN used TO unused",
+    "DROP TABLE meta",
+)
+ACTS: dict[str, Callable[[Path], Any]] = {
+    "ls": lambda root: listing(root, limit=9),
+    "gc": lambda root: gc(root, keep_bytes=0),
+    "gc --dry-run": lambda root: gc(root, namespace="*", dry_run=True),
+    "fsck": fsck,
+    "fsck --rebuild": lambda root: fsck(root, rebuild=True),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_index_with_odd_values_is_damaged_and_is_made_anew(tmp_path: Path, odd: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    sql(root, odd, *[b"key-1"] * odd.count("?"))
+    slabs = sorted(root.glob("slab-*"))
+    for act in ("ls", "gc", "gc --dry-run"):
+        with pytest.raises(ConfigError, match=r"index.*fsck --rebuild"):
+            ACTS[act](root)
+    for repair in (False, True):
+        report = fsck(root, repair=repair)
+        assert (kinds(report), report.clean) == (["index"], False)
+        assert "fsck --rebuild" in report.problems[0].text
+    assert sorted(root.glob("slab-*")) == slabs
+    assert (fsck(root, rebuild=True).blocks, fsck(root).problems) == (3, [])
+    assert listing(root).namespaces[0].blocks == 3
+    assert loads(config(root, "slabs"), keys(3)) == keys(3)
+
+
+@pytest.mark.parametrize("slot_bytes", [TAKES + PAGE, 1 << 40])
+def test_a_slab_of_another_size_by_its_name_is_no_orphan(tmp_path: Path, slot_bytes: int) -> None:
+    """It is the index that is wrong: a repair that removed the file would lose all blocks."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    sql(root, "UPDATE slab SET slot_bytes = ?", slot_bytes)
+    report = fsck(root, repair=True)
+    assert kinds(report) == ["index"]
+    assert "fsck --rebuild" in report.problems[0].text
+    with pytest.raises(ConfigError, match="fsck --rebuild"):
+        gc(root, keep_bytes=0)
+    assert (fsck(root, rebuild=True).blocks, fsck(root).problems) == (3, [])
+    assert loads(config(root, "slabs"), keys(3)) == keys(3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("\udcff", id="no UTF-8"),
+        pytest.param("[" * 100_000, id="lists without end"),
+        pytest.param("9" * 5000, id="digits without end"),
+        pytest.param('["a"]', id="no object"),
+    ],
+)
+def test_a_namespace_that_is_described_oddly_is_listed_without_its_name(
+    tmp_path: Path, text: str
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    raw = text.encode("utf-8", "surrogateescape")
+    sql(root, "UPDATE namespace SET text = CAST(? AS TEXT)", raw)
+    (use,) = listing(root).namespaces
+    assert (use.fields, use.blocks) == ({}, 2)
+    assert fsck(root).clean
+    assert fsck(root, rebuild=True).blocks == 2
+
+
+def test_an_index_of_a_later_format_is_left_to_a_later_kvgds(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(1))
+    sql(root, "ALTER TABLE block RENAME TO moved")
+    sql(root, "PRAGMA user_version = 2")
+    with pytest.raises(ConfigError, match="use a newer kvgds"):
+        listing(root)
+    assert "rebuild" not in fsck(root).problems[0].text
+
+
+def test_a_check_takes_no_more_memory_than_a_slab_can_hold(tmp_path: Path) -> None:
+    """However large the index says that slots are, once the slab's file is lost as well."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    for slab in root.glob("slab-*"):
+        slab.unlink()
+    sql(root, "UPDATE slab SET slot_bytes = 1 << 60, slots = 4")
+    assert kinds(fsck(root)) == ["corrupt", "corrupt", "truncated"]
+
+
+def test_memory_for_a_slot_is_that_of_the_largest_that_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "slab"
+    path.touch()
+    os.truncate(path, 8 << 20)
+    for slot_bytes, nbytes in ((PAGE, WINDOW), (8 << 20, 8 << 20), (1 << 40, WINDOW)):
+        assert len(arena_for([Slab(0, slot_bytes, 4, path)]).bytes) == nbytes
+    os.truncate(path, 1 << 43)
+    with pytest.raises(ConfigError, match="slot_bytes"):
+        arena_for([Slab(0, 1 << 43, 1, path)])
+
+
+def test_a_repair_fills_no_disk(tmp_path: Path) -> None:
+    """A slab is made whole again only where there is room; its blocks stay."""
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        root = disk / "kv"
+        fill(config(root, "slabs"), keys(3))
+        (slots,) = sql(root, "SELECT slots FROM slab")
+        sql(root, "UPDATE slab SET slots = 1 << 32")
+        report = fsck(root, repair=True)
+        assert (kinds(report), report.clean) == (["truncated"], False)
+        assert "free some, or --rebuild" in report.problems[0].text
+        assert fsck(root, rebuild=True).blocks == 3
+        assert sql(root, "SELECT slots FROM slab") == [slots]
+        assert loads(config(root, "slabs"), keys(3)) == keys(3)
+
+
+@pytest.mark.parametrize("planted", ["link", "directory"])
+def test_a_repair_goes_on_past_what_is_no_slab(tmp_path: Path, planted: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (slab,) = root.glob("slab-*")
+    slab.unlink()
+    if planted == "link":
+        slab.symlink_to("nowhere")
+    else:
+        slab.mkdir()
+    (root / "slab-00000099-8192.kv").touch()
+    report = fsck(root, repair=True)
+    left = [problem for problem in report.problems if not problem.repaired]
+    assert [problem.kind for problem in left] == ["truncated"]
+    assert "a slab can't be opened" in left[0].text
+
+
+def test_a_repair_goes_on_past_what_it_cannot_remove(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (root / "slab-00000098-8192.kv").mkdir()
+    (root / "slab-00000099-8192.kv").touch()
+    first, second = fsck(root, repair=True).problems
+    assert (first.repaired, second.repaired) == (False, True)
+    assert "can't be removed: Is a directory" in first.text
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_marker_that_is_nested_deeply_is_told(tmp_path: Path, layout: str, act: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(1))
+    for text, says in (("[" * 100_000, "can't be read"), ("[" * 500 + "]" * 500, "not know it")):
+        (root / "kvgds.json").write_text(text)
+        with pytest.raises(ConfigError, match=says) as caught:
+            ACTS[act](root)
+        assert len(str(caught.value)) < 500
+
+
 # --- fsck --rebuild ---------------------------------------------------------------------------
 
 
@@ -638,6 +828,42 @@ def test_a_rebuild_takes_only_what_is_proven_whole(tmp_path: Path) -> None:
     assert report.clean
     assert loads(config(root, "slabs"), keys(3)) == [b"key-0"]
     assert not fsck(root).problems
+
+
+def test_a_rebuild_goes_on_past_what_is_no_old_index(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (root / "index.db.old").mkdir()
+    (root / "index.db.older").symlink_to("nowhere")
+    (root / "index.db.damaged-1").symlink_to("nowhere")
+    (root / "index.db.oldest").write_text('{"block_tokens":' + "[" * 4000 + "}")
+    report = fsck(root, rebuild=True)
+    assert (report.blocks, report.kept_aside) == (2, str(root / "index.db.damaged-2"))
+    assert [use.fields["model"] for use in listing(root).namespaces] == ["first/model"]
+
+
+def test_a_rebuild_in_the_place_of_a_directory_says_what_to_remove(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (root / "index.db").unlink()
+    (root / "index.db").mkdir()
+    with pytest.raises(ConfigError, match="remove it"):
+        fsck(root, rebuild=True)
+
+
+@pytest.mark.parametrize("generation", [1 << 62, (1 << 64) - 1])
+def test_a_rebuild_leaves_out_what_no_engine_can_count_on_from(
+    tmp_path: Path, generation: int
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    place = places(root, ONE)[b"key-1"]
+    payload = content(b"key-1", SIZE)
+    write_at(place.path, place.offset, image(ONE, b"key-1", generation, payload))
+    report = fsck(root, rebuild=True)
+    assert (kinds(report), report.blocks) == (["corrupt"], 1)
+    assert str(generation) in report.problems[0].text
+    assert loads(config(root, "slabs"), keys(2)) == [b"key-0"]
 
 
 def test_a_rebuild_skips_files_that_only_look_like_slabs(tmp_path: Path) -> None:
@@ -776,6 +1002,32 @@ def test_a_directory_of_files_has_no_index_to_rebuild(tmp_path: Path) -> None:
         fsck(root, rebuild=True)
 
 
+@pytest.mark.parametrize("name", ["tmp", "quarantine", "ledger"])
+def test_what_is_in_the_way_among_the_blocks_is_named(tmp_path: Path, name: str) -> None:
+    """A file instead of a directory, and the other way round."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(2))
+    place = root / name
+    if place.is_dir():
+        place.rmdir()
+        place.touch()
+    else:
+        place.unlink()
+        place.mkdir()
+    for act in (ACTS["gc"],) if name == "ledger" else (ACTS["ls"], fsck):
+        with pytest.raises(ConfigError, match=f"{place}.*directory"):
+            act(root)
+    assert file_of(root, b"key-0").exists()
+
+
+def test_a_description_that_is_nested_deeply_leaves_the_digest_too(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    (root / digest(ONE).hex() / "namespace.json").write_text("[" * 100_000)
+    (use,) = listing(root, namespace=digest(ONE).hex()).namespaces
+    assert (use.fields, use.blocks) == ({}, 1)
+
+
 def test_a_description_that_is_damaged_leaves_the_digest_to_name_a_namespace(
     tmp_path: Path,
 ) -> None:
@@ -882,6 +1134,42 @@ def test_gc_wants_to_be_told_what_goes(tmp_path: Path, layout: str) -> None:
     with pytest.raises(ConfigError, match="say what goes"):
         gc(root)
     assert loads(config(root, layout), keys(2)) == keys(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keep_bytes": -1},
+        {"keep_bytes": 1.5},
+        {"keep_bytes": "1G"},
+        {"keep_bytes": True},
+        {"older_than_s": -1.0},
+        {"older_than_s": float("inf")},
+        {"older_than_s": float("nan")},
+        {"older_than_s": "7d"},
+        {"older_than_s": 1e300},
+    ],
+)
+def test_gc_refuses_numbers_that_can_not_be(
+    tmp_path: Path, layout: str, wrong: dict[str, Any]
+) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(1))
+    with pytest.raises(ConfigError) as caught:
+        gc(root, **wrong)
+    assert [caught.value.field] == list(wrong)
+    assert listing(root).namespaces[0].blocks == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ls_refuses_a_number_that_can_not_be(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, layout), keys(2))
+    for wrong in (-1, 1.5, None, "1", True):
+        with pytest.raises(ConfigError, match="limit"):
+            listing(root, limit=wrong)  # type: ignore[arg-type]
+    assert len(listing(root, limit=10**30).entries) == 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

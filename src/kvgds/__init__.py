@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvgds import _starting  # noqa: F401 - before all that takes long to import
 from kvgds.blocks import BlockKey, Namespace, Outcome
 from kvgds.config import EngineConfig, FileTier, load_config
 from kvgds.engine import Engine, Operation, Statistics, aligned, open_engine

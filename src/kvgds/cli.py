@@ -1,23 +1,24 @@
 """The command line. Reads arguments and prints; what there is to do is done elsewhere.
 
 Results go to standard output, errors and progress to standard error. Exit status 1: it did
-not work, or a check found something; 2: it was called wrongly. What can be expected to go
-wrong is one line that starts with ``error:``; a traceback is a bug.
+not work, or a check found something; 2: it was called wrongly; 130: it was interrupted. What
+can be expected to go wrong is one line that starts with ``error:``; a traceback is a bug.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import io
 import json
 import os
 import re
+import reprlib
 import signal
 import sqlite3
 import sys
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
+from kvgds._starting import INTERRUPTED, end_at_once, end_in_order
 from kvgds.errors import KvgdsError
 from kvgds.upkeep.records import counted
+from kvgds.upkeep.retention import LONGEST_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,20 +47,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B?)", re.IGNORECASE)
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _UNITS = "KMGTP"
+_MOST = (1 << 63) - 1  # bytes, or things to count
 
 
 class _Group(TyperGroup):
     """Commands whose expected errors are told in one line."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's own signature
-        """Run a command."""
-        try:
-            return super().invoke(ctx)
+    def main(self, *args: Any, **settings: Any) -> Any:  # noqa: ANN401 - typer's own signature
+        """Run what the command line says, its --help and --version too."""
+        try:  # typer itself ends quietly when whoever read the output has gone
+            return super().main(*args, **settings)
         except (KvgdsError, OSError, sqlite3.Error) as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # whoever read the output has gone; typer ends quietly
             typer.echo(f"error: {_told(error)}", err=True)
-            raise typer.Exit(1) from None
+            raise SystemExit(1) from None
 
 
 def _told(error: Exception) -> str:
@@ -81,7 +83,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    app()
+    try:
+        end_in_order()
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        end_at_once()
 
 
 # --- arguments ----------------------------------------------------------------------------
@@ -95,9 +103,13 @@ def parse_size(text: str | int) -> int:
     """
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; give bytes, or for example 64K, 1.5G, 1Ti")
+        shown = reprlib.repr(text)
+        raise typer.BadParameter(f"{shown} is no size; give bytes, or for example 64K, 1.5G, 1Ti")
     unit = match[2].upper()
-    return int(float(match[1]) * 1024 ** (_UNITS.index(unit) + 1 if unit else 0))
+    nbytes = Decimal(match[1]) * 1024 ** (_UNITS.index(unit) + 1 if unit else 0)
+    if nbytes > _MOST:
+        raise typer.BadParameter(f"{reprlib.repr(text)} is too much; less than 8192P can be")
+    return int(nbytes)
 
 
 def parse_age(text: str) -> float:
@@ -107,9 +119,13 @@ def parse_age(text: str) -> float:
         typer.BadParameter: it is no duration.
     """
     match = _AGE.fullmatch(text.strip())
+    shown = reprlib.repr(text)
     if match is None:
-        raise typer.BadParameter(f"{text!r} is no duration; give for example 90s, 30m, 12h or 7d")
-    return float(match[1]) * _SECONDS[match[2].lower()]
+        raise typer.BadParameter(f"{shown} is no duration; give for example 90s, 30m, 12h or 7d")
+    seconds = float(match[1]) * _SECONDS[match[2].lower()]
+    if seconds > LONGEST_S:
+        raise typer.BadParameter(f"{shown} is too long; at most {LONGEST_S} seconds can be")
+    return seconds
 
 
 Root = Annotated[Path, typer.Argument(help="Directory of blocks.", show_default=False)]
@@ -215,7 +231,7 @@ def _tiers(root: Path | None, config: Path | None) -> list[FileTier]:
     from kvgds.config import FileTier, load_config
 
     tiers: list[FileTier] = []
-    if config is not None or "KVGDS_TIERS__0__ROOT" in os.environ:
+    if config is not None or any(name.startswith("KVGDS_TIERS") for name in os.environ):
         tiers += load_config(config, os.environ).tiers
     if root is not None:
         tiers.append(FileTier(root=root, capacity_bytes=1 << 30))
@@ -262,7 +278,7 @@ def list_blocks(
     *,
     as_json: AsJson = False,
     limit: Annotated[
-        int, typer.Option(min=0, help="Also list so many blocks, latest used first.")
+        int, typer.Option(min=0, max=_MOST, help="Also list so many blocks, latest used first.")
     ] = 0,
     namespace: Named = None,
 ) -> None:
@@ -417,7 +433,7 @@ def replay(
     *,
     root: Annotated[Path, typer.Option(help="Directory for the blocks.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many requests.")
+        int | None, typer.Option(min=1, max=_MOST, help="Only the first so many requests.")
     ] = None,
     block_bytes: Annotated[
         int,
@@ -437,7 +453,7 @@ def replay(
             help="Most bytes of blocks kept; 2G (2 GiB) if not given.",
         ),
     ] = 2 << 30,
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    in_flight: Annotated[int, typer.Option(min=1, max=_MOST, help="Requests at a time.")] = 8,
     layout: Annotated[str, typer.Option(help="slabs or files.")] = "slabs",
     as_json: AsJson = False,
 ) -> None:

@@ -7,6 +7,7 @@ the value and the rule, before anything is opened.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -17,9 +18,11 @@ from kvgds.blocks import PAGE, Namespace
 from kvgds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MOST = (1 << 63) - 1  # bytes of a file, and what TOML takes for an integer
+_INDEX = re.compile("[0-9]{1,9}")
 
 
 class _Settings(BaseModel):
@@ -52,7 +55,7 @@ class FileTier(_Settings):
     """
 
     root: Path
-    capacity_bytes: Annotated[int, Field(ge=2 * PAGE)]
+    capacity_bytes: Annotated[int, Field(ge=2 * PAGE, le=_MOST)]
     layout: Literal["slabs", "files"] = "slabs"
     verify: Literal["full", "stamp"] = "full"
     direct_io: Literal["auto", "require", "never"] = "auto"
@@ -61,9 +64,12 @@ class FileTier(_Settings):
     @field_validator("root", mode="before")
     @classmethod
     def _path(cls, root: object) -> object:
-        if not isinstance(root, str | os.PathLike) or not os.fspath(root):
+        path = os.fspath(root) if isinstance(root, str | os.PathLike) else None
+        if not isinstance(path, str) or not path:
             raise ValueError("must be the path of a directory")
-        return Path(root)
+        if "\0" in path:
+            raise ValueError("must be the path of a directory, without a NUL in it")
+        return Path(path)
 
 
 class EngineConfig(_Settings):
@@ -89,13 +95,13 @@ class EngineConfig(_Settings):
     tiers: tuple[FileTier, ...]
     path: Literal["auto", "gds", "bounce"] = "auto"
     allow_compat: bool = False
-    bounce_bytes: Annotated[int, Field(ge=2 * PAGE)] = 256 << 20
+    bounce_bytes: Annotated[int, Field(ge=2 * PAGE, le=_MOST)] = 256 << 20
     timeout_s: Positive = 30.0
     drain_timeout_s: Positive = 60.0
     probe_timeout_s: Positive = 60.0
-    queue_ops: Annotated[int, Field(ge=1)] = 4096
-    inflight_ops: Annotated[int, Field(ge=1)] = 256
-    inflight_bytes: Annotated[int, Field(ge=PAGE)] = 64 << 20
+    queue_ops: Annotated[int, Field(ge=1, le=_MOST)] = 4096
+    inflight_ops: Annotated[int, Field(ge=1, le=_MOST)] = 256
+    inflight_bytes: Annotated[int, Field(ge=PAGE, le=_MOST)] = 64 << 20
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
 
     @model_validator(mode="after")
@@ -125,20 +131,44 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        try:
-            tree = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError("config", os.fspath(path), f"can't be read: {error}") from None
+        tree = _read(path)
     for name, text in sorted(environ.items()):
         if name.startswith("KVGDS_"):
             _set(tree, name.removeprefix("KVGDS_").lower().split("__"), _scalar(text), name)
     return _from_tree(tree)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:  # among the latter what is no UTF-8, and what no TOML
+        raise ConfigError("config", os.fspath(path), f"can't be read: {error}") from None
+    except RecursionError:
+        raise ConfigError("config", os.fspath(path), "is nested too deeply") from None
+    except TypeError:
+        raise ConfigError("config", path, "must be the path of a TOML file") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """TOML, whose integers have 64 bits: Python takes longer ones, but may refuse to write them."""
+    tree = tomllib.loads(text)
+    if any(abs(number) > _MOST + 1 for number in _integers(tree)):
+        raise ValueError("an integer has more than 64 bits")
+    return tree
+
+
+def _integers(node: object) -> Iterator[int]:
+    if isinstance(node, int):
+        yield node
+    elif isinstance(node, dict | list):
+        for each in node.values() if isinstance(node, dict) else node:
+            yield from _integers(each)
+
+
 def _set(tree: dict[str, Any], steps: list[str], value: object, name: str) -> None:
     node: Any = tree
     for step, following in zip(steps, [*steps[1:], None], strict=True):
-        index: Any = int(step) if isinstance(node, list) and step.isdigit() else step
+        index: Any = int(step) if isinstance(node, list) and _INDEX.fullmatch(step) else step
         if isinstance(node, list) and index == len(node):
             node.append({})
         if not isinstance(node, dict | list) or (
@@ -149,15 +179,16 @@ def _set(tree: dict[str, Any], steps: list[str], value: object, name: str) -> No
             node[index] = value
         else:
             if isinstance(node, dict):
-                node.setdefault(index, [] if following.isdigit() else {})
+                node.setdefault(index, [] if _INDEX.fullmatch(following) else {})
             node = node[index]
 
 
 def _scalar(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = _parsed(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["value"] if len(found) == 1 else text  # several lines are no value
 
 
 def _from_tree(tree: dict[str, Any]) -> EngineConfig:
@@ -187,4 +218,11 @@ def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError
         names = ", ".join(model.model_fields)
         return ConfigError(field, first["input"], f"is no setting; those are {names}")
     rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return ConfigError(field, first["input"], rule)
+    return ConfigError(field, _shown(first["input"]), rule)
+
+
+def _shown(value: object) -> object:
+    """What to say of a value: Python refuses to write an integer of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > _MOST.bit_length() + 1:
+        return f"an integer of {value.bit_length():,} bits"
+    return value

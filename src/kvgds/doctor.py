@@ -44,6 +44,19 @@ _FOLDER = ".kvgds-doctor-"
 _STALE_S = 3600
 _HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
 _NIXL = ("nixl-cu12", "nixl-cu13")
+_GDS_FIXES = (
+    ("CuPy", "pip install 'kvgds[cu12]' (or cu13), or use verify='stamp'"),
+    ("can't be loaded", "pip install 'kvgds[cu12]' (or cu13)"),
+    ("5001", "install nvidia-fs, or a kernel and driver with PCI peer-to-peer DMA"),
+    ("5030", "in a container, mount /run/udev"),
+    ("5033", "load the nvidia-fs module: modprobe nvidia-fs"),
+    ("5036", "raise the GPU's BAR size, or register less memory"),
+    (
+        "backend error",
+        "use a file system and disk that GPUDirect Storage supports: ext4, XFS, NVMe",
+    ),
+    ("probe_timeout_s", "see what hangs (dmesg), or raise probe_timeout_s"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ class RootPart(Part):
         backend: what moved them.
         direct_io: whether the page cache was bypassed.
         alignment: what memory has to be aligned to for that.
+        gpu_path: how GPU memory moves there; "": there is no GPU.
         filesystem: type of the file system.
         free_bytes: free there.
     """
@@ -103,6 +117,7 @@ class RootPart(Part):
     backend: str = ""
     direct_io: bool = False
     alignment: int = 0
+    gpu_path: str = ""
     filesystem: str = ""
     free_bytes: int = 0
 
@@ -216,10 +231,8 @@ def _gpu() -> Part:
         return Part(
             used=False, summary="none that CUDA answers for", evidence=[*evidence, *reasons]
         )
-    part = Part(used=True, summary=f"{devices} found; their memory moves through the bounce region")
+    part = Part(used=True, summary=f"{devices} found")
     part.evidence += [*evidence, "the CUDA runtime answers"]
-    fix = "nothing to do: a later version will try it"
-    part.refused.append(Refusal("GPUDirect Storage", "this version does not use it", fix))
     return part
 
 
@@ -305,7 +318,7 @@ def _try(tier: FileTier, part: RootPart) -> None:
     )
     folder.mkdir(mode=0o700)
     try:
-        plan = asyncio.run(_round_trips(config))
+        plan, *far = asyncio.run(_round_trips(config))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     part.path, part.backend = plan.path, plan.backend
@@ -320,9 +333,22 @@ def _try(tier: FileTier, part: RootPart) -> None:
         what, _, why = line.partition(": ")
         fix = "use a local file system such as ext4 or XFS, or accept the page cache"
         part.refused.append(Refusal(what, why.replace(str(folder), part.root), fix))
+    for gpu in far:
+        _tell_gpu(gpu, part, str(folder))
 
 
-async def _round_trips(config: EngineConfig) -> PathPlan:
+def _tell_gpu(plan: PathPlan, part: RootPart, folder: str) -> None:
+    """How GPU memory moves there, and what would let it move without a copy."""
+    part.gpu_path = plan.path
+    because = "; ".join(plan.evidence).replace(folder, part.root)
+    part.evidence.append(f"GPU memory: {plan.path} via {plan.backend}, because {because}")
+    for line in plan.refused:
+        what, _, why = line.partition(": ")
+        fix = next((fix for sign, fix in _GDS_FIXES if sign in why), "see docs/gpu.md")
+        part.refused.append(Refusal(what, why.replace(folder, part.root), fix))
+
+
+async def _round_trips(config: EngineConfig) -> tuple[PathPlan, ...]:
     async with open_engine(config) as engine:
         for nbytes in _TRIAL_BYTES:
             arena = Arena(2 * nbytes)
@@ -333,7 +359,7 @@ async def _round_trips(config: EngineConfig) -> PathPlan:
         sent, got = secrets.token_bytes(_BOUNCED_BYTES), bytearray(_BOUNCED_BYTES)
         await _round_trip(engine, sent, got)
         _compare(sent, got)
-        return engine.plan[0]
+        return engine.plan
 
 
 async def _round_trip(engine: Engine, source: object, target: object) -> None:

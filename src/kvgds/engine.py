@@ -19,6 +19,7 @@ from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
+from kvgds.config import EngineConfig
 from kvgds.errors import (
     ClosedError,
     ConfigError,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
-    from kvgds.config import EngineConfig, FileTier
+    from kvgds.config import FileTier
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
@@ -102,7 +103,8 @@ class Operation:
 class Engine:
     """Moves KV blocks between registered memory and its tiers. Made by :func:`open_engine`.
 
-    All methods belong to the event loop that opened the engine.
+    All methods belong to the event loop that opened the engine; those that begin something
+    raise ClosedError anywhere else.
 
     Attributes:
         plan: per tier, how bytes move and why.
@@ -112,7 +114,7 @@ class Engine:
     def __init__(self, config: EngineConfig, transport: Transport | None = None) -> None:
         self.config = config
         self.plan: tuple[PathPlan, ...] = ()
-        self._loop = asyncio.get_running_loop()
+        self._loop = _running_loop()
         self._transport = transport or NixlTransport(config.transport_threads)
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
@@ -265,8 +267,8 @@ class Engine:
         ``cache.block(i)`` is block ``i`` of every tensor, in the order given here.
 
         Raises:
-            ConfigError: one tensor instead of a list of them, or tensors that differ in their
-                number of blocks, overlap, are empty, or are registered already.
+            ConfigError: one tensor instead of a list of them, tensors that differ in their
+                number of blocks, overlap, are empty, or are registered already, or no such axis.
         """
         self._check_open()
         return self._flights.territory.register_cache(_list_of(layers), block_axis)
@@ -275,9 +277,13 @@ class Engine:
         """Forget registered memory; it may be freed afterwards.
 
         Raises:
-            BusyError: a transfer uses it.
+            BusyError: a transfer uses it. ConfigError: it is neither a region nor a cache.
         """
-        region = memory.region if isinstance(memory, Cache) else memory
+        self._check_loop()
+        region: object = memory.region if isinstance(memory, Cache) else memory
+        if not isinstance(region, Region):
+            rule = "must be what register or register_cache gave"
+            raise ConfigError("memory", type(memory).__name__, rule)
         region.retire()
         await asyncio.wrap_future(self._transport.detach(region))
         region.release()
@@ -504,7 +510,7 @@ class Engine:
         self._check_loop()
 
     def _check_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        if _running_loop() is not self._loop:
             raise ClosedError("the engine belongs to another event loop; open one for this loop")
 
     def _start_now(
@@ -527,6 +533,7 @@ class Engine:
         self._flights.pump_soon()
 
         async def finish() -> bool:
+            self._check_loop()
             await self._flights.carry_out(batch, [])
             return _value(batch.outcomes[0])
 
@@ -582,10 +589,15 @@ def open_engine(
             another thread; logged by default.
 
     Raises:
-        ConfigError: a directory can't be used as configured.
+        ConfigError: this is no configuration, or a directory can't be used as configured.
+        ClosedError: no event loop of asyncio runs here.
         BusyError: another engine has the directory.
         PathUnavailable: NIXL, or a path that was asked for, can't be had.
     """
+    if not isinstance(config, EngineConfig):
+        raise ConfigError("config", type(config).__name__, "must be an EngineConfig")
+    if progress is not None and not callable(progress):
+        raise ConfigError("progress", type(progress).__name__, "must be callable, or None")
     return _opened(config, progress)
 
 
@@ -599,6 +611,14 @@ async def _opened(
         yield engine
     finally:
         await engine.aclose()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        rule = "an engine belongs to the event loop that opens it; call it from a task there"
+        raise ClosedError(f"no event loop runs here: {rule}") from None
 
 
 def aligned(nbytes: int) -> memoryview:

@@ -17,6 +17,8 @@ import asyncio
 import itertools
 import json
 import os
+import reprlib
+import stat
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +67,9 @@ def requests_of(trace: Path, limit: int | None = None) -> Iterator[tuple[int, ..
         ConfigError: the trace can't be read, or a line of it is not a request.
     """
     try:
+        if not stat.S_ISREG(os.stat(trace).st_mode):
+            rule = "can't be read: it is read twice, so it must be a regular file and no pipe"
+            raise ConfigError("trace", os.fspath(trace), rule)
         with open(trace, encoding="utf-8") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
             for number, line in itertools.islice(numbered, limit):
@@ -78,12 +83,15 @@ def _ids_of(line: str, where: str) -> tuple[int, ...]:
         request = json.loads(line)
     except ValueError as error:
         raise ConfigError("trace", where, f"is not JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError("trace", where, "is nested too deeply for a request") from None
     ids = request.get("hash_ids") if isinstance(request, dict) else None
     if not isinstance(ids, list):
         raise ConfigError("trace", where, "must be an object with a list `hash_ids`")
     for block_id in ids:
         if type(block_id) is not int or not 0 <= block_id < _IDS:
-            raise ConfigError("trace", where, f"hash_ids: {block_id!r} is no id of 0 to 2^63 - 1")
+            shown = reprlib.repr(block_id)
+            raise ConfigError("trace", where, f"hash_ids: {shown} is no id of 0 to 2^63 - 1")
     return tuple(ids)
 
 

@@ -535,8 +535,9 @@ def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
     """
     if not layers:
         raise ConfigError("layers", [], "must hold at least one tensor")
+    axis = _axis(block_axis)
     arrays = [_describe(layer, f"layers[{i}]") for i, layer in enumerate(layers)]
-    geometry = [_layer(array, block_axis, f"layers[{i}]") for i, array in enumerate(arrays)]
+    geometry = [_layer(array, axis, f"layers[{i}]") for i, array in enumerate(arrays)]
     for i, layer in enumerate(geometry):
         if layer.blocks != geometry[0].blocks:
             rule = f"must have as many blocks as layers[0], {geometry[0].blocks}"
@@ -545,6 +546,15 @@ def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
     if len({array.device for array in arrays}) > 1:
         raise ConfigError("layers", "tensors", "must all be on one device; register one cache each")
     return Cache(Region(arrays, zero_copy=True), geometry)
+
+
+def _axis(block_axis: object) -> int:
+    try:
+        if not isinstance(block_axis, bool):  # True is meant as an answer, not as axis 1
+            return operator.index(block_axis)  # type: ignore[arg-type]  # it is what is asked
+    except TypeError:
+        pass
+    raise ConfigError("block_axis", block_axis, "must be an integer")
 
 
 def _layer(array: _Strided, block_axis: int, field: str) -> _Layer:

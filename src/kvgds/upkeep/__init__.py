@@ -10,6 +10,7 @@ its ledger. Listing takes none, so that it works beside a live engine.
 from __future__ import annotations
 
 import os
+import reprlib
 import stat
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,9 @@ def layout_of(root: Path) -> str:
     found = _marker(root)
     layout = found.get("layout") if isinstance(found, dict) else None
     if layout not in ("slabs", "files") or found != {"format": 1, "layout": layout}:
-        raise ConfigError("root", str(root), f"holds {found}; this kvgds does not know it")
+        raise ConfigError(
+            "root", str(root), f"holds {reprlib.repr(found)}; this kvgds does not know it"
+        )
     return str(layout)
 
 
@@ -71,7 +74,7 @@ def _marker(root: Path) -> object:
         missing = os.fspath(error.filename) == os.fspath(root)
         rule = "does not exist" if missing else "is no kvgds directory (it has no kvgds.json)"
         raise ConfigError("root", str(root), rule) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("root", str(root), f"can't be read: {error}") from None
@@ -88,6 +91,8 @@ def listing(root: Path, *, namespace: str | None = None, limit: int = 0) -> List
     Raises:
         ConfigError: not a directory of kvgds, or its index can't be read.
     """
+    if type(limit) is not int or limit < 0:
+        raise ConfigError("limit", limit, "must be a number of blocks, at least 0")
     if layout_of(root) == "files":
         return file_listing(root, namespace, limit)
     return slab_listing(root, namespace, limit)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
+from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
@@ -52,6 +53,12 @@ def _opened(root: Path) -> Iterator[int]:
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
+    except OSError as error:
+        if not isinstance(error.filename, str):
+            raise
+        # What was opened by its name below the root is told by its whole name.
+        place = os.fspath(root / error.filename)
+        raise ConfigError("root", place, f"can't be used: {error.strerror}") from None
     finally:
         os.close(fd)
 
@@ -70,7 +77,7 @@ def _described(root: int, path: str) -> str:
         fd, _ = Folders(root).open(path, 0)
         with open(fd, encoding="utf-8") as file:
             return json.dumps(json.load(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
 
 

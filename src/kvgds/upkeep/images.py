@@ -14,14 +14,14 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
+from kvgds.errors import ConfigError
+from kvgds.memory import Arena
 from kvgds.paths import checksum_of
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
-
-    from kvgds.memory import Arena
 
 WINDOW = 4 << 20
 """Bytes of one read, where slots are smaller."""
@@ -86,6 +86,16 @@ def read_fully(fd: int, into: memoryview, offset: int) -> int:
             break
         done += got
     return done
+
+
+def arena_for(slabs: Iterable[Slab]) -> Arena:
+    """Memory for a slot of any of them that has one, whatever the index says of the others."""
+    nbytes = max((WINDOW, *(slab.slot_bytes for slab in slabs if slab.whole)))
+    try:
+        return Arena(nbytes)
+    except (OSError, OverflowError) as error:
+        rule = f"that much memory for one of its blocks can't be had: {error}"
+        raise ConfigError("slot_bytes", nbytes, rule) from None
 
 
 def images(

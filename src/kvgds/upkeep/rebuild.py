@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Namespace, Stamp, image_bytes
-from kvgds.errors import ConfigError
-from kvgds.memory import Arena
+from kvgds.tiers.directory import check_index
 from kvgds.tiers.index import Changes, connect
 from kvgds.tiers.space import SLAB_NAME, SLOT_BITS
-from kvgds.upkeep.images import WINDOW, Row, Slab, images, payload_fault, place_of
+from kvgds.upkeep.images import Row, Slab, arena_for, images, payload_fault, place_of
 from kvgds.upkeep.slabs import writing
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 _TICKS = 40  # an engine's clock: its number among those that opened the index, then a counter
 _PROGRESS = 1024
+_GENERATIONS = 1 << 62  # from there on an engine could not count on
 _TEXT = re.compile(rb'\{"block_tokens":[^{}]{1,4096}\}')
 
 
@@ -36,6 +36,7 @@ def rebuild(root: Path, report: Report, progress: Progress) -> None:
     What a rebuild can't tell from a block is a block that was evicted or deleted and not
     yet overwritten: it comes back. A key names its content, so that is never wrong bytes.
     """
+    check_index(root)
     slabs = _slab_files(root, report)
     blocks = _stamped_blocks(slabs, report, progress)
     new = root / "index.db.new"
@@ -57,7 +58,7 @@ def _slab_files(root: Path, report: Report) -> list[Slab]:
             continue
         slab_id, slot_bytes = int(match[1]), int(match[2])
         status = os.lstat(root / name)
-        slots = status.st_size // slot_bytes if slot_bytes else 0
+        slots = min(status.st_size // slot_bytes, 1 << SLOT_BITS) if slot_bytes else 0
         sound = slot_bytes % PAGE == 0 and slots and stat.S_ISREG(status.st_mode)
         if not sound or slab_id in slabs:
             report.add("orphan", name, "holds no slots of this directory; an engine removes it")
@@ -71,7 +72,7 @@ def _stamped_blocks(slabs: list[Slab], report: Report, progress: Progress) -> Bl
     blocks: Blocks = {}
     total = sum(slab.slots for slab in slabs)
     done = 0
-    arena = Arena(max((WINDOW, *(slab.slot_bytes for slab in slabs))))
+    arena = arena_for(slabs)
     for slab in slabs:
         for place, image in images(slab, range(slab.slots), arena):
             row = _proven(slab, place, image, report)
@@ -96,19 +97,28 @@ def _proven(slab: Slab, place: int, image: memoryview | OSError, report: Report)
     if stamp.algorithm == NO_CHECKSUM:
         report.unproven += 1
         return None
-    fits = image_bytes(stamp.nbytes) <= slab.slot_bytes
-    fault = payload_fault(stamp, image) if fits else "the block is larger than its place"
+    fault = _fault(slab, stamp, image)
     if fault is not None:
         report.add("corrupt", place_of(slot), f"left out: {fault}", repaired=True)
         return None
     return Row(slot, stamp.namespace, stamp.key, stamp.generation, stamp.nbytes, stamp.algorithm)
 
 
+def _fault(slab: Slab, stamp: Stamp, image: memoryview) -> str | None:
+    """Why a block with a whole stamp can't be taken in, or None."""
+    if image_bytes(stamp.nbytes) > slab.slot_bytes:
+        return "the block is larger than its place"
+    if stamp.generation >= _GENERATIONS:
+        return f"no engine counts to generation {stamp.generation}"
+    return payload_fault(stamp, image)
+
+
 def _namespace_texts(root: Path, digests: set[bytes]) -> dict[bytes, str]:
     """What the old indexes, damaged as they may be, still tell of these namespaces."""
     texts: dict[bytes, str] = {}
     for name in sorted(os.listdir(root)):
-        if not name.startswith("index.db") or not os.path.getsize(root / name):
+        status = os.lstat(root / name)
+        if not (name.startswith("index.db") and status.st_size and stat.S_ISREG(status.st_mode)):
             continue
         with (
             open(root / name, "rb") as file,
@@ -125,7 +135,7 @@ def _namespace_texts(root: Path, digests: set[bytes]) -> dict[bytes, str]:
 def _namespace(text: bytes) -> Namespace | None:
     try:
         return Namespace(**json.loads(text))
-    except (ValueError, TypeError, ConfigError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -157,8 +167,8 @@ def _swap(root: Path, new: Path) -> str:
     a new one and remove its slabs.
     """
     path = root / "index.db"
-    number = next(n for n in itertools.count(1) if not (root / f"index.db.damaged-{n}").exists())
-    aside = root / f"index.db.damaged-{number}"
+    asides = (root / f"index.db.damaged-{n}" for n in itertools.count(1))
+    aside = next(aside for aside in asides if not os.path.lexists(aside))
     there = path.exists()
     if there:
         os.link(path, aside)

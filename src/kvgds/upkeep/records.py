@@ -105,7 +105,7 @@ def no_match(wanted: str | None, spaces: Iterable[tuple[bytes, str]]) -> ConfigE
 def _fields(text: str) -> dict[str, object]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+LONGEST_S = 10**10
+"""Oldest age that can be asked for, in seconds: some 300 years."""
+
+
 class Rule(NamedTuple):
     """What may stay.
 
@@ -29,10 +33,15 @@ class Rule(NamedTuple):
     namespace: str | None = None
 
     def check(self) -> None:
-        """Raise ConfigError unless it says what goes."""
+        """Raise ConfigError unless it says what goes, in numbers that can be."""
         if self == Rule():
             rule = "say what goes: --keep-bytes, --older-than or --namespace"
             raise ConfigError("gc", "nothing", rule)
+        size, age = self.keep_bytes, self.older_than_s
+        if size is not None and (type(size) is not int or size < 0):
+            raise ConfigError("keep_bytes", size, "must be a number of bytes, at least 0")
+        if age is not None and (type(age) not in (int, float) or not 0 <= age <= LONGEST_S):
+            raise ConfigError("older_than_s", age, f"must be 0 to {LONGEST_S:,} seconds")
 
 
 def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:

@@ -6,17 +6,35 @@ import contextlib
 import itertools
 import os
 import sqlite3
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from kvgds.blocks import PAGE
+from kvgds.blocks import MAX_KEY_BYTES, PAGE
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.directory import check_index
 from kvgds.tiers.index import Changes, Index, connect
-from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, SLOT_MASK, open_slab, slab_name
-from kvgds.upkeep.images import WINDOW, Row, Slab, images, place_of, read_fully, row_fault
+from kvgds.tiers.space import (
+    SLAB_NAME,
+    SLOT_BITS,
+    SLOT_MASK,
+    open_slab,
+    room_on_disk,
+    slab_name,
+    slabs_in,
+)
+from kvgds.upkeep.images import (
+    WINDOW,
+    Row,
+    Slab,
+    arena_for,
+    images,
+    place_of,
+    read_fully,
+    row_fault,
+)
 from kvgds.upkeep.records import BlockEntry, Listing, Problem, Report, Use, matches, namespaces_of
 
 if TYPE_CHECKING:
@@ -25,8 +43,35 @@ if TYPE_CHECKING:
     from kvgds.upkeep.records import Progress
 
 _ROWS = 1024  # slots a batch
+_FORMAT = 1  # of the index
 _EMPTY = "holds no blocks, neither an index nor slabs; the next engine starts anew"
 _REBUILD = "`kvgds fsck --rebuild` makes it anew from the slabs"
+
+# Finds what no engine writes, a table each. SQLite takes any value in any column, so that without a
+# look at the types a text may turn up wherever a number is counted on.
+_ODD = {
+    "meta": "SELECT 1 FROM meta WHERE name = 'opens' "
+    "AND (typeof(value) != 'integer' OR value NOT BETWEEN 0 AND :opens)",
+    "namespace": "SELECT 1 FROM namespace "
+    "WHERE typeof(digest) != 'blob' OR length(digest) != 16 OR typeof(text) != 'text'",
+    "slab": "SELECT 1 FROM slab "
+    "WHERE typeof(slot_bytes) != 'integer' OR typeof(slots) != 'integer' "
+    "OR id NOT BETWEEN 0 AND :slab OR slot_bytes < :page OR slot_bytes % :page "
+    "OR slots NOT BETWEEN 1 AND :slots OR slots > :bytes / slot_bytes",
+    "block": "SELECT 1 FROM block "
+    "WHERE typeof(namespace) != 'integer' OR typeof(key) NOT IN ('blob', 'null') "
+    "OR length(key) NOT BETWEEN 1 AND :key OR typeof(generation) != 'integer' "
+    "OR typeof(nbytes) != 'integer' OR typeof(algorithm) != 'integer' "
+    "OR typeof(used) != 'integer' OR slot < 0 OR generation < 0 OR nbytes < 0",
+}
+_LIMITS = {
+    "opens": (1 << 23) - 2,  # a generation is the number of the next opening, and 40 bits
+    "page": PAGE,
+    "slab": 10**8 - 1,  # a file's name has eight digits for it
+    "slots": 1 << SLOT_BITS,
+    "bytes": (1 << 63) - 1,
+    "key": MAX_KEY_BYTES,
+}
 
 
 @contextlib.contextmanager
@@ -46,19 +91,41 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}"
     database = sqlite3.connect(name, uri=True, isolation_level=None)
+    database.text_factory = _text
     try:
         database.execute("BEGIN")  # one snapshot for all that is read
-        tables = set(database.execute("SELECT name FROM sqlite_schema").fetchall())
-        if not {("block",), ("slab",), ("namespace",)} <= tables:
-            raise ConfigError("root", str(path), f"is not an index of kvgds; {_REBUILD}")
+        _check_tables(path, database)
         yield database
-    except sqlite3.OperationalError as error:
-        raise ConfigError("root", str(path), f"can't be read: {error}") from None
     except sqlite3.DatabaseError as error:
-        rule = f"the index is damaged ({error}); {_REBUILD}"
-        raise ConfigError("root", str(path), rule) from None
+        # A plain error is of the statement: what it names is not there.
+        plain = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+        if isinstance(error, sqlite3.OperationalError) and not plain:
+            raise ConfigError("root", str(path), f"can't be read: {error}") from None
+        raise _damaged(path, str(error)) from None
     finally:
         database.close()
+
+
+def _text(data: bytes) -> str:
+    """Text only describes, so what is no UTF-8 may say what it likes."""
+    return data.decode("utf-8", "replace")
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError("root", str(path), f"the index is damaged ({why}); {_REBUILD}")
+
+
+def _check_tables(path: Path, database: sqlite3.Connection) -> None:
+    """Raise ConfigError unless it is an index, and holds what an engine may have written."""
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > _FORMAT:
+        raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
+    if not tables.issuperset(_ODD):
+        raise ConfigError("root", str(path), f"is not an index of kvgds; {_REBUILD}")
+    for table, odd in _ODD.items():
+        if database.execute(odd, _LIMITS).fetchone():
+            raise _damaged(path, f"what it says of a {table} can't be")
 
 
 def slab_listing(root: Path, namespace: str | None, limit: int) -> Listing:
@@ -87,7 +154,7 @@ def _entries(
     mine = (row for row in rows if row[1] in digests)
     return tuple(
         BlockEntry(key.hex(), digests[number].hex(), nbytes, place_of(slot))
-        for slot, number, key, nbytes in itertools.islice(mine, limit)
+        for slot, number, key, nbytes in itertools.islice(mine, min(limit, sys.maxsize))
     )
 
 
@@ -110,8 +177,7 @@ def check_slabs(root: Path, report: Report, progress: Progress, *, repair: bool)
         with reading(root) as database:
             for (line,) in database.execute("PRAGMA quick_check(1)"):
                 if line != "ok":
-                    rule = f"the index is damaged ({line}); {_REBUILD}"
-                    raise ConfigError("root", str(root), rule)
+                    raise _damaged(root, line)
             found = _Found(indexed_slabs(root, database), {}, {}, {}, {})
             _look_at_files(root, report, found)
             _look_at_rows(database, report, found, progress)
@@ -123,12 +189,21 @@ def check_slabs(root: Path, report: Report, progress: Progress, *, repair: bool)
 
 
 def indexed_slabs(root: Path, database: sqlite3.Connection) -> dict[int, Slab]:
-    """The slabs that the index names."""
+    """The slabs that the index names.
+
+    Raises:
+        ConfigError: one lies there under another name, which says that its slots have another
+            size. To take it for a slab that nobody knows would cost all of its blocks.
+    """
     rows = database.execute("SELECT id, slot_bytes, slots FROM slab ORDER BY id").fetchall()
-    return {
-        slab_id: Slab(slab_id, slot_bytes, slots, root / slab_name(slab_id, slot_bytes))
-        for slab_id, slot_bytes, slots in rows
-    }
+    there = slabs_in(root)
+    slabs = {}
+    for slab_id, slot_bytes, slots in rows:
+        slab = Slab(slab_id, slot_bytes, slots, root / slab_name(slab_id, slot_bytes))
+        if slab_id in there and not os.path.lexists(slab.path):
+            raise _damaged(root, f"{slab.path.name} is {there[slab_id]} by its name")
+        slabs[slab_id] = slab
+    return slabs
 
 
 def _look_at_files(root: Path, report: Report, found: _Found) -> None:
@@ -158,8 +233,7 @@ def _look_at_rows(
         "SELECT slot, digest, key, generation, nbytes, algorithm "
         "FROM block LEFT JOIN namespace ON namespace.id = namespace ORDER BY slot"
     )
-    widest = max((slab.slot_bytes for slab in found.slabs.values()), default=0)
-    arena = Arena(max(WINDOW, widest))
+    arena = arena_for(found.slabs.values())
     done = 0
     for batch in _batches(map(Row._make, database.execute(query))):
         _check_rows(batch, report, found, arena)
@@ -223,16 +297,40 @@ def _repair(root: Path, found: _Found, progress: Progress) -> None:
     index = writing(root / "index.db")
     try:
         index.apply(Changes(drop=list(found.gone), quarantine=list(found.bad)))
-        for slab_id in found.cut:
-            slab = found.slabs[slab_id]
-            fd, _ = open_slab(slab.path, slab.slots * slab.slot_bytes, direct=False)
-            os.close(fd)
+        for slab_id, problem in found.cut.items():
+            _make_whole(found.slabs[slab_id], problem)
         index.apply(Changes(drop=_usable(found, progress)))
     finally:
         index.close()
-    for path in found.orphans:
+    for problem in found.gone.values():
+        problem.repaired = True
+    for path, problem in found.orphans.items():
+        _remove(path, problem)
+
+
+def _make_whole(slab: Slab, problem: Problem) -> None:
+    """Give a slab that was cut its length again, unless that would fill the disk for nothing."""
+    lacking = (slab.slots - slab.whole) * slab.slot_bytes
+    room = room_on_disk(slab.path.parent)
+    if lacking > room:
+        problem.text += f"; to make it whole takes {lacking:,} bytes, {room:,} are free: free some,"
+        problem.text += " or --rebuild takes it as it is"
+        return
+    try:
+        fd, _ = open_slab(slab.path, slab.slots * slab.slot_bytes, direct=False)
+    except ConfigError as error:
+        problem.text += f"; {error.rule}"
+        return
+    os.close(fd)
+    problem.repaired = True
+
+
+def _remove(path: Path, problem: Problem) -> None:
+    try:
         path.unlink()
-    for problem in (*found.gone.values(), *found.cut.values(), *found.orphans.values()):
+    except OSError as error:
+        problem.text += f"; it can't be removed: {error.strerror}"
+    else:
         problem.repaired = True
 
 
