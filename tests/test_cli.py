@@ -431,7 +431,8 @@ def test_doctor_tells_how_bytes_move_and_leaves_nothing(tmp_path: Path, layout: 
     assert ("bounce" in answer["gpu"]["summary"]) is answer["gpu"]["used"]
     (part,) = answer["roots"]
     assert set(part) == PART | {
-        "root", "layout", "in_use", "path", "backend", "direct_io", "alignment", "filesystem",
+        "root", "layout", "in_use", "path", "backend", "direct_io", "alignment",
+        "gpu_path", "filesystem",
         "free_bytes",
     }  # fmt: skip
     assert (part["root"], part["layout"], part["in_use"]) == (str(root), layout, False)
