@@ -188,6 +188,34 @@ def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> No
         closing.result(20)
 
 
+def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
+    """More hangs than a lane has in flight at most; those to another file go all the same."""
+    mib = 1 << 20
+    with (
+        FaultyDisk(tmp_path) as disk,
+        opened_on(disk, "stuck") as stuck,
+        opened_on(disk, "free") as free,
+    ):
+        for name in ("stuck", "free"):
+            (disk.backing / name).write_bytes(bytes(12 * mib))
+
+        def loads(file: File, start: int, nbytes: int) -> list[PlainTransfer]:
+            rows = [
+                [(bench.base + i * nbytes, i * nbytes, nbytes)] for i in range(start, start + 3)
+            ]
+            return [PlainTransfer(file, [bench.region], row, write=False) for row in rows]
+
+        disk.hang("read", match="stuck")
+        held = loads(stuck, 0, 4 * mib)
+        bench.transport.submit(held, bench.desk.put)
+        disk.wait_waiting(1)
+        for _ in range(3):
+            bench.run(*loads(free, 12, mib))
+        assert [transfer.calls for transfer in held] == [["begin"]] * 3
+        disk.release()
+        bench.wait(held)
+
+
 def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:
     """What a transfer may still touch is kept for good: what lands late lands in live memory."""
     bench = Bench(started())
