@@ -591,6 +591,8 @@ def test_an_index_with_odd_values_is_damaged_and_is_made_anew(tmp_path: Path, od
     for act in ("ls", "gc", "gc --dry-run"):
         with pytest.raises(ConfigError, match=r"index.*fsck --rebuild"):
             ACTS[act](root)
+    with pytest.raises(ConfigError, match=r"index.*fsck --rebuild"):  # an engine, too
+        loads(config(root, "slabs"), keys(3))
     for repair in (False, True):
         report = fsck(root, repair=repair)
         assert (kinds(report), report.clean) == (["index"], False)
@@ -598,6 +600,19 @@ def test_an_index_with_odd_values_is_damaged_and_is_made_anew(tmp_path: Path, od
     assert sorted(root.glob("slab-*")) == slabs
     assert (fsck(root, rebuild=True).blocks, fsck(root).problems) == (3, [])
     assert listing(root).namespaces[0].blocks == 3
+    assert loads(config(root, "slabs"), keys(3)) == keys(3)
+
+
+def test_a_slab_that_the_index_calls_by_another_number_is_not_swept(tmp_path: Path) -> None:
+    """To an engine it looks like one that was cut short while it was made."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    slabs = sorted(root.glob("slab-*"))
+    sql(root, "UPDATE slab SET id = id + 7")
+    with pytest.raises(ConfigError, match=r"slab 7 is gone.*fsck --rebuild"):
+        loads(config(root, "slabs"), keys(3))
+    assert sorted(root.glob("slab-*")) == slabs
+    assert fsck(root, rebuild=True).blocks == 3
     assert loads(config(root, "slabs"), keys(3)) == keys(3)
 
 

@@ -48,7 +48,7 @@ def prepare_root(root: Path, layout: str) -> None:
             found = read_marker(root)
     except FileNotFoundError:
         raise ConfigError("root", str(root), f"make its parent {root.parent} first") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("root", str(root), f"can't be used: {error}") from None

@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvgds.blocks import MAX_KEY_BYTES, PAGE
 from kvgds.errors import ConfigError
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
@@ -40,6 +41,32 @@ CREATE TABLE block (
     used INTEGER NOT NULL           -- larger is later
 );
 """
+
+# Finds what no engine writes, a table each. SQLite takes any value in any column, so that without a
+# look at the types a text may turn up wherever a number is counted on.
+_ODD = {
+    "meta": "SELECT 1 FROM meta WHERE name = 'opens' "
+    "AND (typeof(value) != 'integer' OR value NOT BETWEEN 0 AND :opens)",
+    "namespace": "SELECT 1 FROM namespace "
+    "WHERE typeof(digest) != 'blob' OR length(digest) != 16 OR typeof(text) != 'text'",
+    "slab": "SELECT 1 FROM slab "
+    "WHERE typeof(slot_bytes) != 'integer' OR typeof(slots) != 'integer' "
+    "OR id NOT BETWEEN 0 AND :slab OR slot_bytes < :page OR slot_bytes % :page "
+    "OR slots NOT BETWEEN 1 AND :slots OR slots > :bytes / slot_bytes",
+    "block": "SELECT 1 FROM block "
+    "WHERE typeof(namespace) != 'integer' OR typeof(key) NOT IN ('blob', 'null') "
+    "OR length(key) NOT BETWEEN 1 AND :key OR typeof(generation) != 'integer' "
+    "OR typeof(nbytes) != 'integer' OR typeof(algorithm) != 'integer' "
+    "OR typeof(used) != 'integer' OR slot < 0 OR generation < 0 OR nbytes < 0",
+}
+_LIMITS = {
+    "opens": (1 << 23) - 2,  # a generation is the number of the next opening, and 40 bits
+    "page": PAGE,
+    "slab": 10**8 - 1,  # a file's name has eight digits for it
+    "slots": 1 << SLOT_BITS,
+    "bytes": (1 << 63) - 1,
+    "key": MAX_KEY_BYTES,
+}
 
 
 @dataclass(slots=True)
@@ -92,15 +119,14 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
     database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
     try:
         application = database.execute("PRAGMA application_id").fetchone()[0]
-        version = database.execute("PRAGMA user_version").fetchone()[0]
         tables = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
         if tables and application != _APPLICATION:
             raise ConfigError("root", str(path), "is not an index of kvgds; use another directory")
-        if version > _FORMAT:
-            raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
         if not tables and not new:
             rule = "the index of the slabs beside it is lost; `kvgds fsck --rebuild` makes it anew"
             raise ConfigError("root", str(path), rule)
+        if tables:
+            check_tables(path, database)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(f"PRAGMA synchronous={'FULL' if power else 'OFF'}")
         if not tables:
@@ -119,9 +145,27 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
     return database
 
 
-def damaged(path: Path, error: Exception) -> ConfigError:
+def check_tables(path: Path, database: sqlite3.Connection) -> None:
+    """Raise ConfigError unless it is an index, and holds what an engine may have written."""
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > _FORMAT:
+        raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
+    if not tables.issuperset(_ODD):
+        raise damaged(path, "tables are missing")
+    try:
+        odd = [name for name, query in _ODD.items() if database.execute(query, _LIMITS).fetchone()]
+    except sqlite3.OperationalError as error:
+        if "no such column" not in str(error):
+            raise
+        raise damaged(path, error) from None
+    if odd:
+        raise damaged(path, f"what it says of a {odd[0]} can't be")
+
+
+def damaged(path: Path, why: object) -> ConfigError:
     """The error for an index that holds what no engine wrote."""
-    rule = f"the index is damaged ({error}); `kvgds fsck --rebuild` makes it anew"
+    rule = f"the index is damaged ({why}); `kvgds fsck --rebuild` makes it anew"
     return ConfigError("root", str(path), rule)
 
 

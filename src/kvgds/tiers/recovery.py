@@ -74,8 +74,12 @@ class Recovery:
             raise damaged(self._settings.root / "index.db", error) from None
 
     def _open_slabs(self) -> None:
-        there = slabs_in(self._settings.root)
-        for slab_id, slot_bytes, slots in self._index.slabs():
+        there, known = slabs_in(self._settings.root), self._index.slabs()
+        strangers = there.keys() - {slab_id for slab_id, _, _ in known}
+        for slab_id, slot_bytes, slots in known:
+            if slab_id not in there and strangers:  # to be swept as orphans, with all their blocks
+                why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
+                raise damaged(self._settings.root / "index.db", why)
             path = self._settings.root / slab_name(slab_id, slot_bytes)
             if there.get(slab_id, path.name) != path.name:
                 rule = (

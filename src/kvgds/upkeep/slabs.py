@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from kvgds.blocks import MAX_KEY_BYTES, PAGE
+from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.directory import check_index
-from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.index import Changes, Index, check_tables, connect, damaged
 from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
@@ -43,35 +43,8 @@ if TYPE_CHECKING:
     from kvgds.upkeep.records import Progress
 
 _ROWS = 1024  # slots a batch
-_FORMAT = 1  # of the index
 _EMPTY = "holds no blocks, neither an index nor slabs; the next engine starts anew"
 _REBUILD = "`kvgds fsck --rebuild` makes it anew from the slabs"
-
-# Finds what no engine writes, a table each. SQLite takes any value in any column, so that without a
-# look at the types a text may turn up wherever a number is counted on.
-_ODD = {
-    "meta": "SELECT 1 FROM meta WHERE name = 'opens' "
-    "AND (typeof(value) != 'integer' OR value NOT BETWEEN 0 AND :opens)",
-    "namespace": "SELECT 1 FROM namespace "
-    "WHERE typeof(digest) != 'blob' OR length(digest) != 16 OR typeof(text) != 'text'",
-    "slab": "SELECT 1 FROM slab "
-    "WHERE typeof(slot_bytes) != 'integer' OR typeof(slots) != 'integer' "
-    "OR id NOT BETWEEN 0 AND :slab OR slot_bytes < :page OR slot_bytes % :page "
-    "OR slots NOT BETWEEN 1 AND :slots OR slots > :bytes / slot_bytes",
-    "block": "SELECT 1 FROM block "
-    "WHERE typeof(namespace) != 'integer' OR typeof(key) NOT IN ('blob', 'null') "
-    "OR length(key) NOT BETWEEN 1 AND :key OR typeof(generation) != 'integer' "
-    "OR typeof(nbytes) != 'integer' OR typeof(algorithm) != 'integer' "
-    "OR typeof(used) != 'integer' OR slot < 0 OR generation < 0 OR nbytes < 0",
-}
-_LIMITS = {
-    "opens": (1 << 23) - 2,  # a generation is the number of the next opening, and 40 bits
-    "page": PAGE,
-    "slab": 10**8 - 1,  # a file's name has eight digits for it
-    "slots": 1 << SLOT_BITS,
-    "bytes": (1 << 63) - 1,
-    "key": MAX_KEY_BYTES,
-}
 
 
 @contextlib.contextmanager
@@ -94,14 +67,14 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     database.text_factory = _text
     try:
         database.execute("BEGIN")  # one snapshot for all that is read
-        _check_tables(path, database)
+        check_tables(path, database)
         yield database
     except sqlite3.DatabaseError as error:
         # A plain error is of the statement: what it names is not there.
         plain = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
         if isinstance(error, sqlite3.OperationalError) and not plain:
             raise ConfigError("root", str(path), f"can't be read: {error}") from None
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, error) from None
     finally:
         database.close()
 
@@ -109,23 +82,6 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
 def _text(data: bytes) -> str:
     """Text only describes, so what is no UTF-8 may say what it likes."""
     return data.decode("utf-8", "replace")
-
-
-def _damaged(path: Path, why: str) -> ConfigError:
-    return ConfigError("root", str(path), f"the index is damaged ({why}); {_REBUILD}")
-
-
-def _check_tables(path: Path, database: sqlite3.Connection) -> None:
-    """Raise ConfigError unless it is an index, and holds what an engine may have written."""
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > _FORMAT:
-        raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
-    if not tables.issuperset(_ODD):
-        raise ConfigError("root", str(path), f"is not an index of kvgds; {_REBUILD}")
-    for table, odd in _ODD.items():
-        if database.execute(odd, _LIMITS).fetchone():
-            raise _damaged(path, f"what it says of a {table} can't be")
 
 
 def slab_listing(root: Path, namespace: str | None, limit: int) -> Listing:
@@ -177,7 +133,7 @@ def check_slabs(root: Path, report: Report, progress: Progress, *, repair: bool)
         with reading(root) as database:
             for (line,) in database.execute("PRAGMA quick_check(1)"):
                 if line != "ok":
-                    raise _damaged(root, line)
+                    raise damaged(root, line)
             found = _Found(indexed_slabs(root, database), {}, {}, {}, {})
             _look_at_files(root, report, found)
             _look_at_rows(database, report, found, progress)
@@ -201,7 +157,7 @@ def indexed_slabs(root: Path, database: sqlite3.Connection) -> dict[int, Slab]:
     for slab_id, slot_bytes, slots in rows:
         slab = Slab(slab_id, slot_bytes, slots, root / slab_name(slab_id, slot_bytes))
         if slab_id in there and not os.path.lexists(slab.path):
-            raise _damaged(root, f"{slab.path.name} is {there[slab_id]} by its name")
+            raise damaged(root, f"{slab.path.name} is {there[slab_id]} by its name")
         slabs[slab_id] = slab
     return slabs
 
