@@ -102,6 +102,7 @@ class _Side:
         self.queued_bytes = 0  # of those not in flight
         self.staged_bytes = 0
         self.flying_bytes = 0  # but those stuck
+        self.untold = 0  # flights that no ring tells of: GPU memory's
 
     def busy(self) -> bool:
         return bool(self.queued_bytes or self.flights or self.stuck or self.copying)
@@ -131,6 +132,7 @@ class _Side:
     def depart(self, flight: _Flight) -> None:
         self.flights.append(flight)
         self.flying_bytes += flight.nbytes
+        self.untold += len(flight.requests) > 1
 
     def land(self, flight: _Flight) -> None:
         if flight in self.stuck:
@@ -138,6 +140,7 @@ class _Side:
         else:
             self.flights.remove(flight)
             self.flying_bytes -= flight.nbytes
+            self.untold -= len(flight.requests) > 1
 
     def give_up(self, now: float) -> None:
         """Set aside flights that take so long that others should not wait for their window."""
@@ -251,7 +254,7 @@ class Lane:
         """How long to wait for news, in seconds; None: until there are some.
 
         A ring tells of its completions, so that only a lost one would be waited for. Without
-        a ring, an eighth of the time that what is in flight should take: storage never runs
+        one, and for GPU memory, an eighth of the time that what is in flight should take: storage never runs
         dry meanwhile, and each look costs some 50 µs of CPU. Something small is watched without
         a pause at first, since even the shortest sleep takes as long as it does.
         """
@@ -265,7 +268,7 @@ class Lane:
             return _SWEEP_S if stuck else 0.0 if self._closing else None
         if nbytes <= _SPIN_BYTES and time.monotonic() - self._moved_at < _SPIN_S:
             return 0.0
-        if self._agent.ring is not None:
+        if self._agent.ring is not None and not any(side.untold for side in self._sides):
             return _SWEEP_S
         least, most = _SLEEP_S
         return min(max(nbytes / self._rate / 8, least), most)
