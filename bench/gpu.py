@@ -81,7 +81,7 @@ class Setup:
 async def open_engines(setup: Setup, stack: AsyncExitStack) -> None:
     """An engine for each path that can be had; for the others, why not."""
     if not setup.on_gpu:
-        await _open(setup, stack, "auto", compat=False)
+        await _open(setup, stack, "bounce", compat=False)  # of host memory, that is direct
         setup.refused = dict.fromkeys(("bounce", "gds-compat", "gds"), HOST)
         return
     await _open(setup, stack, "bounce", compat=False)
@@ -103,7 +103,9 @@ async def _open(setup: Setup, stack: AsyncExitStack, path: str, *, compat: bool)
         namespace=kvgds.Namespace(model="bench"), tiers=(tier,), path=path, allow_compat=compat
     )
     engine = await stack.enter_async_context(kvgds.open_engine(config))
-    setup.engines[engine.plan[-1].path] = engine
+    memory = "gpu" if setup.on_gpu else "host"
+    (way,) = {plan.path for plan in engine.plan if plan.memory == memory}
+    setup.engines[way] = engine
 
 
 # --- blocks ---------------------------------------------------------------------------------

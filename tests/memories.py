@@ -134,7 +134,7 @@ class Host(_Torch):
     async def opened(self, root: Path, **tier: Any) -> AsyncIterator[Engine]:
         held = HeldTransport(NixlTransport())
         self._held = held
-        async with engine_of(Engine(settings(root, **tier), held)) as engine:
+        async with engine_of(Engine(settings(root, "bounce", **tier), held)) as engine:
             yield engine
 
     def _where(self, device: int) -> str:  # noqa: ARG002 - there is one
