@@ -1,8 +1,10 @@
 """The engine against plain system calls, its cost to the event loop, and its small operations.
 
     python bench/engine.py [--root DIR] [--rounds 5] [--only disk,small,loop,busy,latency,prefix]
+                           [--quick] [--out FILE]
 
-One JSON line a comparison; every speed is a ratio of medians of alternating runs.
+One JSON line a comparison; every speed is a ratio of medians of alternating runs. `--quick` is one
+round of few blocks, to see that it runs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +41,23 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    rounds: int
+    quick: bool
+
+    def few(self, count: int) -> int:
+        """So many; a quick run does with less."""
+        return min(count, max(8, count // 64)) if self.quick else count
+
+    @property
+    def tick_s(self) -> float:
+        """How long a ticker runs."""
+        return 0.05 if self.quick else 1.0
 
 
 class Blocks:
@@ -129,9 +149,10 @@ def compare(
     ]
 
 
-async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def disk(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """1 and 2.25 MiB blocks, 16 in flight, O_DIRECT, against a tuned thread pool."""
-    for block, count in ((MIB, 384), (9 * MIB // 4, 170)):
+    for block, whole in ((MIB, 384), (9 * MIB // 4, 170)):
+        count = scale.few(whole)
         async with AsyncExitStack() as stack:
             pool = Pool(root / f"pool-{block}", block, count, threads=16)
             stack.callback(os.unlink, root / f"pool-{block}")
@@ -151,7 +172,7 @@ async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                         store=store, in_flight=16
                     ),
                 }
-                runs = await alternate(contenders, rounds)
+                runs = await alternate(contenders, scale.rounds)
                 direction = "store" if store else "load"
                 for row in compare(
                     "disk", runs, "pool", block=block, direction=direction, in_flight=16
@@ -159,9 +180,10 @@ async def disk(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                     yield row
 
 
-async def small(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def small(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """64 and 256 KiB stores in slabs against one file a block."""
-    for block, count in ((64 * KIB, 4096), (256 * KIB, 1024)):
+    for block, whole in ((64 * KIB, 4096), (256 * KIB, 1024)):
+        count = scale.few(whole)
         async with AsyncExitStack() as stack:
             blocks = Blocks(
                 await stack.enter_async_context(opened(root, verify="stamp")), block, count
@@ -175,7 +197,7 @@ async def small(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                 contenders[name] = FilePerBlock(where, block, count, 4, direct=direct).store
             contenders["engine"] = lambda: blocks.many(store=True, batch=64)
             contenders["engine+checksum"] = lambda: full.many(store=True, batch=64)
-            runs = await alternate(contenders, rounds)
+            runs = await alternate(contenders, scale.rounds)
             for row in compare(
                 "small", runs, "file a block, O_DIRECT", block=block, direction="store"
             ):
@@ -192,7 +214,7 @@ async def ticks(seconds: float) -> list[float]:
     return late
 
 
-async def loop(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def loop(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """How much later a ticker is with 32 transfers in flight, both directions busy."""
     for block in (256 * KIB, MIB, 9 * MIB // 4):
         async with opened(root) as engine:
@@ -202,8 +224,8 @@ async def loop(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
             fresh.keys = [b"f" + key for key in fresh.keys]
             results: dict[str, list[list[float]]] = {"idle": [], "busy": []}
             moved = 0
-            for _ in range(rounds + 1):
-                results["idle"].append(await ticks(1.0))
+            for _ in range(scale.rounds + 1):
+                results["idle"].append(await ticks(scale.tick_s))
                 stop, tasks = asyncio.Event(), []
 
                 async def mover(i: int, *, store: bool, stop: asyncio.Event = stop) -> int:
@@ -223,7 +245,7 @@ async def loop(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                     for i in range(16)
                     for store in (True, False)
                 ]
-                results["busy"].append(await ticks(1.0))
+                results["busy"].append(await ticks(scale.tick_s))
                 stop.set()
                 moved += sum(await asyncio.gather(*tasks))
             p99 = {
@@ -252,9 +274,10 @@ async def hog(period: float, share: float, stop: asyncio.Event) -> None:
         await asyncio.sleep(period * (1 - share))
 
 
-async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def busy(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """Throughput left while the loop is 80 % busy in Python."""
-    for block, count, batch in ((MIB, 384, 0), (256 * KIB, 1536, 64)):
+    for block, whole, batch in ((MIB, 384, 0), (256 * KIB, 1536, 64)):
+        count = scale.few(whole)
         async with opened(root) as engine:
             blocks = Blocks(engine, block, count)
             await blocks.one_by_one(store=True, in_flight=16)
@@ -281,7 +304,7 @@ async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                 contenders = {"idle loop": idle}
                 for period in (1e-3, 5e-3, 20e-3):
                     contenders[f"80 % busy, {period * 1e3:g} ms period"] = beside(period)
-                runs = await alternate(contenders, rounds)
+                runs = await alternate(contenders, scale.rounds)
                 direction = "store" if store else "load"
                 for row in compare(
                     "busy", runs, "idle loop", block=block, direction=direction, batch=batch
@@ -289,16 +312,16 @@ async def busy(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                     yield row
 
 
-async def latency(_root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def latency(_root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """One awaited 4 KiB load from the page cache, engine otherwise idle."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         async with opened(Path(memory), capacity_bytes=64 * MIB) as engine:
             blocks = Blocks(engine, 4 * KIB, 256)
             await blocks.many(store=True, batch=64)
             runs: list[list[float]] = []
-            for _ in range(rounds + 1):
+            for _ in range(scale.rounds + 1):
                 runs.append([])
-                for n in range(2000):
+                for n in range(scale.few(2000)):
                     item = blocks.item(n % 256)
                     started = time.perf_counter()
                     await engine.load(*item)
@@ -315,35 +338,36 @@ async def latency(_root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
 MILLION = 1_000_000
 
 
-def make_million(root: Path, namespace: kvgds.Namespace) -> list[bytes]:
-    """Write the index of a slab directory that holds a million 4 KiB blocks; their keys."""
+def make_index(root: Path, namespace: kvgds.Namespace, blocks: int) -> list[bytes]:
+    """Write the index of a slab directory that holds so many 4 KiB blocks; their keys."""
     slot_bytes = slot_bytes_for(4 * KIB)
     root.mkdir()
     prepare_root(root, "slabs")
     with (root / slab_name(0, slot_bytes)).open("wb") as slab:
-        slab.truncate(slot_bytes * MILLION)
+        slab.truncate(slot_bytes * blocks)
     index = Index(connect(root / "index.db"), lambda *_: None, lambda: None)
     number = index.namespace(namespace.digest, namespace.text)
-    keys = [hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(MILLION)]
-    index.apply(Changes(add_slab=[(0, slot_bytes, MILLION)]))
+    keys = [hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(blocks)]
+    index.apply(Changes(add_slab=[(0, slot_bytes, blocks)]))
     rows = [(i, number, key, i, 4 * KIB, XXH3_128, i) for i, key in enumerate(keys)]
     index.apply(Changes(put=rows))
     index.close()
     return keys
 
 
-async def prefix(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
+async def prefix(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """Opening an index of a million blocks, and ``engine.prefix`` of 1,000 keys in it."""
     namespace = kvgds.Namespace(model="bench")
-    keys = make_million(root / "million", namespace)
+    blocks = scale.few(MILLION)
+    keys = make_index(root / "million", namespace, blocks)
     tier = kvgds.FileTier(root=root / "million", capacity_bytes=16 << 30)
     config = kvgds.EngineConfig(namespace=namespace, tiers=(tier,))
     started = time.perf_counter()
     async with kvgds.open_engine(config) as engine:
         opening = time.perf_counter() - started
         times = []
-        for n in range(rounds + 1):
-            asked = keys[n * 7919 : n * 7919 + 1000]
+        for n in range(scale.rounds + 1):
+            asked = keys[n * 7919 :][:1000]
             started = time.perf_counter()
             found = await engine.prefix(asked)
             times.append(time.perf_counter() - started)
@@ -351,7 +375,7 @@ async def prefix(root: Path, rounds: int) -> AsyncIterator[dict[str, object]]:
                 raise RuntimeError(f"{found} of {len(asked)} keys found")
     yield {
         "scenario": "prefix",
-        "index": MILLION,
+        "index": blocks,
         "keys": 1000,
         "opening_s": round(opening, 2),
         "prefix_ms": round(statistics.median(times[1:]) * 1e3, 3),
@@ -373,8 +397,10 @@ async def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    scale = Scale(1 if options.quick else options.rounds, options.quick)
     with tempfile.TemporaryDirectory(dir=options.root) as root:
         # What the imports left behind is not to be collected meanwhile: a full collection stops the
         # loop for tens of milliseconds, whatever runs on it.
@@ -382,7 +408,7 @@ async def main() -> None:
         gc.freeze()
         emit({"machine": report_machine(Path(root))}, options.out)
         for name in options.only.split(","):
-            async for row in SCENARIOS[name](Path(root), options.rounds):
+            async for row in SCENARIOS[name](Path(root), scale):
                 emit(row, options.out)
 
 

@@ -21,8 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvgds.memory.cufile import cufile
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from kvgds import PathPlan
 
 Run = "Callable[[], Awaitable[Sample]]"
 
@@ -114,9 +118,29 @@ def report_machine(root: Path) -> dict[str, object]:
     }
 
 
+_ASKED = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max"
+
+
+def report_gpu(plans: Sequence[PathPlan]) -> dict[str, object]:
+    """What the numbers were taken on, of a GPU, and how its memory moved."""
+    import torch  # noqa: PLC0415 - what needs no GPU need not have it
+
+    return {
+        _ASKED: _command("nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "cufile": cufile().means().text if any("gds" in p.path for p in plans) else "not opened",
+        "plans": [str(plan) for plan in plans],
+    }
+
+
 def _commit() -> str:
     """What was measured, if this is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return _command("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+
+
+def _command(*command: str) -> str:
+    """What a command says."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

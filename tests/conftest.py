@@ -1,5 +1,7 @@
 """What holds for every test: kvgds may not block the event loop, and GPU tests need a GPU.
 
+Where there should be one, `KVGDS_REQUIRE_GPU=1` lets none of them be skipped.
+
 Time limits are in pyproject.toml, `[tool.pytest]`.
 """
 
@@ -12,10 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 from blockbuster import BlockBuster, BlockBusterFunction
 
+import gpus
 from kvgds.transport.agent import Agent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 # Only a call with a frame of this package below it is an error: a test may block as it likes.
 WATCHED = "kvgds"
@@ -75,3 +78,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a GPU is required, a test of it that was skipped, for whatever reason, has failed."""
+    report = yield
+    required = os.environ.get("KVGDS_REQUIRE_GPU", "0") not in ("", "0")
+    if required and report.skipped and item.get_closest_marker("gpu"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"KVGDS_REQUIRE_GPU is set, but: {why}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of GPU memory ran on."""
+    lines = gpus.summary()
+    if lines:
+        terminalreporter.section("GPU")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -69,6 +69,7 @@ def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(150)  # dozens of engines, each with a trial in a process of its own
 @pytest.mark.parametrize("file", sorted(CHECKS.glob("checks_*.py")), ids=lambda path: path.stem)
 def test_checks(file: Path) -> None:
     hung = "faulthandler_timeout=20"  # a thread that waits in C hears no signal
