@@ -254,9 +254,9 @@ class Lane:
         """How long to wait for news, in seconds; None: until there are some.
 
         A ring tells of its completions, so that only a lost one would be waited for. Without
-        one, and for GPU memory, an eighth of the time that what is in flight should take: storage never runs
-        dry meanwhile, and each look costs some 50 µs of CPU. Something small is watched without
-        a pause at first, since even the shortest sleep takes as long as it does.
+        one, and for GPU memory, an eighth of the time that what is in flight should take:
+        storage never runs dry meanwhile, and each look costs some 50 µs of CPU. Something small
+        is watched without a pause at first, since even the shortest sleep takes as long as it does.
         """
         if self._alone:
             return 0.0
