@@ -14,11 +14,14 @@ import asyncio
 import gc
 import hashlib
 import os
+import queue
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,8 @@ from kvgds.tiers.space import slab_name, slot_bytes_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    Busy = Callable[[], Awaitable[tuple[list[float], int]]]
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -214,55 +219,96 @@ async def ticks(seconds: float) -> list[float]:
     return late
 
 
+@asynccontextmanager
+async def by_engine(root: Path, block: int, scale: Scale) -> AsyncIterator[Busy]:
+    """16 tasks that store and delete, and 16 that load, each its next block when it has one."""
+    async with opened(root) as engine:
+        there, fresh = Blocks(engine, block, 64), Blocks(engine, block, 64)
+        await there.one_by_one(store=True, in_flight=16)
+        fresh.keys = [b"f" + key for key in fresh.keys]
+
+        async def mover(i: int, stop: asyncio.Event, *, store: bool) -> int:
+            done, n = 0, i
+            while not stop.is_set():
+                n = (n + 16) % 64
+                if store:
+                    await engine.store(*fresh.item(n))
+                    await engine.delete(fresh.keys[n])
+                else:
+                    await engine.load(*there.item(n))
+                done += 1
+            return done
+
+        async def busy() -> tuple[list[float], int]:
+            stop = asyncio.Event()
+            tasks = [
+                asyncio.create_task(mover(i, stop, store=store))
+                for i in range(16)
+                for store in (True, False)
+            ]
+            late = await ticks(scale.tick_s)
+            stop.set()
+            return late, sum(await asyncio.gather(*tasks))
+
+        yield busy
+
+
+@asynccontextmanager
+async def by_threads(root: Path, block: int, scale: Scale) -> AsyncIterator[Busy]:
+    """The same in 16 threads that write and 16 that read, by system calls alone."""
+    pools = [Pool(root / f"ticked-{name}", block, 64, threads=16) for name in ("store", "load")]
+
+    async def busy() -> tuple[list[float], int]:
+        stop = threading.Event()
+
+        def work(run: Callable[[], Sample]) -> int:
+            moved = 0
+            while not stop.is_set():
+                moved += run().succeeded
+            return moved
+
+        runs = (pools[0].store_now, pools[1].load_now)
+        with ThreadPoolExecutor(2) as drivers:
+            futures = [drivers.submit(work, run) for run in runs]
+            late = await ticks(scale.tick_s)
+            stop.set()
+            return late, sum([await asyncio.wrap_future(future) for future in futures])
+
+    try:
+        yield busy
+    finally:
+        for name, pool in zip(("store", "load"), pools, strict=True):
+            pool.close()
+            os.unlink(root / f"ticked-{name}")
+
+
 async def loop(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """How much later a ticker is with 32 transfers in flight, both directions busy."""
     for block in (256 * KIB, MIB, 9 * MIB // 4):
-        async with opened(root) as engine:
-            there = Blocks(engine, block, 64)
-            await there.one_by_one(store=True, in_flight=16)
-            fresh = Blocks(engine, block, 64)
-            fresh.keys = [b"f" + key for key in fresh.keys]
-            results: dict[str, list[list[float]]] = {"idle": [], "busy": []}
-            moved = 0
+        async with by_threads(root, block, scale) as threads, by_engine(root, block, scale) as own:
+            late: dict[str, list[list[float]]] = {"idle": [], "threads": [], "engine": []}
+            moved = {"threads": 0, "engine": 0}
             for _ in range(scale.rounds + 1):
-                results["idle"].append(await ticks(scale.tick_s))
-                stop, tasks = asyncio.Event(), []
-
-                async def mover(i: int, *, store: bool, stop: asyncio.Event = stop) -> int:
-                    done, n = 0, i
-                    while not stop.is_set():
-                        n = (n + 16) % 64
-                        if store:
-                            await engine.store(*fresh.item(n))
-                            await engine.delete(fresh.keys[n])
-                        else:
-                            await engine.load(*there.item(n))
-                        done += 1
-                    return done
-
-                tasks = [
-                    asyncio.create_task(mover(i, store=store))
-                    for i in range(16)
-                    for store in (True, False)
-                ]
-                results["busy"].append(await ticks(scale.tick_s))
-                stop.set()
-                moved += sum(await asyncio.gather(*tasks))
+                late["idle"].append(await ticks(scale.tick_s))
+                for name, busy in (("threads", threads), ("engine", own)):
+                    ran, blocks = await busy()
+                    late[name].append(ran)
+                    moved[name] += blocks
             p99 = {
-                k: statistics.median(quantile(run, 0.99) for run in v[1:])
-                for k, v in results.items()
+                k: statistics.median(quantile(run, 0.99) for run in v[1:]) for k, v in late.items()
             }
-            worst = {k: statistics.median(max(run) for run in v[1:]) for k, v in results.items()}
-            yield {
-                "scenario": "loop",
-                "block": block,
-                "in_flight": 32,
-                "p99_late_ms": {k: round(v * 1e3, 3) for k, v in p99.items()},
-                "worst_late_ms": {k: round(v * 1e3, 3) for k, v in worst.items()},
-                "p99_more_ms": round((p99["busy"] - p99["idle"]) * 1e3, 3),
-                "worst_more_ms": round((worst["busy"] - worst["idle"]) * 1e3, 3),
-                "blocks_moved": moved,
-            }
+            worst = {k: statistics.median(max(run) for run in v[1:]) for k, v in late.items()}
+            for name, blocks in moved.items():
+                yield {
+                    "scenario": "loop",
+                    "block": block,
+                    "in_flight": 32,
+                    "contender": name,
+                    "idle_p99_ms": round(p99["idle"] * 1e3, 3),
+                    "p99_more_ms": round((p99[name] - p99["idle"]) * 1e3, 3),
+                    "worst_more_ms": round((worst[name] - worst["idle"]) * 1e3, 3),
+                    "blocks_moved": blocks,
+                }
 
 
 async def hog(period: float, share: float, stop: asyncio.Event) -> None:
@@ -312,27 +358,70 @@ async def busy(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
                     yield row
 
 
+class Hop:
+    """A thread that reads 4 KiB when asked to, and tells the loop: the least there is to do."""
+
+    def __init__(self, path: Path) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._fd = os.open(path, os.O_RDONLY)
+        self._page = [bytearray(4 * KIB)]
+        self._asked: queue.SimpleQueue[asyncio.Future[int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main)
+        self._thread.start()
+
+    def _main(self) -> None:
+        while (future := self._asked.get()) is not None:
+            moved = os.preadv(self._fd, self._page, 0)
+            self._loop.call_soon_threadsafe(future.set_result, moved)
+
+    async def load(self, _number: int) -> bool:
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._asked.put(future)
+        return await future == 4 * KIB
+
+    def close(self) -> None:
+        self._asked.put(None)
+        self._thread.join()
+        os.close(self._fd)
+
+
 async def latency(_root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
     """One awaited 4 KiB load from the page cache, engine otherwise idle."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         async with opened(Path(memory), capacity_bytes=64 * MIB) as engine:
             blocks = Blocks(engine, 4 * KIB, 256)
             await blocks.many(store=True, batch=64)
-            runs: list[list[float]] = []
-            for _ in range(scale.rounds + 1):
-                runs.append([])
-                for n in range(scale.few(2000)):
-                    item = blocks.item(n % 256)
-                    started = time.perf_counter()
-                    await engine.load(*item)
-                    runs[-1].append(time.perf_counter() - started)
-            quantiles = {
-                f"p{q * 100:g}_us": round(
-                    statistics.median(quantile(r, q) for r in runs[1:]) * 1e6, 1
-                )
-                for q in (0.1, 0.5, 0.9, 0.99)
+            (Path(memory) / "page").write_bytes(bytes(4 * KIB))
+            hop = Hop(Path(memory) / "page")
+            contenders: dict[str, Callable[[int], Awaitable[bool]]] = {
+                "bare hop": hop.load,
+                "engine": lambda n: engine.load(*blocks.item(n % 256)),
             }
-            yield {"scenario": "latency", "block": 4 * KIB, "path": "tmpfs", **quantiles}
+            runs: dict[str, list[list[float]]] = {name: [] for name in contenders}
+            for _ in range(scale.rounds + 1):
+                for name, load in contenders.items():
+                    times = []
+                    for n in range(scale.few(2000)):
+                        started = time.perf_counter()
+                        if not await load(n):
+                            raise RuntimeError(f"{name}: block {n} was not read")
+                        times.append(time.perf_counter() - started)
+                    runs[name].append(times)
+            hop.close()
+            for name in contenders:
+                quantiles = {
+                    f"p{q * 100:g}_us": round(
+                        statistics.median(quantile(r, q) for r in runs[name][1:]) * 1e6, 1
+                    )
+                    for q in (0.1, 0.5, 0.9, 0.99)
+                }
+                yield {
+                    "scenario": "latency",
+                    "block": 4 * KIB,
+                    "path": "tmpfs",
+                    "contender": name,
+                    **quantiles,
+                }
 
 
 MILLION = 1_000_000

@@ -33,9 +33,15 @@ class Pool:
         os.close(self._fd)
 
     async def store(self) -> Sample:
-        return self._run(os.pwritev)
+        return self.store_now()
 
     async def load(self) -> Sample:
+        return self.load_now()
+
+    def store_now(self) -> Sample:
+        return self._run(os.pwritev)
+
+    def load_now(self) -> Sample:
         return self._run(os.preadv)
 
     async def await_store(self) -> Sample:
