@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgds.errors import PathUnavailable
-from kvgds.memory.device import cuda
+from kvgds.memory.device import cuda, packaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,20 +138,9 @@ def cufile() -> Cufile:
     """
     cuda()
     report = []
-    for name in (_NAME, *_packaged()):
+    for name in (_NAME, *packaged(f"cufile/lib/{_NAME}", f"cu13/lib/{_NAME}")):
         try:
             return Cufile(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL))
         except OSError as error:
             report.append(str(error))
     raise PathUnavailable(f"{_NAME} can't be loaded; pip install 'kvgds[cu12]'", tuple(report))
-
-
-def _packaged() -> list[str]:
-    """Libraries that came as Python packages, where no loader looks for them."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec is not None else None
-    found: list[str] = []
-    for folder in folders or ():
-        for pattern in (f"cufile/lib/{_NAME}", f"cu13/lib/{_NAME}"):
-            found += map(str, sorted(Path(folder).glob(pattern)))
-    return found

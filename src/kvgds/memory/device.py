@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvgds.memory import Span
 
 _NAMES = ("libcudart.so.12", "libcudart.so.13")
+_PACKAGED = ("cuda_runtime/lib/libcudart.so.*", "cu13/lib/libcudart.so.*")
 NOTHING = bytes(16)  # the checksum of work that makes none
 NOT_READY = 600  # cudaErrorNotReady
 _PORTABLE = 1
@@ -218,7 +219,7 @@ def cuda() -> Cuda:
         PathUnavailable: there is none, or no GPU.
     """
     report = []
-    for name in (*_NAMES, *_packaged()):
+    for name in (*_NAMES, *packaged(*_PACKAGED)):
         try:
             return Cuda(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL))
         except (OSError, CudaError) as error:
@@ -226,12 +227,12 @@ def cuda() -> Cuda:
     raise PathUnavailable("GPU memory can't be used here: no CUDA runtime or no GPU", tuple(report))
 
 
-def _packaged() -> list[str]:
-    """Runtimes that came as Python packages, where no loader looks for them."""
+def packaged(*patterns: str) -> list[str]:
+    """NVIDIA's libraries that came as Python packages, where no loader looks for them."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else None
     found: list[str] = []
     for folder in folders or ():
-        for pattern in ("cuda_runtime/lib/libcudart.so.*", "cu13/lib/libcudart.so.*"):
+        for pattern in patterns:
             found += map(str, sorted(Path(folder).glob(pattern)))
     return found

@@ -50,7 +50,7 @@ _WINDOW_BYTES = 8 << 20  # less than that need not wait
 _MERGED_BYTES = 1 << 20
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
 _LARGE_BYTES = 1 << 20
-_COPY_S = 50e-6  # between two looks at copies
+_COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 10e-3
@@ -175,6 +175,7 @@ class Lane:
         self._rate_bytes = 0
         self._rate_from = 0.0
         self._moved_at = 0.0
+        self._copied_at = 0.0
         self._swept_at = 0.0
         self._agent: Agent
         self._thread = threading.Thread(target=self._main, name=f"kvgds-{name}", daemon=True)
@@ -261,7 +262,8 @@ class Lane:
         if self._alone:
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
-            return _COPY_S
+            least, most = _COPY_S  # a stream may be busy for long: ever fewer looks
+            return min(max((time.monotonic() - self._copied_at) / 8, least), most)
         nbytes = sum(side.flying_bytes for side in self._sides)
         if not nbytes:
             stuck = any(side.stuck for side in self._sides)
@@ -293,11 +295,14 @@ class Lane:
 
     def _stage(self, side: _Side) -> None:
         """Begin as many transfers as a flight takes, unless that many have begun."""
-        for _ in range(len(side.copying)):
+        copying = len(side.copying)
+        for _ in range(copying):
             self._begin(side.copying.popleft(), side)
         most = side.group_bytes()
         while side.waiting and side.staged_bytes < most and len(side.staged) < GROUP_ROWS:
             self._begin(side.waiting.popleft(), side)
+        if copying != len(side.copying):
+            self._copied_at = time.monotonic()
 
     def _begin(self, member: _Member, side: _Side) -> None:
         transfer = member.transfer
@@ -346,8 +351,11 @@ class Lane:
     def _poll(self) -> None:
         """Ask the oldest flights; now and then, when one seems stuck, ask them all."""
         now = time.monotonic()
-        for _ in range(len(self._landing)):
+        landing = len(self._landing)
+        for _ in range(landing):
             self._end(self._landing.popleft())
+        if landing != len(self._landing):
+            self._copied_at = now
         stuck = any(side.stuck for side in self._sides)
         sweep = now - (self._swept_at if stuck else max(self._swept_at, self._moved_at)) > _SWEEP_S
         if sweep:
