@@ -351,10 +351,10 @@ class Lane:
     def _poll(self) -> None:
         """Ask the oldest flights; now and then, when one seems stuck, ask them all."""
         now = time.monotonic()
-        landing = len(self._landing)
-        for _ in range(landing):
-            self._end(self._landing.popleft())
-        if landing != len(self._landing):
+        landing = list(self._landing)
+        self._landing.clear()
+        self._end(landing)
+        if len(self._landing) != len(landing):
             self._copied_at = now
         stuck = any(side.stuck for side in self._sides)
         sweep = now - (self._swept_at if stuck else max(self._swept_at, self._moved_at)) > _SWEEP_S
@@ -395,17 +395,20 @@ class Lane:
         if errors:
             self._failed(flight, errors[0])
             return
-        for member in flight.members:
-            self._end(member)
+        before = len(self._landing)
+        self._end(flight.members)
+        if len(self._landing) != before:
+            self._copied_at = time.monotonic()
 
-    def _end(self, member: _Member) -> None:
-        try:
-            if member.transfer.end() is LATER:
-                self._landing.append(member)
-                return
-        except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
-            member.transfer.fail(error)
-        self._ended.append(member)
+    def _end(self, members: Sequence[_Member]) -> None:
+        for member in members:
+            try:
+                if member.transfer.end() is LATER:
+                    self._landing.append(member)
+                    continue
+            except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
+                member.transfer.fail(error)
+            self._ended.append(member)
 
     def _failed(self, flight: _Flight, error: Exception) -> None:
         """NIXL tells only that something in the flight failed: try each member by itself.
