@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import fields, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,22 @@ def test_a_stamp_comes_back_as_it_was(stamp: Stamp) -> None:
     assert len(page) == PAGE
     assert Stamp.decode(page) == stamp
     assert Stamp.decode(memoryview(page)) == stamp
+
+
+def test_the_fields_of_a_stamp_lie_where_the_document_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text("utf-8")
+    table = text.partition("### Stamp")[2].partition("A stamp whose")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line[:3].strip("| ")]
+    lies = {name.split(":")[0].split(",")[0].strip(): (at, size) for at, size, name in rows[2:]}
+    stamp = Stamp(b"n" * 16, b"key", 7, 4097, XXH3_128, b"c" * 16)
+    page, at = stamp.encode(), {}
+    for name, (offset, size) in lies.items():
+        if offset.strip().isdigit() and size.strip().isdigit():
+            at[name] = page[int(offset) : int(offset) + int(size)]
+    assert (at["namespace"], at["checksum of the payload"]) == (b"n" * 16, b"c" * 16)
+    numbers = [at[name] for name in ("length of the key", "generation", "length of the payload")]
+    assert [int.from_bytes(number, "little") for number in numbers] == [3, 7, 4097]
+    assert page[int(lies["key"][0]) :][:3] == b"key"
 
 
 def test_the_bytes_of_a_stamp_are_those_of_the_document() -> None:

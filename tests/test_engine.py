@@ -567,6 +567,18 @@ async def test_an_observer_that_raises_is_removed(
         assert all(event.nbytes == SIZE and event.seconds > 0 for event in events.seen)
 
 
+async def test_an_observer_may_leave(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        stop = engine.observe(events := Events())
+        await store(engine, b"a")
+        stop()
+        stop()
+        await store(engine, b"b")
+        assert [event.key for event in events.seen] == [b"a"]
+        with pytest.raises(ConfigError, match="settled"):
+            engine.observe(None)  # type: ignore[arg-type]  # that is the mistake
+
+
 # --- opening and closing ------------------------------------------------------------------------
 
 

@@ -134,6 +134,16 @@ async def test_deleting(tmp_path: Path) -> None:
         assert ledger(root) == taken(root) == 0
 
 
+async def test_prefix_counts_nothing_that_another_has_dropped(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as one, opened(tmp_path / "kv") as other:
+        for key in (b"a", b"b", b"c"):
+            await put(one, key)
+        assert await one.prefix([b"a", b"b", b"c"]) == 3
+        assert await other.delete(b"b")
+        assert await one.prefix([b"a", b"b", b"c"]) == 1
+        assert one.statistics().tiers[0].blocks == 2
+
+
 async def test_deleting_what_has_only_just_been_linked(tmp_path: Path) -> None:
     """Its temporary name, which its owner would remove next, goes with it."""
     root = tmp_path / "kv"

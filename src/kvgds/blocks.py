@@ -145,7 +145,8 @@ class Outcome(NamedTuple):
     Attributes:
         key: the block's key.
         status: ``"hit"`` or ``"miss"`` for loads, ``"stored"`` or ``"present"`` (it was
-            there already, nothing moved) for stores, ``"error"`` for either.
+            there already, nothing moved) for stores, ``"error"`` for either. In metrics also
+            ``"cancelled"``.
         error: the exception, when ``status`` is ``"error"``.
     """
 

@@ -38,7 +38,7 @@ from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
@@ -46,12 +46,8 @@ if TYPE_CHECKING:
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
-Items = "Iterable[tuple[BlockKey, Memory]]"
 
 _log = logging.getLogger("kvgds")
-_COPY_RETRY_S = 1e-3
-_ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
-_PENDING = Outcome(b"", "pending")
 _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
     "slabs": Slabs,
     "files": Files,
@@ -69,6 +65,7 @@ class Statistics:
         misses: loads that did not.
         stored: blocks written.
         errors: blocks that ended in an error.
+        cancelled: blocks whose caller left while they were queued.
         joined: blocks that shared another's I/O instead of one of their own. Such a load is a
             hit too; such a store is not counted in ``stored``.
         quarantined_bytes: bounce memory still owned by transfers past their deadline.
@@ -81,6 +78,7 @@ class Statistics:
     misses: int
     stored: int
     errors: int
+    cancelled: int
     joined: int
     quarantined_bytes: int
     tiers: tuple[TierStatistics, ...]
@@ -393,7 +391,7 @@ class Engine:
         priority: Priority = Priority.BACKGROUND,
         timeout_s: float | None = None,
         stream: object = None,
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         """Store blocks; their outcomes as they end."""
         self._check_open()
         return self._flights.each(items, priority, timeout_s, write=True, stream=stream)
@@ -405,7 +403,7 @@ class Engine:
         priority: Priority = Priority.DEMAND,
         timeout_s: float | None = None,
         stream: object = None,
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         """Load blocks; their outcomes as they end, to start computing early.
 
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
@@ -493,14 +491,28 @@ class Engine:
             misses=counts["miss"],
             stored=counts["stored"],
             errors=counts["error"],
+            cancelled=counts["cancelled"],
             joined=counts["joined"],
             quarantined_bytes=self._flights.quarantined,
             tiers=(self._tier.statistics(),),
         )
 
-    def observe(self, observer: Observer) -> None:
-        """Tell an observer of every block that ends from now on."""
-        self._flights.observers.append(observer)
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell an observer of every block that ends from now on; call what this returns to stop.
+
+        Raises:
+            ConfigError: it has no ``settled`` to call.
+        """
+        if not callable(getattr(observer, "settled", None)):
+            raise ConfigError("observer", observer, "must have a method settled(event)")
+        observers = self._flights.observers
+        observers.append(observer)
+
+        def stop() -> None:
+            with contextlib.suppress(ValueError):  # removed already, because it raised
+                observers.remove(observer)
+
+        return stop
 
     # --- submitting -------------------------------------------------------------------
 

@@ -66,8 +66,9 @@ class TransferError(KvgdsError, OSError):
     Attributes:
         direction: ``"load"``, ``"store"``, ``"delete"`` or ``"prefix"``.
         key: the block's key; ``b""`` for a prefix.
-        path: ``"direct"`` or ``"bounce"``; "" where no byte had to move.
-        backend: the transport that failed, for example ``"POSIX/io_uring"``.
+        path: ``"direct"``, ``"bounce"``, ``"gds"`` or ``"gds-compat"``; "" where no byte had to
+            move.
+        backend: the transport that failed, for example ``"POSIX/uring"``.
         errno: the system's error number where it could be found out, else ``None``.
     """
 

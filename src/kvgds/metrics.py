@@ -51,8 +51,10 @@ class Event:
 
     Attributes:
         direction: ``"load"`` or ``"store"``.
-        outcome: ``"hit"``, ``"miss"``, ``"stored"``, ``"present"``, or ``"error"``.
-        path: ``"direct"`` or ``"bounce"``; ``"none"`` where no byte had to move.
+        outcome: ``"hit"``, ``"miss"``, ``"stored"``, ``"present"``, ``"error"``, or
+            ``"cancelled"``: its caller left while it was queued.
+        path: ``"direct"``, ``"bounce"``, ``"gds"`` or ``"gds-compat"``; ``"none"`` where no byte
+            had to move.
         seconds: from submission to now.
     """
 

@@ -32,7 +32,7 @@ from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
     from concurrent.futures import Future as ThreadFuture
 
     from kvgds.blocks import BlockKey
@@ -50,6 +50,7 @@ _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _SETTLE_AT_ONCE = 4
 _PUMP_BYTES = 4 << 20
+_COUNTED = ("hit", "miss", "stored", "present", "error", "cancelled", "joined")
 
 
 class Flights:
@@ -84,7 +85,7 @@ class Flights:
         self._flights: dict[tuple[BlockKey, bool], Flight] = {}
         self.running: set[Flight] = set()
         self.observers: list[Observer] = []
-        self.counts = dict.fromkeys(("hit", "miss", "stored", "present", "error", "joined"), 0)
+        self.counts = dict.fromkeys(_COUNTED, 0)
         self.quarantined = 0
         self.territory = Territory()
         self.deadlines = Deadlines[Batch](self._loop, self._expire)
@@ -474,7 +475,7 @@ class Flights:
         for waiter in batch.waiters:
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
-                outcome = Outcome(flight.key, "error", asyncio.CancelledError())
+                outcome = Outcome(flight.key, "cancelled", asyncio.CancelledError())
                 self._end(waiter, outcome, "none")
         again = False
         while batch.left:
@@ -497,7 +498,7 @@ class Flights:
         *,
         write: bool,
         stream: object,
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         """Carry out a call and give its outcomes as they come."""
         items = [(key, memory) for key, memory in items]
         batch = self.open_batch(

@@ -26,8 +26,9 @@ class PathPlan:
 
     Attributes:
         tier: the tier, for example ``"slabs:/nvme/kv"``.
-        memory: ``"host"``.
-        path: ``"direct"`` for aligned registered memory (the rest bounces), or ``"bounce"``.
+        memory: ``"host"`` or ``"gpu"``.
+        path: ``"direct"`` for aligned registered memory (the rest bounces), ``"bounce"``, and for
+            GPU memory ``"gds"`` or ``"gds-compat"``.
         backend: what moves the bytes, for example ``"POSIX/uring"``.
         direct_io: whether the page cache is bypassed.
         alignment: what addresses, offsets and lengths must be multiples of, in bytes.

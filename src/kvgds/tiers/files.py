@@ -104,11 +104,13 @@ class Files:
         def counted(future: Future[tuple[int, list[bytes]]]) -> None:
             length, seen = (0, []) if future.exception() else future.result()
             self._known.update(seen)
+            if future.exception() is None and length < len(keys):  # others may have dropped it
+                self._known.discard(known_as(self._tree.place(keys[length])))
             done(length)
             self._end([], 1)
 
         self._under_way += 1
-        self._services.run(partial(self._tree.prefix, tuple(keys), self._known), counted)
+        self._services.run(partial(self._tree.prefix, tuple(keys)), counted)
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``; the bytes are those of the ledger when it was last read."""

@@ -205,14 +205,12 @@ class Tree:
 
     # --- loading ----------------------------------------------------------------------
 
-    def prefix(self, keys: Sequence[BlockKey], known: set[bytes]) -> tuple[int, list[bytes]]:
-        """How many of the first keys are there, and those of them that were not known."""
+    def prefix(self, keys: Sequence[BlockKey]) -> tuple[int, list[bytes]]:
+        """How many of the first keys are there, and what those are known as."""
         seen: list[bytes] = []
         folders = Folders(self._root)
         for n, key in enumerate(keys):
             place = self.place(key)
-            if known_as(place) in known:
-                continue
             try:
                 folders.regular(place)
             except OSError:  # not there, or nothing that a load would read
