@@ -146,6 +146,7 @@ def compare(
             "ratio": round(median(samples, "rate") / rate, 3),
             "cpu_s_per_GiB": round(median(samples, "cpu_per_gib"), 3),
             "cpu_over_base": round(median(samples, "cpu_per_gib") - cpu, 3),
+            "spread": [round(f(s.rate for s in samples) / rate, 3) for f in (min, max)],
             "succeeded": sum(s.succeeded for s in samples),
             "asked": sum(s.asked for s in samples),
             "base": base,
@@ -257,6 +258,7 @@ async def by_engine(root: Path, block: int, scale: Scale) -> AsyncIterator[Busy]
 async def by_threads(root: Path, block: int, scale: Scale) -> AsyncIterator[Busy]:
     """The same in 16 threads that write and 16 that read, by system calls alone."""
     pools = [Pool(root / f"ticked-{name}", block, 64, threads=16) for name in ("store", "load")]
+    pools[1].store_now()  # else its reads find nothing written, and no disk reads anything
 
     async def busy() -> tuple[list[float], int]:
         stop = threading.Event()
@@ -308,6 +310,7 @@ async def loop(root: Path, scale: Scale) -> AsyncIterator[dict[str, object]]:
                     "p99_more_ms": round((p99[name] - p99["idle"]) * 1e3, 3),
                     "worst_more_ms": round((worst[name] - worst["idle"]) * 1e3, 3),
                     "blocks_moved": blocks,
+                    "GB/s": round(blocks * block / (scale.rounds + 1) / scale.tick_s / 1e9, 2),
                 }
 
 

@@ -113,7 +113,8 @@ def report_machine(root: Path) -> dict[str, object]:
         "huge_pages": huge.read_text().strip() if huge.exists() else "none",
         "kvgds": version("kvgds"),
         "commit": _commit(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(a for a in sys.argv if not a.startswith("/")),
+        "gpu": "none" if not Path("/dev/nvidiactl").exists() else "there",
         "nixl": version("nixl-cu12"),
     }
 
