@@ -37,6 +37,22 @@ def test_the_example_runs_as_it_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+LEAVING = """
+import contextlib
+async def leave(engine: kvgds.Engine) -> None:
+    async with contextlib.aclosing(engine.load_each([])) as arrivals:
+        async for outcome in arrivals:
+            print(outcome.ok)
+"""
+
+
+def test_the_example_is_typed_for_whoever_uses_no_plugin(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(block("python") + LEAVING)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
 def test_the_settings_are_settings(tmp_path: Path) -> None:
     (tmp_path / "kvgds.toml").write_text(block("toml"))
     environ = {"KVGDS_TIMEOUT_S": "5", "KVGDS_TIERS__0__ROOT": "/other"}
