@@ -412,6 +412,30 @@ class TransportContract:
             bench.run(PlainTransfer(file, [bench.region], rows, write=False))
             assert bench.arena.bytes[: count * PAGE] == data
 
+    def test_tens_of_thousands_of_rows_at_once(self, tmp_path: Path) -> None:
+        """Blocks of hundreds of small fragments, more I/Os than a queue has places for."""
+        blocks, rows, size = 64, 512, 64
+        with self._bench() as bench, _file(tmp_path / "file") as file:
+            data = os.urandom(blocks * rows * size)
+            os.pwrite(file.fd, data, 0)
+            everything = [
+                PlainTransfer(
+                    file,
+                    [bench.region],
+                    [
+                        (bench.base + (j * blocks + i) * size, (i * rows + j) * size, size)
+                        for j in range(rows)
+                    ],
+                    write=False,
+                )
+                for i in range(blocks)
+            ]
+            bench.run(*everything)
+            assert all(transfer.calls == ["begin", "end"] for transfer in everything)
+            there = np.frombuffer(data, np.uint8).reshape(blocks, rows, size)
+            got = np.frombuffer(bench.arena.bytes[: len(data)], np.uint8)
+            assert (got.reshape(rows, blocks, size) == there.swapaxes(0, 1)).all()
+
     def test_more_bytes_than_one_group(self, tmp_path: Path) -> None:
         """Sixteen megabytes submitted at once arrive, however they are grouped."""
         mib = 1 << 20

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     Descriptors = list[tuple[int, int, int]]
     """(address, bytes, device) in memory; (offset, bytes, descriptor) in a file."""
 
+POOL_ROWS = 65536
+"""I/Os that an agent may have in flight: the most that NIXL takes. What is posted beyond fails, but
+some of it has begun then, and goes on in memory that is taken to be free."""
+
 _LIBRARY = "libnixl_capi.so"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
 _GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
@@ -213,7 +217,7 @@ class Agent:
         config = _Config(sync=_STRICT, workers=1, listen_delay_us=100_000)
         for kind in queues:
             agent = self._nixl.make("configured_agent", self._name, ctypes.byref(config))
-            settings = {f"use_{kind}": "true", "ios_pool_size": "4096"}
+            settings = {f"use_{kind}": "true", "ios_pool_size": str(POOL_ROWS)}
             with _making_ring:
                 before = _rings()
                 try:

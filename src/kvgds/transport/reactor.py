@@ -31,7 +31,7 @@ from kvgds import contention
 from kvgds.blocks import padded
 from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
-from kvgds.transport.agent import Agent
+from kvgds.transport.agent import POOL_ROWS, Agent
 from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Deliver = Callable[[list[Any]], None]
 
 GROUP_ROWS = 64
+_SIDE_ROWS = POOL_ROWS // 4  # and a flight may have as many, so both sides never have more than all
 _GROUP_BYTES = 4 << 20
 _CONTENDED_GROUP_BYTES = 32 << 20
 _WINDOW_BYTES = 8 << 20  # less than that need not wait
@@ -102,13 +103,20 @@ class _Side:
         self.queued_bytes = 0  # of those not in flight
         self.staged_bytes = 0
         self.flying_bytes = 0  # but those stuck
+        self.flying_rows = 0  # those stuck, too
         self.untold = 0  # flights that no ring tells of: GPU memory's
 
     def busy(self) -> bool:
         return bool(self.queued_bytes or self.flights or self.stuck or self.copying)
 
+    def has_rows(self) -> bool:
+        """Whether NIXL takes one more flight, whatever its size."""
+        return self.flying_rows < _SIDE_ROWS
+
     def open(self) -> bool:
         """Whether one more flight may leave: within the window, and not of little among many."""
+        if not self.has_rows():
+            return False
         window = max(_WINDOW_BYTES, (self.flying_bytes + self.queued_bytes) // 2)
         return (self.flying_bytes < window or contention.busy()) and (
             len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
@@ -132,20 +140,25 @@ class _Side:
     def depart(self, flight: _Flight) -> None:
         self.flights.append(flight)
         self.flying_bytes += flight.nbytes
+        self.flying_rows += flight.rows
         self.untold += len(flight.requests) > 1
 
     def land(self, flight: _Flight) -> None:
+        self.flying_rows -= flight.rows
         if flight in self.stuck:
             self.stuck.remove(flight)
         else:
-            self.flights.remove(flight)
-            self.flying_bytes -= flight.nbytes
-            self.untold -= len(flight.requests) > 1
+            self._leave(flight)
+
+    def _leave(self, flight: _Flight) -> None:
+        self.flights.remove(flight)
+        self.flying_bytes -= flight.nbytes
+        self.untold -= len(flight.requests) > 1
 
     def give_up(self, now: float) -> None:
         """Set aside flights that take so long that others should not wait for their window."""
         for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
-            self.land(flight)
+            self._leave(flight)
             self.stuck.append(flight)
 
 
@@ -259,7 +272,7 @@ class Lane:
         storage never runs dry meanwhile, and each look costs some 50 µs of CPU. Something small
         is watched without a pause at first, since even the shortest sleep takes as long as it does.
         """
-        if self._alone:
+        if self._alone and self._sides[self._alone[0].transfer.write].has_rows():
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
             least, most = _COPY_S  # a stream may be busy for long: ever fewer looks
@@ -279,7 +292,7 @@ class Lane:
 
     def _launch(self) -> None:
         """Put transfers in flight, together if they go the same way; loads first."""
-        while self._alone:
+        while self._alone and self._sides[self._alone[0].transfer.write].has_rows():
             flight = _Flight()
             flight.add(self._alone.popleft())
             self._post(flight)
@@ -314,6 +327,8 @@ class Lane:
                 if far:
                     self._agent.register(transfer.file, far=True)
             rows = transfer.begin()
+            if isinstance(rows, list) and len(rows) > _SIDE_ROWS:
+                raise NotMoved(None, f"{len(rows):,} fragments; {_SIDE_ROWS:,} are the most")
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)
             rows = None
