@@ -20,7 +20,7 @@ CHECKS = Path(__file__).parent / "simulator"
 
 # Opens an engine with the settings given as JSON, and prints how GPU memory moves, or why not.
 PLAN = """
-import asyncio, json, sys, tempfile
+import asyncio, json, os, sys, tempfile
 import kvgds
 async def main():
     settings = json.loads(sys.argv[1])
@@ -33,6 +33,8 @@ async def main():
             for plan in engine.plan[1:]:
                 print(plan.path, plan.backend, *plan.evidence, *plan.refused, sep="; ")
             print("cufile" in open("/proc/self/maps").read())
+        left = [name for name in os.listdir(tier.root) if name.startswith(".")]
+        assert not left, left
     except kvgds.KvgdsError as error:
         print(type(error).__name__, str(error).replace("\\n", "; "))
 asyncio.run(main())
@@ -114,6 +116,7 @@ REFUSED = "GPUDirect Storage can't be had here"
         ({}, {"path": "compat"}, "bounce", "gds: cuFileDriverOpen: cuFile error 5001"),
         ({}, {"driver_open": 5033}, "bounce", "gds: cuFileDriverOpen: cuFile error 5033"),
         ({}, {"driver_open": "hang"}, "bounce", "gds: the trial did not end within 3 s"),
+        ({}, {"write": "hold:0:0:-1"}, "bounce", "gds: the trial did not end within 3 s"),
         ({}, {"handle_register": 5008}, "bounce", "gds: register_mem: backend error"),
         ({}, {"buffer_register": 5036}, "bounce", "gds: cuFileBufRegister: cuFile error 5036"),
         ({}, {"write": "short:100:0:-1"}, "bounce", "gds: NIXL moved nothing to a file"),
@@ -134,7 +137,7 @@ def test_how_gpu_memory_moves(
     settings: dict[str, object], machine: dict[str, Any], path: str, why: str
 ) -> None:
     """Whatever is wrong with GPUDirect Storage is found out at open, named, and never used."""
-    settings = {"probe_timeout_s": 3.0 if "hang" in machine.values() else 20.0} | settings
+    settings = {"probe_timeout_s": 3.0 if "within 3 s" in why else 20.0} | settings
     said, _, cufile = run("-c", PLAN, json.dumps(settings), **machine).strip().partition("\n")
     assert said.split(";")[0].split()[0] == path
     assert why in said

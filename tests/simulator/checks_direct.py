@@ -168,6 +168,55 @@ async def test_a_load_overwrites_nothing_that_a_stream_reads(
         assert (copy.read(), vram.read()) == (bytes(2 * PAGE), stored)
 
 
+async def test_a_stream_that_is_busy_holds_up_no_other_load(gpu: Simulator, tmp_path: Path) -> None:
+    """Not of the same block either, nor what else the engine does in threads."""
+    settings = config(tmp_path / "kv", path="bounce", tier={"verify": "stamp"})
+    source, data = filled(gpu, 2 * PAGE, "shared")
+    one, two = (filled(gpu, 2 * PAGE, i)[0] for i in range(2))
+    stream = gpu.stream()
+    async with open_engine(settings) as engine:
+        await engine.store(b"k", engine.register(source))
+        gpu.hold(stream)
+        later(gpu, two, source, stream)
+        loads = [engine.load(b"k", engine.register(one))]
+        loads += [engine.load(b"k", engine.register(two), stream=stream, timeout_s=0.5)]
+        hit, late = await asyncio.gather(*loads, return_exceptions=True)
+        assert hit is True
+        assert isinstance(late, TransferTimeout)
+        gpu.release(stream)
+        assert late.settled is not None
+        await late.settled
+        assert one.read() == data
+
+
+async def test_two_engines_never_share_what_cufile_knows_once(
+    gpu: Simulator, tmp_path: Path
+) -> None:
+    vram, _ = filled(gpu, 2 * PAGE, "both")
+    async with open_engine(direct(tmp_path / "a")) as a, open_engine(direct(tmp_path / "b")) as b:
+        mine, other = a.register(vram), b.register(vram)
+        assert await a.store(b"k", mine)
+        with pytest.raises(TransferError, match="another engine"):
+            await b.store(b"k", other)
+        await a.deregister(mine)
+        before = gpu.counter("bounced")
+        assert await b.store(b"k", other)
+        assert gpu.counter("bounced") == before
+
+
+async def test_lanes_tell_cufile_of_each_file_once(gpu: Simulator, tmp_path: Path) -> None:
+    settings = config(tmp_path / "kv", path="gds", transport_threads=3)
+    vram, data = filled(gpu, 64 * PAGE, "lanes")
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        items = [(b"%d" % i, region[i * PAGE : (i + 1) * PAGE]) for i in range(64)]
+        assert {o.status for o in await engine.store_many(items)} == {"stored"}
+        vram.write(bytes(64 * PAGE))
+        host = [(b"%d" % i, bytearray(PAGE)) for i in range(64)]
+        assert all(o.hit for o in await engine.load_many([*items, *host]))
+        assert vram.read() == b"".join(memory for _, memory in host) == data
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 

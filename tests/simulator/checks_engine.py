@@ -135,7 +135,7 @@ async def test_a_paged_cache(gpu: Simulator, tmp_path: Path) -> None:
 
 
 async def test_many_who_want_one_block(gpu: Simulator, tmp_path: Path) -> None:
-    """One I/O, then copies: between GPUs, and between GPU and host."""
+    """On GPUs each loads for itself: none of them waits for another's stream."""
     source, data = filled(gpu, 3 * PAGE, "one")
     async with open_engine(config(tmp_path / "kv")) as engine:
         await engine.store(b"k", engine.register(source))
@@ -144,7 +144,6 @@ async def test_many_who_want_one_block(gpu: Simulator, tmp_path: Path) -> None:
         views = [engine.register(vram) for vram in targets]
         hits = await asyncio.gather(*(engine.load(b"k", view) for view in (*views, host)))
         assert all(hits)
-        assert engine.statistics().joined == 3
         assert [vram.read() for vram in targets] == [data] * 3
         assert host == data
 

@@ -137,6 +137,11 @@ class Flight:
         self.copying = False
 
     def takes(self, waiter: Waiter) -> bool:
-        """Whether one more may share this I/O."""
-        fits = self.leader.view.nbytes == waiter.view.nbytes
-        return fits and bool(self.waiters) and not self.copying
+        """Whether one more may share this I/O.
+
+        What is loaded into a GPU's memory does not: a copy between two would wait for both streams.
+        """
+        one, other = self.leader.view, waiter.view
+        if not self.write and not one.region.device is other.region.device is None:
+            return False
+        return one.nbytes == other.nbytes and bool(self.waiters) and not self.copying

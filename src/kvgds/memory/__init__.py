@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _HUGE_PAGE = 2 << 20
+_HELD_BYTES = 4 << 20
 
 
 class Span(NamedTuple):
@@ -65,7 +66,12 @@ def _overlaps(
 def copy_pieces(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
     """Copy between two gather lists of the same total length, however they are cut."""
     for i, a, j, b, n in _overlaps([*map(len, source)], [*map(len, target)]):
-        target[j][b : b + n] = source[i][a : a + n]
+        if n < _HELD_BYTES:
+            target[j][b : b + n] = source[i][a : a + n]
+        else:  # numpy gives up the interpreter lock, which a long copy must not keep
+            np.copyto(
+                np.frombuffer(target[j], np.uint8, n, b), np.frombuffer(source[i], np.uint8, n, a)
+            )
 
 
 def pairs(

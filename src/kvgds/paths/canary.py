@@ -88,7 +88,7 @@ def _round_trip(agent: Agent, job: dict[str, Any]) -> None:
 
 
 def _file(job: dict[str, Any], stack: ExitStack) -> int:
-    path = os.path.join(job["root"], f".trial-{os.getpid()}-{secrets.token_hex(4)}")
+    path = job["path"]
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(path, flags | (os.O_DIRECT if job["direct_io"] else 0), 0o600)
     stack.callback(os.unlink, path)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -83,7 +85,12 @@ def _prove(job: dict[str, Any], timeout_s: float) -> tuple[str, ...]:
     if job["checksums"] and importlib.util.find_spec("cupy") is None:
         need = "checksums on the GPU need CuPy: pip install 'kvgds[cu12]'"
         raise PathUnavailable(f"{need}, or trade them away with verify='stamp'")
-    said = _ask_child(json.dumps(job), timeout_s)
+    path = os.path.join(job["root"], f".trial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        said = _ask_child(json.dumps({**job, "path": path}), timeout_s)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # the child was killed, else it is gone
+            os.unlink(path)
     if said["refused"]:
         raise PathUnavailable(said["refused"])
     return tuple(said["evidence"])

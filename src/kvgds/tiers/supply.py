@@ -233,7 +233,7 @@ class Supply:
         if error is not None:
             self._not_grown(error)
             return
-        self._slab_on_its_way = False
+        self._slab_on_its_way = self._disk_full = False  # there is room for another again
         self.serve()
 
     def _not_grown(self, error: BaseException) -> None:

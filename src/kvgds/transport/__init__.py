@@ -49,13 +49,14 @@ class NixlTransport:
         self.name = self._lanes[0].backend
 
     def add_gpu(self, plugin: str) -> None:
-        """Add NIXL's plugin for GPU memory to every agent; blocks while its driver opens.
+        """Add NIXL's plugin for GPU memory to one agent; blocks while its driver opens.
+
+        One alone, because cuFile knows each file and each address once in a process.
 
         Raises:
             PathUnavailable: it can't be used here.
         """
-        for lane in self._lanes:
-            lane.call(partial(lane.add_gpu, plugin)).result()
+        self._lanes[0].call(partial(self._lanes[0].add_gpu, plugin)).result()
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """See :class:`Transport`."""
@@ -64,9 +65,15 @@ class NixlTransport:
         if len(self._lanes) == 1:
             self._lanes[0].submit(transfers, deliver)
             return
-        for start in range(0, len(transfers), GROUP_ROWS // 4):
-            lane = min(self._lanes, key=lambda lane: lane.load)
-            lane.submit(transfers[start : start + GROUP_ROWS // 4], deliver)
+        near = [each for each in transfers if not _uses_gpu(each)]
+        if len(near) < len(transfers):
+            self._lanes[0].submit([each for each in transfers if _uses_gpu(each)], deliver)
+        loads = [lane.load for lane in self._lanes]
+        for start in range(0, len(near), GROUP_ROWS // 4):
+            part = near[start : start + GROUP_ROWS // 4]
+            lightest = loads.index(min(loads))
+            loads[lightest] += sum(each.nbytes for each in part)
+            self._lanes[lightest].submit(part, deliver)
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See :class:`Transport`."""
@@ -85,6 +92,11 @@ class NixlTransport:
         """See :class:`Transport`."""
         for lane in self._lanes:
             lane.leak()
+
+
+def _uses_gpu(transfer: Transfer) -> bool:
+    """Whether storage uses a GPU's memory itself."""
+    return any(region.device is not None for region in transfer.regions)
 
 
 def _all_of(futures: Sequence[Future[None]]) -> Future[None]:

@@ -157,6 +157,26 @@ def _candidates() -> Iterator[str]:
     yield _LIBRARY
 
 
+_claims: dict[int, Agent] = {}  # who has told cuFile of an address: it is told once in a process
+_claiming = threading.Lock()
+
+
+def _claim(thing: Memory | File, agent: Agent) -> None:
+    addresses = [] if isinstance(thing, File) else [span.address for span in thing.spans]
+    with _claiming:
+        if any(_claims.get(address, agent) is not agent for address in addresses):
+            text = "another engine of this process has this GPU memory; let one have it at a time"
+            raise NixlError(f"register_mem: {text}", -3)
+        _claims.update(dict.fromkeys(addresses, agent))
+
+
+def _disclaim(thing: Memory | File, agent: Agent) -> None:
+    with _claiming:
+        for span in () if isinstance(thing, File) else thing.spans:
+            if _claims.get(span.address) is agent:
+                del _claims[span.address]
+
+
 _making_ring = threading.Lock()
 
 
@@ -278,11 +298,17 @@ class Agent:
         else:
             kind = _VRAM if far else _DRAM
             entries = [(span.address, span.nbytes, thing.device or 0) for span in thing.spans]
+        if kind == _VRAM:
+            _claim(thing, self)
         library = self._nixl
         listed = library.make("reg_dlist", kind)
         for entry in entries:
             library.call("reg_dlist_add_desc", listed, *entry, None, 0)
-        library.call("register_mem", self._agent, listed, lists.options)
+        try:
+            library.call("register_mem", self._agent, listed, lists.options)
+        except NixlError:
+            self.forget(thing)
+            raise
         self._registered[thing, far] = listed, lists.options
         if kind == _VRAM:
             self._insist(thing)
@@ -300,6 +326,7 @@ class Agent:
         """Deregister, if it was ever registered."""
         if isinstance(thing, File):
             self._direct.discard(thing.fd)
+        _disclaim(thing, self)
         for far in (False, True):
             listed, options = self._registered.pop((thing, far), (None, None))
             if listed is not None:
@@ -331,6 +358,8 @@ class Agent:
                 ),
             )
             self._ask(request, "post_xfer_req", self._agent, request.handle, None)
+            if request.error is not None:  # some of it may have begun: never let go of it
+                request.handle = ctypes.c_void_p()
         except NixlError as error:
             request.done, request.error = True, error
         return request

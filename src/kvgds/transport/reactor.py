@@ -38,8 +38,10 @@ from kvgds.transport.inbox import Inbox
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvgds.memory import Region
+    from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors, Request
-    from kvgds.transport.contract import Rows, Transfer
+    from kvgds.transport.contract import File, Rows, Transfer
 
     Deliver = Callable[[list[Any]], None]
 
@@ -49,6 +51,7 @@ _GROUP_BYTES = 4 << 20
 _CONTENDED_GROUP_BYTES = 32 << 20
 _WINDOW_BYTES = 8 << 20  # less than that need not wait
 _MERGED_BYTES = 1 << 20
+_ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
 _LARGE_BYTES = 1 << 20
 _COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
@@ -167,14 +170,12 @@ class Lane:
 
     Attributes:
         backend: what moves the bytes, once ``ready``.
-        load: bytes that have come in and not been delivered; a hint for choosing a lane.
         ready: ends when the agent is made, or can't be.
         stopped: ends when the thread does.
     """
 
     def __init__(self, name: str, queues: Sequence[str]) -> None:
         self.backend = ""
-        self.load = 0
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
         self._settings = (name, queues)
@@ -201,8 +202,12 @@ class Lane:
 
     def submit(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:
         """Queue transfers; their ends go to ``deliver``, on the lane's thread."""
-        self.load += sum(transfer.nbytes for transfer in transfers)
         self._inbox.put((transfers, deliver))
+
+    @property
+    def load(self) -> int:
+        """Bytes that it has and storage has not; a hint for choosing a lane."""
+        return sum(side.queued_bytes + side.flying_bytes for side in self._sides)
 
     def call(self, function: Callable[[], None]) -> Future[None]:
         """Run a function on the lane's thread."""
@@ -276,6 +281,7 @@ class Lane:
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
             least, most = _COPY_S  # a stream may be busy for long: ever fewer looks
+            most = max(most, least * sum(len(side.copying) for side in self._sides))
             return min(max((time.monotonic() - self._copied_at) / 8, least), most)
         nbytes = sum(side.flying_bytes for side in self._sides)
         if not nbytes:
@@ -322,11 +328,11 @@ class Lane:
         try:
             self._agent.register(transfer.file, far=False)
             for region in transfer.regions:
-                far = region.device is not None
-                self._agent.register(region, far=far)
-                if far:
-                    self._agent.register(transfer.file, far=True)
+                if not region.closed:  # else it is wanted no more, and its memory may be gone
+                    self._register(region, transfer.file)
             rows = transfer.begin()
+            if isinstance(rows, list) and transfer.nbytes > _ROW_BYTES:
+                rows = list(_cut(rows))
             if isinstance(rows, list) and len(rows) > _SIDE_ROWS:
                 raise NotMoved(None, f"{len(rows):,} fragments; {_SIDE_ROWS:,} are the most")
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
@@ -341,6 +347,12 @@ class Lane:
             member.rows = rows
             side.staged.append(member)
             side.staged_bytes += transfer.nbytes
+
+    def _register(self, region: Region, file: File) -> None:
+        far = region.device is not None
+        self._agent.register(region, far=far)
+        if far:
+            self._agent.register(file, far=True)
 
     def _post(self, flight: _Flight) -> None:
         write = flight.members[0].transfer.write
@@ -455,7 +467,6 @@ class Lane:
         started = time.monotonic()
         groups: dict[Any, list[Transfer]] = {}
         for member in ended:
-            self.load -= member.transfer.nbytes
             groups.setdefault(member.deliver, []).append(member.transfer)
         for deliver, transfers in groups.items():
             deliver(transfers)
@@ -473,6 +484,13 @@ def _call(function: Callable[[], None], future: Future[None]) -> None:
     else:
         if wanted:
             future.set_result(None)
+
+
+def _cut(rows: Rows) -> Iterator[Row]:
+    """The same rows, none of them longer than one call moves."""
+    for address, offset, nbytes in rows:
+        for at in range(0, nbytes, _ROW_BYTES):
+            yield address + at, offset + at, min(nbytes - at, _ROW_BYTES)
 
 
 def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
