@@ -278,6 +278,8 @@ def _reason(error: OSError) -> str:
 def _look(tier: FileTier, part: RootPart) -> FileTier:
     """What can be seen without writing. The tier, with the layout that is really there."""
     place = tier.root if os.path.lexists(tier.root) else tier.root.parent
+    if not os.path.lexists(place):
+        raise ConfigError("root", str(tier.root), f"{place} does not exist; make it first")
     if not place.is_dir():
         raise ConfigError("root", str(tier.root), f"{place} is not a directory; make it one")
     room = os.statvfs(place)
