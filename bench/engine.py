@@ -492,6 +492,8 @@ async def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - set(SCENARIOS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
     scale = Scale(1 if options.quick else options.rounds, options.quick)
     with tempfile.TemporaryDirectory(dir=options.root) as root:
         # What the imports left behind is not to be collected meanwhile: a full collection stops the

@@ -518,6 +518,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
+    if unknown := set(chosen.only.split(",")) - set(SCENARIOS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no GPU; --device cpu only tries this out")
     return chosen

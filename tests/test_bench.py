@@ -47,6 +47,14 @@ def test_all_that_is_asked_for_succeeds(
         assert all("nothing here is about a GPU" in row["note"] for row in rows)
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_scenario_that_there_is_not_is_refused(name: str) -> None:
+    command = [sys.executable, str(BENCH / name), "--only", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{name}: error: --only: nope: choose from " in done.stderr
+
+
 # In Python's place: writes down what it is asked to run, and fails at the tests or at the bench.
 STUB = """#!/bin/sh
 echo "$KVGDS_REQUIRE_GPU $*" >> "{asked}"

@@ -201,6 +201,7 @@ def test_version_and_help() -> None:
         ("replay", "trace", "--root", "here", "--in-flight", "9" * 20),
         ("replay", "trace", "--root", "here", "--block-bytes", "9" * 400),
         ("replay", "trace", "--root", "here", "--capacity", "9" * 400),
+        ("replay", "trace", "--root", "here", "--block-bytes", "1000"),
     ],
 )
 def test_a_wrong_call_ends_with_2(arguments: tuple[str, ...]) -> None:
@@ -457,10 +458,10 @@ def test_doctor_looks_beside_a_directory_that_is_not_there_yet(tmp_path: Path) -
 def test_doctor_says_one_thing_once(tmp_path: Path) -> None:
     result = call("doctor", "--root", tmp_path / "a" / "kv")
     assert result.exit_code == 1
-    assert "".join(result.stdout.split()).count("isnotadirectory") == 1
+    assert "".join(result.stdout.split()).count("doesnotexist") == 1
     (part,) = found("doctor", "--root", tmp_path / "a" / "kv", status=1)["roots"]
     assert part["refused"] == [
-        {"what": "directory", "why": f"{tmp_path / 'a'} is not a directory", "fix": "make it one"}
+        {"what": "directory", "why": f"{tmp_path / 'a'} does not exist", "fix": "make it first"}
     ]
 
 
@@ -522,7 +523,7 @@ def test_doctor_tells_of_quarantined_places(tmp_path: Path) -> None:
     ("trouble", "says"),
     [
         (a_file, "not a directory"),
-        (no_parent, "not a directory"),
+        (no_parent, "above does not exist"),
         (foreign, "does not know it"),
         (garbage_index, "fsck --rebuild"),
     ],
@@ -751,8 +752,59 @@ def test_gc_prints_what_went(tmp_path: Path, layout: str) -> None:
     assert "dropped 2 blocks (32.0 KiB)" in call("gc", root, "--keep-bytes", "16K").stdout
     assert found("ls", root)["namespaces"][0]["blocks"] == 1
     aged = call("gc", root, "--older-than", "7d")
-    assert aged.exit_code == (1 if layout == "slabs" else 0)
-    assert ("order of use" in aged.stderr) == (layout == "slabs")
+    assert aged.exit_code == (2 if layout == "slabs" else 0)
+    assert ("--older-than" in aged.stderr) == (layout == "slabs")
+    assert ("order of use" in words_of(aged.stderr)) == (layout == "slabs")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gc_says_why_slabs_give_nothing_back(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "kv"
+    fill(root, 3, layout)
+    text = call("gc", root, "--keep-bytes", "16K").stdout
+    assert ("a slab keeps its file while it holds a block" in text) == (layout == "slabs")
+    assert "slab" not in call("gc", root, "--keep-bytes", "16K").stdout  # nothing was dropped
+
+
+def test_an_option_that_does_not_fit_the_directory_is_a_wrong_call(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root, 1, "files")
+    result = call("fsck", root, "--rebuild")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--rebuild: this layout has no index" in words_of(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("layout", "file", "'slabs' or 'files'"), ("capacity", "4K", "equal to 8192")],
+)
+def test_a_wrong_setting_of_a_replay_is_a_wrong_call(
+    tmp_path: Path, trace: Path, option: str, value: str, says: str
+) -> None:
+    result = call("replay", trace, "--root", tmp_path / "kv", f"--{option}", value)
+    assert (result.exit_code, result.stdout) == (2, "")
+    text = words_of(result.stderr)
+    assert f"Invalid value for --{option}: " in text
+    assert says in text
+    assert not (tmp_path / "kv").exists()
+
+
+def test_ls_says_that_no_namespace_matches(tmp_path: Path) -> None:
+    fill(tmp_path / "kv", 1)
+    result = call("ls", tmp_path / "kv", "--namespace", "nope")
+    said = f"{tmp_path / 'kv'}: no namespace that has blocks matches 'nope'\n"
+    assert (result.exit_code, result.stdout) == (0, said)
+
+
+def test_a_rebuild_says_that_what_was_dropped_comes_back(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(root, 3)
+    assert call("gc", root, "--keep-bytes", "16K").exit_code == 0
+    rebuilt = call("fsck", root, "--rebuild").stdout
+    assert "blocks that were dropped, but not overwritten yet, are back too" in rebuilt
+    assert "3 blocks (36.0 KiB) in the new index" in rebuilt
+    assert "dropped" not in call("fsck", root).stdout
+    assert "Brings back blocks that were dropped" in words_of(call("fsck", "--help").stdout)
 
 
 # --- replay -----------------------------------------------------------------------------------
@@ -817,7 +869,7 @@ def test_help_says_what_a_trace_is_and_how_sizes_are_meant() -> None:
     for words in ('{"hash_ids": [0, 1, 2]}', "--in-flight 1", "64K (64 KiB)"):
         assert words in text
     assert "(64K)]" not in text
-    assert "100G is 100 GiB" in words_of(call("gc", "--help").stdout)
+    assert "blocks beyond this size. 100G is 100 GiB" in words_of(call("gc", "--help").stdout)
     assert "Only with layout files" in words_of(call("gc", "--help").stdout)
     assert "not with layout files" in words_of(call("fsck", "--help").stdout)
 

@@ -237,12 +237,95 @@ def test_the_environment_alone() -> None:
         ("KVGDS_TIMEOUT_S", "5\nqueue_ops = 1"),
         ("KVGDS_TIERS__0__ROOT", '"/kv\\u0000"'),
         ("KVGDS_TIERS", "{0 = 1}"),
+        ("KVGDS_TIERS__", "1"),
         ("KVGDS_TIERS", "[[]]"),
     ],
 )
 def test_variables_that_name_nothing(tmp_path: Path, name: str, value: str) -> None:
     with pytest.raises(ConfigError):
         load_config(written(tmp_path, TEXT), {name: value})
+
+
+VARIABLES = {
+    "KVGDS_NAMESPACE__MODEL": "m",
+    "KVGDS_TIERS__0__ROOT": "/kv",
+    "KVGDS_TIERS__0__CAPACITY_BYTES": "1048576",
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024", "12345678901234567890", "1979-05-27", "true", "0x10", "1e3", "[1]", "nan", "#1"],
+)
+def test_a_text_may_look_like_something_else(text: str) -> None:
+    changed = {f"KVGDS_NAMESPACE__{name}": text for name in ("MODEL", "REVISION", "DTYPE")}
+    config = load_config(None, VARIABLES | changed | {"KVGDS_TIERS__0__ROOT": text})
+    namespace = config.namespace
+    assert (namespace.model, namespace.revision, namespace.dtype) == (text, text, text)
+    assert config.tiers[0].root == Path(text)
+
+
+def test_a_text_may_be_in_quotes() -> None:
+    """As those of files of variables, some of whose readers leave them where they are."""
+    changed = {"KVGDS_TIERS__0__ROOT": '"/other"', "KVGDS_PATH": "'bounce'"}
+    config = load_config(None, VARIABLES | changed)
+    assert (config.tiers[0].root, config.path) == (Path("/other"), "bounce")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("KVGDS_TIMOUT_S", "5", "KVGDS_TIMOUT_S='5': names no setting; those are KVGDS_NAMESPACE,"),
+        ("KVGDS_TIMEOUT_S", "soon", "KVGDS_TIMEOUT_S='soon': must be a valid number"),
+        ("KVGDS_TIMEOUT_S", "0", "KVGDS_TIMEOUT_S=0: must be greater than 0"),
+        ("KVGDS_PATH", "warp", "KVGDS_PATH='warp': must be 'auto', "),
+        ("KVGDS_ALLOW_COMPAT", "True", "KVGDS_ALLOW_COMPAT='True': must be true or false"),
+        ("KVGDS_ALLOW_COMPAT", "true", "KVGDS_ALLOW_COMPAT=True: means something with path='gds'"),
+        ("KVGDS_BOUNCE_BYTES", "64M", "KVGDS_BOUNCE_BYTES='64M': must be a number of bytes"),
+        ("KVGDS_NAMESPACE", "m", "KVGDS_NAMESPACE='m': must be a table"),
+        ("KVGDS_NAMESPACE__RANK", "one", "KVGDS_NAMESPACE__RANK='one': must be an int"),
+        (
+            "KVGDS_NAMESPACE__MODLE",
+            "m",
+            "KVGDS_NAMESPACE__MODLE='m': names no setting; those are KVGDS_NAMESPACE__MODEL,",
+        ),
+        (
+            "KVGDS_TIERS__0__LAYOUT",
+            "slab",
+            "KVGDS_TIERS__0__LAYOUT='slab': must be 'slabs' or 'files'",
+        ),
+        ("KVGDS_TIERS__1__ROOT", "/kv", "KVGDS_TIERS__1__ROOT='/kv': there is exactly one tier"),
+        (
+            "KVGDS_TIERS__0__CAPACITY_BYTES",
+            "100G",
+            "KVGDS_TIERS__0__CAPACITY_BYTES='100G': must be a number of bytes",
+        ),
+        ("KVGDS_TIERS", "[{root = ''}]", "KVGDS_TIERS.0.root='': must be the path"),
+    ],
+)
+def test_a_wrong_value_is_told_by_its_variable(
+    tmp_path: Path, name: str, text: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, TEXT), {name: text})
+    assert str(caught.value).startswith(says)
+
+
+def test_what_a_file_says_is_told_by_its_own_name(tmp_path: Path) -> None:
+    file = written(tmp_path, TEXT.replace("1_073_741_824", "'100G'"))
+    with pytest.raises(ConfigError, match=r"^FileTier.capacity_bytes='100G': must be a number of"):
+        load_config(file, {"KVGDS_TIERS__0__ROOT": "/other"})
+
+
+def test_a_file_has_exactly_one_tier(tmp_path: Path) -> None:
+    more = "\n[[tiers]]\nroot = '/more'\ncapacity_bytes = 8192"
+    with pytest.raises(ConfigError, match=r"^tiers=.* exactly one table"):
+        load_config(written(tmp_path, TEXT + more), {})
+
+
+@pytest.mark.parametrize("name", ["KVGDS_REQUIRE_GPU", "KVGDS_TRACE"])
+def test_the_variables_of_the_test_suite_are_no_settings(name: str) -> None:
+    assert load_config(None, VARIABLES | {name: "1"}) == load_config(None, VARIABLES)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,20 @@ def test_the_demo_passes_and_says_what_it_did(tmp_path: Path) -> None:
     assert "bit for bit" in text
 
 
+def test_what_it_lacks_is_told_with_how_to_get_it() -> None:
+    program = "import sys; sys.modules['transformers'] = None; from kvgds.cli import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "demo"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    said = "from your checkout, pip install -c constraints.txt '.[demo]'"
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == f"failed: kvgds demo needs transformers: {said}\n"
+
+
 def test_one_flipped_byte_of_a_loaded_block_fails_it() -> None:
     status, text = shown(None, tamper=True)
     assert status == 1, text

@@ -132,6 +132,7 @@ async def test_the_other_size_is_a_mistake_of_the_caller(tmp_path: Path) -> None
         for nbytes in (NBYTES + 1, NBYTES + PAGE, 1):
             error = await failure(engine, b"key", nbytes)
             assert type(error) is ConfigError
+            assert (error.field, error.value) == ("memory", f"{nbytes} bytes")
             assert f"{NBYTES} bytes" in str(error)
         tier = engine.statistics().tiers[0]
         assert (tier.blocks, tier.quarantined) == (1, 0)

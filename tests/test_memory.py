@@ -156,7 +156,7 @@ async def test_read_only_memory_is_only_stored_from(tmp_path: Path, memory: Any)
 async def test_a_part_that_is_none(tmp_path: Path, part: slice) -> None:
     async with opened(tmp_path / "kv") as engine:
         region = engine.register(bytearray(SIZE))
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=r"^index=slice"):
             region[part]
 
 
@@ -294,9 +294,28 @@ async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:
         before = engine.held.submitted
         for view in views:
             for act in (engine.load, engine.store):
-                with pytest.raises(ConfigError, match="freed or moved"):
+                with pytest.raises(ConfigError, match=r"^memory=.*freed or moved"):
                     await act(b"a", view)
         assert engine.held.submitted == before
+
+
+async def test_memory_of_another_size_is_told_by_the_name_of_the_argument(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.store(b"a", bytes(SIZE))
+        with pytest.raises(ConfigError) as caught:
+            await engine.load(b"a", memory=bytearray(10))
+    assert (caught.value.field, caught.value.value) == ("memory", "10 bytes")
+
+
+async def test_registered_memory_says_what_it_is(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        region, fixed = engine.register(bytearray(SIZE)), engine.register(bytes(10))
+        cache = engine.register_cache([torch.zeros(3, PAGE) for _ in range(2)])
+        assert repr(region) == "<Region: 12,288 bytes, host memory>"
+        assert repr(fixed) == "<Region: 10 bytes, host memory, read-only>"
+        assert repr(cache) == "<Cache: 3 x 32,768 bytes in 2 layers, host memory>"
+        await engine.deregister(cache)
+        assert repr(cache) == "<Cache: 3 x 32,768 bytes in 2 layers, host memory, deregistered>"
 
 
 @pytest.mark.parametrize("left", [0, SIZE // 2])

@@ -156,7 +156,7 @@ def test_it_is_not_loaded_here() -> None:
         ({}, "gds", ""),
         ({"path": "compat"}, "bounce", "install nvidia-fs"),
         ({"buffer_register": 5036}, "bounce", "raise the GPU's BAR size"),
-        ({"cupy": False}, "bounce", "kvgds[cu12]"),
+        ({"cupy": False}, "bounce", "-c constraints.txt '.[cu12]'"),
         ({"devices": 0}, "", ""),
     ],
 )

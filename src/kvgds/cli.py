@@ -2,7 +2,8 @@
 
 Results go to standard output, errors and progress to standard error. Exit status 1: it did
 not work, or a check found something; 2: it was called wrongly; 130: it was interrupted. What
-can be expected to go wrong is one line that starts with ``error:``; a traceback is a bug.
+can be expected to go wrong is one line that starts with ``error:``; a wrong call is told by
+typer, in a box below the usage. A traceback is a bug.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from kvgds._starting import INTERRUPTED, end_at_once, end_in_order
-from kvgds.errors import KvgdsError
+from kvgds.errors import ConfigError, KvgdsError
 from kvgds.upkeep.records import counted
 from kvgds.upkeep.retention import LONGEST_S
 
@@ -126,6 +127,18 @@ def parse_age(text: str) -> float:
     if seconds > LONGEST_S:
         raise typer.BadParameter(f"{shown} is too long; at most {LONGEST_S} seconds can be")
     return seconds
+
+
+@contextmanager
+def _options(**names: str) -> Iterator[None]:
+    """Tell a wrong setting that an option gave as a wrong call, by the option's name."""
+    try:
+        yield
+    except ConfigError as error:
+        option = names.get(error.field.removeprefix("FileTier."))
+        if option is None:
+            raise
+        raise typer.BadParameter(error.rule, param_hint=option) from None
 
 
 Root = Annotated[Path, typer.Argument(help="Directory of blocks.", show_default=False)]
@@ -288,6 +301,8 @@ def list_blocks(
     found = listing(root, namespace=namespace, limit=limit)
     if as_json:
         _print_json(dataclasses.asdict(found))
+    elif namespace is not None and not found.namespaces:
+        typer.echo(f"{found.root}: no namespace that has blocks matches {namespace!r}")
     else:
         _print_listing(found)
 
@@ -337,7 +352,8 @@ def fsck(
         typer.Option(
             "--rebuild",
             help="Make a new index from the stamps in the slabs (not with layout files); the old "
-            "one is kept aside.",
+            "one is kept aside. Brings back blocks that were dropped (gc, eviction, delete) if "
+            "nothing has overwritten them yet.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -345,7 +361,7 @@ def fsck(
     """Read every block and check it. No engine may have the directory, unless it is of files."""
     from kvgds.upkeep import fsck as check
 
-    with _progress() as told:
+    with _options(rebuild="--rebuild"), _progress() as told:
         report = check(root, repair=repair, rebuild=rebuild, progress=told)
     if as_json:
         _print_json({**dataclasses.asdict(report), "clean": report.clean})
@@ -365,6 +381,8 @@ def _print_report(report: Report, *, rebuilt: bool) -> None:
         typer.echo(f"left out, for want of a checksum that proves them: {blocks}")
     if report.kept_aside:
         typer.echo(f"the old index is {report.kept_aside}")
+    if rebuilt:
+        typer.echo("blocks that were dropped, but not overwritten yet, are back too")
     left = sum(not problem.repaired for problem in report.problems)
     done = "in the new index" if rebuilt else "checked"
     verdict = f"{counted(left, 'problem')} left" if left else "clean"
@@ -390,7 +408,7 @@ def gc(
         typer.Option(
             parser=parse_size,
             metavar="SIZE",
-            help="Drop the least recently used beyond. 100G is 100 GiB.",
+            help="Drop the least recently used blocks beyond this size. 100G is 100 GiB.",
         ),
     ] = None,
     namespace: Named = None,
@@ -402,13 +420,14 @@ def gc(
 
     if older_than is None and keep_bytes is None and namespace is None:
         raise typer.BadParameter("say what goes: --keep-bytes, --older-than or --namespace")
-    done = collect(
-        root,
-        keep_bytes=keep_bytes,
-        older_than_s=older_than,
-        namespace=namespace,
-        dry_run=dry_run,
-    )
+    with _options(older_than="--older-than"):
+        done = collect(
+            root,
+            keep_bytes=keep_bytes,
+            older_than_s=older_than,
+            namespace=namespace,
+            dry_run=dry_run,
+        )
     if as_json:
         _print_json(dataclasses.asdict(done))
     else:
@@ -422,6 +441,8 @@ def _print_retention(done: Retention) -> None:
         f"{counted(done.files, 'file')} ({size_text(done.freed_bytes)} given back); "
         f"left: {counted(done.kept_blocks, 'block')} ({size_text(done.kept_bytes)})"
     )
+    if done.layout == "slabs" and done.blocks:
+        typer.echo("a slab keeps its file while it holds a block; new blocks use its free slots")
 
 
 # --- replay and demo ------------------------------------------------------------------------
@@ -472,7 +493,8 @@ def replay(
     from kvgds.replay import replay as run
 
     settings = Settings(root, block_bytes, capacity, in_flight, limit, layout)
-    with _progress() as told:
+    names = {"block_bytes": "--block-bytes", "capacity_bytes": "--capacity", "layout": "--layout"}
+    with _options(**names), _progress() as told:
         result = asyncio.run(run(trace, settings, told))
     if as_json:
         _print_json(dataclasses.asdict(result))

@@ -7,10 +7,10 @@ the value and the rule, before anything is opened.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,9 +20,11 @@ from kvgds.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from pydantic_core import ErrorDetails
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MOST = (1 << 63) - 1  # bytes of a file, and what TOML takes for an integer
-_INDEX = re.compile("[0-9]{1,9}")
+_OF_THE_TESTS = ("KVGDS_REQUIRE_GPU", "KVGDS_TRACE")  # of the test suite: no settings
 
 
 class _Settings(BaseModel):
@@ -119,12 +121,21 @@ class EngineConfig(_Settings):
         return tuple(tiers)
 
 
+_SETTINGS: dict[tuple[str, ...], object] = {
+    **{(name,): each.annotation for name, each in EngineConfig.model_fields.items()},
+    **{("namespace", name): kind for name, kind in get_type_hints(Namespace).items()},
+    ("tiers", "0"): FileTier,
+    **{("tiers", "0", name): each.annotation for name, each in FileTier.model_fields.items()},
+}
+"""What a variable may set, and of which type that is."""
+
+
 def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
     """Settings from a TOML file, overridden by ``KVGDS_*`` variables.
 
     ``KVGDS_TIMEOUT_S=5`` sets ``timeout_s``; ``KVGDS_NAMESPACE__MODEL`` sets
-    ``namespace.model``; ``KVGDS_TIERS__0__ROOT`` the first tier's root. Values are read as
-    TOML where they can be, else as strings.
+    ``namespace.model``; ``KVGDS_TIERS__0__ROOT`` the tier's root. The value of a text is
+    taken as it is, but may be in quotes as in TOML; others are written as in TOML.
 
     Raises:
         ConfigError: a file that can't be read, an unknown key, a wrong value.
@@ -132,10 +143,16 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read(path)
+    given: dict[tuple[str, ...], str] = {}
     for name, text in sorted(environ.items()):
-        if name.startswith("KVGDS_"):
-            _set(tree, name.removeprefix("KVGDS_").lower().split("__"), _scalar(text), name)
-    return _from_tree(tree)
+        if name.startswith("KVGDS_") and name not in _OF_THE_TESTS:
+            steps = _steps(name, text)
+            _set(tree, steps, _value(steps, text), name)
+            given[steps] = name
+    try:
+        return _from_tree(tree)
+    except ConfigError as error:
+        raise _by_variable(error, given) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -165,22 +182,28 @@ def _integers(node: object) -> Iterator[int]:
             yield from _integers(each)
 
 
-def _set(tree: dict[str, Any], steps: list[str], value: object, name: str) -> None:
-    node: Any = tree
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        index: Any = int(step) if isinstance(node, list) and _INDEX.fullmatch(step) else step
-        if isinstance(node, list) and index == len(node):
-            node.append({})
-        if not isinstance(node, dict | list) or (
-            isinstance(node, list) and index not in range(len(node))
-        ):
-            raise ConfigError(name, value, "names no setting")
-        if following is None:
-            node[index] = value
-        else:
-            if isinstance(node, dict):
-                node.setdefault(index, [] if _INDEX.fullmatch(following) else {})
-            node = node[index]
+def _steps(name: str, text: str) -> tuple[str, ...]:
+    """The way to the setting that a variable names."""
+    steps = tuple(name.removeprefix("KVGDS_").lower().split("__"))
+    if steps in _SETTINGS:
+        return steps
+    if steps[0] == "tiers" and steps[1] != "0":
+        raise ConfigError(name, text, "there is exactly one tier; name it by KVGDS_TIERS__0__")
+    beside = [_variable(other) for other in _SETTINGS if other[:-1] == steps[:-1]]
+    shown = ", ".join(beside or map(_variable, _SETTINGS))
+    raise ConfigError(name, text, f"names no setting; those are {shown}")
+
+
+def _variable(steps: tuple[str, ...]) -> str:
+    return f"KVGDS_{'__'.join(steps).upper()}"
+
+
+def _value(steps: tuple[str, ...], text: str) -> object:
+    """What a variable says: a text may look like a number or a date, and stays one."""
+    found = _scalar(text)
+    kind = _SETTINGS[steps]
+    is_text = kind in (str, Path) or get_origin(kind) is Literal
+    return found if isinstance(found, str) or not is_text else text
 
 
 def _scalar(text: str) -> object:
@@ -191,17 +214,50 @@ def _scalar(text: str) -> object:
     return found["value"] if len(found) == 1 else text  # several lines are no value
 
 
+def _set(tree: dict[str, Any], steps: tuple[str, ...], value: object, name: str) -> None:
+    node: Any = tree
+    for step, following in zip(steps, (*steps[1:], ""), strict=True):
+        if not isinstance(node, dict | list):
+            raise ConfigError(name, value, "lies in what is set to be no table")
+        if isinstance(node, list) and not node:
+            node.append({})
+        index: Any = 0 if isinstance(node, list) else step
+        if not following:
+            node[index] = value
+        elif isinstance(node, dict):
+            node.setdefault(index, [] if following == "0" else {})
+        node = node[index]
+
+
 def _from_tree(tree: dict[str, Any]) -> EngineConfig:
     namespace, tiers = tree.pop("namespace", None), tree.pop("tiers", None)
     if not isinstance(namespace, dict):
         raise ConfigError("namespace", namespace, "must be a table with at least `model`")
-    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ConfigError("tiers", tiers, "must be an array of tables, each with `root`")
-    try:
-        name = Namespace(**namespace)
-    except TypeError as error:
-        raise ConfigError("namespace", namespace, str(error).partition(") ")[2]) from None
-    return EngineConfig(namespace=name, tiers=tuple(FileTier(**tier) for tier in tiers), **tree)
+    if not isinstance(tiers, list) or [type(tier) for tier in tiers] != [dict]:
+        raise ConfigError("tiers", tiers, "must be an array of exactly one table, with `root`")
+    name, (tier,) = _namespace(namespace), tiers
+    return EngineConfig(namespace=name, tiers=(FileTier(**tier),), **tree)
+
+
+def _namespace(table: dict[str, Any]) -> Namespace:
+    names = [field.name for field in fields(Namespace)]
+    for name in (name for name in table if name not in names):
+        rule = f"is no setting; those are {', '.join(names)}"
+        raise ConfigError(f"namespace.{name}", table[name], rule)
+    if "model" not in table:
+        raise ConfigError("namespace.model", ..., "must be given")
+    return Namespace(**table)
+
+
+def _by_variable(error: ConfigError, given: Mapping[tuple[str, ...], str]) -> ConfigError:
+    """The error by the name of the variable that the value came from, if it came from one."""
+    field = error.field.replace("FileTier", "tiers.0").removeprefix("EngineConfig.")
+    steps = tuple(field.split("."))
+    for n in range(len(steps), 0, -1):  # a variable may hold the whole table that it is in
+        if steps[:n] in given:
+            within = ".".join((given[steps[:n]], *steps[n:]))
+            return ConfigError(within, error.value, error.rule)
+    return error
 
 
 def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError:
@@ -217,8 +273,15 @@ def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError
     if first["type"] == "extra_forbidden":
         names = ", ".join(model.model_fields)
         return ConfigError(field, first["input"], f"is no setting; those are {names}")
-    rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return ConfigError(field, _shown(first["input"]), rule)
+    return ConfigError(field, _shown(first["input"]), _rule(field, first))
+
+
+def _rule(field: str, error: ErrorDetails) -> str:
+    if error["type"] == "bool_type":
+        return "must be true or false"
+    if error["type"] == "int_type" and field.endswith("_bytes"):
+        return "must be a number of bytes: an integer, without a unit"
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _shown(value: object) -> object:

@@ -23,6 +23,7 @@ from kvgds.config import EngineConfig, FileTier
 from kvgds.engine import open_engine
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.memory import Arena
+from kvgds.memory.cufile import GPU_PACKAGES
 from kvgds.memory.device import cuda
 from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import owner_of
@@ -45,8 +46,8 @@ _STALE_S = 3600
 _HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
 _NIXL = ("nixl-cu12", "nixl-cu13")
 _GDS_FIXES = (
-    ("CuPy", "pip install 'kvgds[cu12]' (or cu13), or use verify='stamp'"),
-    ("can't be loaded", "pip install 'kvgds[cu12]' (or cu13)"),
+    ("CuPy", f"{GPU_PACKAGES}, or use verify='stamp'"),
+    ("can't be loaded", GPU_PACKAGES),
     ("5001", "install nvidia-fs, or a kernel and driver with PCI peer-to-peer DMA"),
     ("5030", "in a container, mount /run/udev"),
     ("5033", "load the nvidia-fs module: modprobe nvidia-fs"),
@@ -277,6 +278,8 @@ def _reason(error: OSError) -> str:
 def _look(tier: FileTier, part: RootPart) -> FileTier:
     """What can be seen without writing. The tier, with the layout that is really there."""
     place = tier.root if os.path.lexists(tier.root) else tier.root.parent
+    if not os.path.lexists(place):
+        raise ConfigError("root", str(tier.root), f"{place} does not exist; make it first")
     if not place.is_dir():
         raise ConfigError("root", str(tier.root), f"{place} is not a directory; make it one")
     room = os.statvfs(place)

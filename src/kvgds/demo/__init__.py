@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from kvgds.demo.workload import Size
 
 _DEADLINE_S = 300.0
+# kvgds is in no package index: by its name pip would miss it.
+_PACKAGES = "from your checkout, pip install -c constraints.txt '.[demo]'"
 
 _STEPS = {
     "first": "first process: serve 2 prompts, store their blocks",
@@ -59,8 +61,7 @@ def run(root: Path | None, console: Console, *, size: str = "full", tamper: bool
     """
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
-        need = f"kvgds demo needs {' and '.join(missing)}: pip install 'kvgds[demo]'"
-        return _fail(console, need)
+        return _fail(console, f"kvgds demo needs {' and '.join(missing)}: {_PACKAGES}")
     with tempfile.TemporaryDirectory(prefix="kvgds-demo-") as scratch:
         processes = Processes(root or Path(scratch, "blocks"), Path(scratch), size)
         try:

@@ -287,14 +287,25 @@ class Region:
         # Addresses in GPU memory mean nothing to the host.
         self.maps = tuple(bytes_at(*span) for span in self.spans if self.device is None)
 
+    def __repr__(self) -> str:
+        return f"<Region: {self.nbytes:,} bytes, {self._about()}>"
+
+    def _about(self) -> str:
+        """Which memory it is and what may be done with it, for people."""
+        parts = ["host memory" if self.device is None else f"GPU {self.device}"]
+        parts += ["read-only"] if self.readonly else []
+        parts += ["deregistered"] if self.closed else []
+        return ", ".join(parts)
+
     def __getitem__(self, part: slice) -> View:
         try:
             start, stop, step = part.indices(self.nbytes)
             within = part.stop is None or part.stop <= self.nbytes
         except (AttributeError, TypeError):
-            raise ConfigError("view", part, "must be a slice: region[start:stop]") from None
+            raise ConfigError("index", part, "must be a slice: region[start:stop]") from None
         if step != 1 or start >= stop or not within or len(self.spans) != 1:
-            raise ConfigError("view", part, f"must be a non-empty slice within {self.nbytes} bytes")
+            rule = f"must be a non-empty slice within {self.nbytes} bytes"
+            raise ConfigError("index", part, rule)
         base = self.spans[0].address
         return View(self, _Flat(self, start, stop), base + start, base + stop, stop - start)
 
@@ -304,7 +315,7 @@ class Region:
             raise ClosedError("this memory was deregistered; register it again")
         if not self.live:
             rule = "its memory was freed or moved; register it again"
-            raise ConfigError("view", "tensor", rule)
+            raise ConfigError("memory", "tensor", rule)
 
     @property
     def live(self) -> bool:
@@ -433,6 +444,10 @@ class Cache:
             for offset in layer.offsets
         ]
         self.alignment = _alignment(*itertools.chain.from_iterable(self._bases))
+
+    def __repr__(self) -> str:
+        size = f"{self.blocks:,} x {self.block_bytes:,} bytes in {len(self.region.spans)} layers"
+        return f"<Cache: {size}, {self.region._about()}>"  # noqa: SLF001 - one module
 
     def block(self, index: int) -> View:
         """The view of block ``index``; raise ConfigError if there is none."""

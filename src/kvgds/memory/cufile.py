@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from kvgds.memory import Span
 
+GPU_PACKAGES = "from your checkout, pip install -c constraints.txt '.[cu12]' (or cu13)"
+"""How to get CuPy and cuFile. kvgds is in no package index: by its name pip would miss it."""
+
 _NAME = "libcufile.so.0"
 _COMPAT = "CUFILE_ALLOW_COMPAT_MODE"
 _ALREADY_REGISTERED = 5023
@@ -143,4 +146,4 @@ def cufile() -> Cufile:
             return Cufile(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL))
         except OSError as error:
             report.append(str(error))
-    raise PathUnavailable(f"{_NAME} can't be loaded; pip install 'kvgds[cu12]'", tuple(report))
+    raise PathUnavailable(f"{_NAME} can't be loaded; {GPU_PACKAGES}", tuple(report))

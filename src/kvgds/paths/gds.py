@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvgds.errors import PathUnavailable
-from kvgds.memory.cufile import CufileError, cufile
+from kvgds.memory.cufile import GPU_PACKAGES, CufileError, cufile
 from kvgds.memory.device import cuda
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _prove(job: dict[str, Any], timeout_s: float) -> tuple[str, ...]:
     cuda()  # says what is missing, where something is
     cufile()
     if job["checksums"] and importlib.util.find_spec("cupy") is None:
-        need = "checksums on the GPU need CuPy: pip install 'kvgds[cu12]'"
+        need = f"checksums on the GPU need CuPy: {GPU_PACKAGES}"
         raise PathUnavailable(f"{need}, or trade them away with verify='stamp'")
     path = os.path.join(job["root"], f".trial-{os.getpid()}-{secrets.token_hex(4)}")
     try:

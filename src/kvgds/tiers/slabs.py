@@ -175,7 +175,7 @@ class Slabs:
                 move.status = "miss"
             elif block[2] != move.nbytes:
                 rule = f"the stored block has {block[2]} bytes; give memory of that size"
-                move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
+                move.error = ConfigError("memory", f"{move.nbytes} bytes", rule)
             else:
                 self._slots.hold(move, block)
                 going.append(move)

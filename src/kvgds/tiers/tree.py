@@ -247,7 +247,7 @@ class Tree:
         if stamp is not None and stamp.nbytes != move.nbytes:
             had = f"the block stored under this key has {stamp.nbytes} bytes"
             rule = f"{had}; give memory of that size"
-            move.error = ConfigError("view", f"{move.nbytes} bytes", rule)
+            move.error = ConfigError("memory", f"{move.nbytes} bytes", rule)
         elif stamp is not None and stamp.algorithm != move.algorithm != NO_CHECKSUM:
             move.error, move.status = None, "miss"  # stored unchecked, and all must be checked
         elif os.path.samestat(os.fstat(fd), folders.regular(move.place)):
