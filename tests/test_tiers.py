@@ -540,6 +540,19 @@ async def test_a_capacity_far_above_the_disk(tmp_path: Path) -> None:
             assert await engine.load(b"k", bytearray(SIZE))
 
 
+async def test_a_full_disk_goes_from_one_size_to_another(tmp_path: Path) -> None:
+    """What slabs of another size give up is taken again, far as the capacity may be."""
+    with small_disk(tmp_path, 48 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 1 << 30}) as engine:
+            for i in range(100):
+                await engine.store(b"a%d" % i, bytes(MIB // 2))
+            before = engine.statistics().tiers[0].bytes_used
+            for i in range(100):
+                await engine.store(b"b%d" % i, bytes(MIB))
+            assert engine.statistics().tiers[0].bytes_used >= before * 3 // 4
+            assert await engine.load(b"b99", bytearray(MIB))
+
+
 async def test_an_index_that_takes_nothing_loses_nothing(tmp_path: Path) -> None:
     """Its disk is full when a slab is to change hands: refused, and all is there as before."""
     with small_disk(tmp_path, 4 * MIB) as disk:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
+import mmap
 import os
 import platform
+import queue
 import subprocess
 import sys
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
 
 from faults import FaultyDisk
+from kvgds.memory import Arena, region_of
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
 from kvgds.transport import File, NixlTransport
 
@@ -244,6 +249,52 @@ def test_a_disk_that_vanishes(tmp_path: Path, bench: Bench) -> None:
         bench.wait(transfers)
         assert all(getattr(transfer.error, "errno", None) for transfer in transfers)
         bench.transport.detach(file).result(20)
+
+
+class Unwanted(PlainTransfer):
+    """One whose caller has left while it waited."""
+
+    def begin(self) -> None:
+        super().begin()
+
+
+def test_memory_that_was_let_go_meanwhile_is_let_go(tmp_path: Path, bench: Bench) -> None:
+    """A lane that registered it again would keep it, and GPU memory pinned, until it closes."""
+    (tmp_path / "file").write_bytes(bytes(PAGE))
+    with (tmp_path / "file").open("rb") as opened:
+        arena = Arena(PAGE)
+        region = region_of(arena.bytes)
+        region.retire()
+        row = (arena.span.address, 0, PAGE)
+        bench.run(Unwanted(File(opened.fileno()), [region], [row], write=False))
+        gone = weakref.ref(region)
+        del region
+        gc.collect()
+        assert gone() is None
+
+
+def test_a_row_longer_than_one_call_moves(tmp_path: Path) -> None:
+    """Linux moves 2 GiB less a page at a time; here most of it is a hole."""
+    nbytes = (2 << 30) + PAGE
+    transport, desk = started(), queue.SimpleQueue[list[PlainTransfer]]()
+    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        region = region_of(memory)
+        with (tmp_path / "file").open("wb+") as opened:
+            opened.truncate(nbytes)
+            opened.seek(nbytes - 4)
+            opened.write(b"last")
+            opened.flush()
+            row = (region.spans[0].address, 0, nbytes)
+            transfer = PlainTransfer(File(opened.fileno()), [region], [row], write=False)
+            transport.submit([transfer], desk.put)
+            assert desk.get(timeout=50) == [transfer]
+            assert transfer.calls == ["begin", "end"]
+            assert memory[-4:] == b"last"
+        transport.close().result(20)
+        region.retire()
+        region.release()
+        del region, transfer
+        gc.collect()
 
 
 # --- starting -------------------------------------------------------------------------------------
