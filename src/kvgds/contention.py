@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-_LONG_S = 1e-3  # a wait that tells of a busy loop
+_LONG_S = 3e-3  # shorter waits come from the system's own scheduling, too
 _BUSY_S = 50e-3  # for so long it is then taken to be busy
 _busy_until = 0.0
 
