@@ -161,8 +161,12 @@ _claims: dict[int, Agent] = {}  # who has told cuFile of an address: it is told 
 _claiming = threading.Lock()
 
 
+def _spans(thing: Memory | File) -> Sequence[Span]:
+    return () if isinstance(thing, File) else thing.spans
+
+
 def _claim(thing: Memory | File, agent: Agent) -> None:
-    addresses = [] if isinstance(thing, File) else [span.address for span in thing.spans]
+    addresses = [span.address for span in _spans(thing)]
     with _claiming:
         if any(_claims.get(address, agent) is not agent for address in addresses):
             text = "another engine of this process has this GPU memory; let one have it at a time"
@@ -172,7 +176,7 @@ def _claim(thing: Memory | File, agent: Agent) -> None:
 
 def _disclaim(thing: Memory | File, agent: Agent) -> None:
     with _claiming:
-        for span in () if isinstance(thing, File) else thing.spans:
+        for span in _spans(thing):
             if _claims.get(span.address) is agent:
                 del _claims[span.address]
 
@@ -307,7 +311,8 @@ class Agent:
         try:
             library.call("register_mem", self._agent, listed, lists.options)
         except NixlError:
-            self.forget(thing)
+            library.call("destroy_reg_dlist", listed)
+            _disclaim(thing, self)
             raise
         self._registered[thing, far] = listed, lists.options
         if kind == _VRAM:
@@ -316,7 +321,7 @@ class Agent:
     def _insist(self, thing: Memory | File) -> None:
         """NIXL goes on when cuFile refuses memory, and its transfers then take another path."""
         try:
-            for span in () if isinstance(thing, File) else thing.spans:
+            for span in _spans(thing):
                 cufile().registered(span)
         except CufileError:
             self.forget(thing)
