@@ -137,7 +137,7 @@ class Engine:
         told = progress or logged_progress()
         starting = asyncio.ensure_future(self._in_thread(self._start, told))
         try:
-            self._flights.ways, self.plan = await asyncio.shield(starting)
+            self._flights.ways = await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._closing = asyncio.ensure_future(self._unopen(starting))
             await asyncio.shield(self._closing)
@@ -145,19 +145,18 @@ class Engine:
         except BaseException:
             self._executor.shutdown(wait=False)
             raise
+        self.plan = self._flights.ways.plans
 
-    async def _unopen(self, starting: asyncio.Future[tuple[Ways, tuple[PathPlan, ...]]]) -> None:
+    async def _unopen(self, starting: asyncio.Future[Ways]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
         await asyncio.wait({starting})
         if starting.exception() is None:
-            self._flights.ways, _ = starting.result()
+            self._flights.ways = starting.result()
             await self._close()
         else:
             self._executor.shutdown(wait=False)
 
-    def _start(
-        self, progress: Callable[[str, int, int], None]
-    ) -> tuple[Ways, tuple[PathPlan, ...]]:
+    def _start(self, progress: Callable[[str, int, int], None]) -> Ways:
         start = getattr(self._transport, "start", None)
         if start is not None:
             start()
@@ -165,16 +164,18 @@ class Engine:
             arena = _arena(self.config.bounce_bytes)
             self._tier.open(progress)
             try:
-                return self._settle_ways(Ways(arena, region_of(arena.bytes)))
+                ways = Ways(arena, region_of(arena.bytes))
+                self._settle(ways)
             except BaseException:
                 self._tier.close()
                 raise
         except BaseException:
             self._transport.close().result()
             raise
+        return ways
 
-    def _settle_ways(self, ways: Ways) -> tuple[Ways, tuple[PathPlan, ...]]:
-        """How GPU memory moves, too."""
+    def _settle(self, ways: Ways) -> None:
+        """Decide how memory moves, a GPU's too."""
         host, tier = self._tier.plan, self.config.tiers[0]
         gds = settle_gds(
             self.config.path,
@@ -185,7 +186,7 @@ class Engine:
             checksums=tier.verify == "full",
             timeout_s=self.config.probe_timeout_s,
         )
-        return ways, (host, *ways.choose(host, gds))
+        ways.choose(host, gds)
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.

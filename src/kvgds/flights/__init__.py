@@ -25,7 +25,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights.batch import Batch, Flight, Settled, Waiter
-from kvgds.memory import Cache, Region, Territory, View, copy_view
+from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import Move, Ways
@@ -373,8 +373,7 @@ class Flights:
         """Give the others what the leader got, before it gets its memory back."""
         flight.copying = True
         self.running.add(flight)
-        others = [waiter for waiter in flight.waiters if waiter is not flight.leader]
-        targets = [(waiter.view, waiter.batch.stream) for waiter in others]
+        views = [waiter.view for waiter in flight.waiters if waiter is not flight.leader]
 
         def ended(future: ThreadFuture[None]) -> None:
             self.running.discard(flight)
@@ -383,7 +382,7 @@ class Flights:
             self._tell(flight, move)
             self.wake_closer()
 
-        self._run(lambda: _copy_all(move.view, targets), ended)
+        self._run(lambda: _copy_all(move.view, views), ended)
 
     def _count(self, batch: Batch, outcome: Outcome, nbytes: int, path: str) -> None:
         status, tier = outcome.status, self.tier.name
@@ -536,6 +535,7 @@ def _check_priority(priority: object) -> None:
         raise ConfigError("priority", priority, rule)
 
 
-def _copy_all(source: View, targets: list[tuple[View, int]]) -> None:
-    for target, stream in targets:
-        copy_view(source, target, stream)
+def _copy_all(source: View, targets: list[View]) -> None:
+    """Of host memory: loads into a GPU's share no I/O."""
+    for target in targets:
+        copy_pieces(source.pieces(), target.pieces())

@@ -82,16 +82,6 @@ def pairs(
     return [(target[j][0] + b, source[i][0] + a, n) for i, a, j, b, n in _overlaps(*sizes)]
 
 
-def copy_view(source: View, target: View, stream: int) -> None:
-    """Copy one block's memory to another's, once the stream that uses that is done. Blocks."""
-    if source.region.device is None and target.region.device is None:
-        copy_pieces(source.pieces(), target.pieces())
-        return
-    if target.region.device is not None:
-        cuda().reached(target.region.device, stream).wait()
-    cuda().copy_now(pairs(source.rows(), target.rows()))
-
-
 class Arena:
     """Page-aligned, pre-touched host memory on huge pages where the kernel gives them.
 

@@ -129,10 +129,6 @@ class Cuda:
             raise CudaError(f"a copy failed: {self._library.cudaGetErrorString(code).decode()}")
         return bool(code == 0)
 
-    def wait(self, event: ctypes.c_void_p) -> None:
-        """Wait until a stream has reached an event."""
-        self._call("cudaEventSynchronize", event)
-
     def forget(self, event: ctypes.c_void_p) -> None:
         """Let go of an event."""
         self._call("cudaEventDestroy", event)
@@ -174,13 +170,6 @@ class Copying:
             self._cuda.forget(self._event)
             self._event = None
         return self._event is None
-
-    def wait(self) -> None:
-        """Wait until they have ended."""
-        if self._event is not None:
-            self._cuda.wait(self._event)
-            self._cuda.forget(self._event)
-            self._event = None
 
 
 class Copied:

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvgds.errors import PathUnavailable
 from kvgds.memory.cufile import GPU_PACKAGES, CufileError, cufile
 from kvgds.memory.device import cuda
+from kvgds.paths.plan import trial_path
 
 if TYPE_CHECKING:
     from kvgds.transport import Transport
@@ -85,9 +85,9 @@ def _prove(job: dict[str, Any], timeout_s: float) -> tuple[str, ...]:
     if job["checksums"] and importlib.util.find_spec("cupy") is None:
         need = f"checksums on the GPU need CuPy: {GPU_PACKAGES}"
         raise PathUnavailable(f"{need}, or trade them away with verify='stamp'")
-    path = os.path.join(job["root"], f".trial-{os.getpid()}-{secrets.token_hex(4)}")
+    path = trial_path(Path(job["root"]))
     try:
-        said = _ask_child(json.dumps({**job, "path": path}), timeout_s)
+        said = _ask_child(json.dumps({**job, "path": os.fspath(path)}), timeout_s)
     finally:
         with contextlib.suppress(FileNotFoundError):  # the child was killed, else it is gone
             os.unlink(path)

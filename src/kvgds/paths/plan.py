@@ -80,6 +80,11 @@ class DirectoryPlan:
         )
 
 
+def trial_path(root: FilePath) -> FilePath:
+    """A new name for a file to try things with; slabs sweep what is left of such."""
+    return root / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> DirectoryPlan:
     """Find out by real writes and reads whether O_DIRECT works below ``root``. Blocks.
 
@@ -90,7 +95,7 @@ def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> 
         PathUnavailable: ``mode`` is ``"require"`` and it does not work.
         OSError: not even plain files work there.
     """
-    path = root / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
+    path = trial_path(root)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         evidence = [f"{root} is on {filesystem_of(root)}", *_dio_alignment(path)]

@@ -156,36 +156,30 @@ class _GpuDirect:
         return None
 
     def _sum(self, move: Move) -> _Summing:
-        sums = self._sums.get(move.device)
-        if sums is None:  # a lane that comes second at the same moment gets the first one's
-            sums = self._sums.setdefault(move.device, _Sums(move.device))
-        return sums.ask(move.view.rows())
+        if move.device not in self._sums:
+            self._sums[move.device] = _Sums(move.device)
+        return self._sums[move.device].ask(move.view.rows())
 
 
 class _Sums:
     """The checksums that one GPU makes: those asked for in one turn of a reactor, in one launch.
 
     The kernels are made by a thread of their own, a second or so; until then nothing is launched.
+    All else runs on one reactor: GPU transfers go by one lane.
     """
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._maker: Future[Checksums] | None = None
         self._asked: list[_Summing] = []
-        self._lock = threading.Lock()  # one lane at a time
+        self._maker: Future[Checksums] = Future()
+        threading.Thread(target=self._make, name=f"kvgds-kernels-{device}", daemon=True).start()
 
     def ask(self, rows: list[tuple[int, int]]) -> _Summing:
         summing = _Summing(self, rows)
-        with self._lock:
-            self._asked.append(summing)
-            if self._maker is None:
-                self._maker = Future()
-                name = f"kvgds-kernels-{self._device}"
-                threading.Thread(target=self._make, name=name, daemon=True).start()
+        self._asked.append(summing)
         return summing
 
     def _make(self) -> None:
-        assert self._maker is not None  # noqa: S101 - set before this thread was started
         try:
             self._maker.set_result(Checksums(self._device))
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants a checksum
@@ -193,19 +187,18 @@ class _Sums:
 
     def launch(self) -> None:
         """Start on all that were asked for; what goes wrong is each one's to tell."""
-        with self._lock:
-            if not self._asked or self._maker is None or not self._maker.done():
-                return
-            asked, self._asked = self._asked, []
-            try:
-                stream = cuda().stream(self._device)
-                digests = self._maker.result().launch([each.rows for each in asked], stream)
-            except Exception as error:  # noqa: BLE001 - see above
-                for each in asked:
-                    each.error = error
-                return
-            for i, each in enumerate(asked):
-                each.digests, each.index = digests, i
+        if not self._asked or not self._maker.done():
+            return
+        asked, self._asked = self._asked, []
+        try:
+            stream = cuda().stream(self._device)
+            digests = self._maker.result().launch([each.rows for each in asked], stream)
+        except Exception as error:  # noqa: BLE001 - see above
+            for each in asked:
+                each.error = error
+            return
+        for i, each in enumerate(asked):
+            each.digests, each.index = digests, i
 
 
 class _Summing:
@@ -264,17 +257,22 @@ class Ways:
 
     Attributes:
         gds: how GPU memory moves without a copy, once that is proved; None: it bounces.
+        plans: how each kind of memory moves, once that is settled.
     """
 
     def __init__(self, arena: Arena, region: Region) -> None:
         self.arena = arena
         self.region = region
         self.gds: _GpuDirect | None = None
+        self.plans: tuple[PathPlan, ...] = ()
         self._pinned = False
         self._lock = threading.Lock()
 
-    def choose(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
-        """Settle how GPU memory moves to a tier; its plan, if there is a GPU. Blocks."""
+    def choose(self, host: PathPlan, gds: Gds) -> None:
+        """Settle how memory moves to a tier, a GPU's too if there is one. Blocks."""
+        self.plans = (host, *self._gpu_plans(host, gds))
+
+    def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
         devices = 0
         with contextlib.suppress(PathUnavailable):
             devices = cuda().devices

@@ -110,7 +110,7 @@ class _Side:
         self.untold = 0  # flights that no ring tells of: GPU memory's
 
     def busy(self) -> bool:
-        return bool(self.queued_bytes or self.flights or self.stuck or self.copying)
+        return bool(self.queued_bytes or self.flights or self.stuck)
 
     def has_rows(self) -> bool:
         """Whether NIXL takes one more flight, whatever its size."""
