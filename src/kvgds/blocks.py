@@ -47,6 +47,17 @@ def check_key(key: object) -> None:
         raise ConfigError("key", key[:16], f"must have 1 to {MAX_KEY_BYTES} bytes")
 
 
+def place_of(space: str, key: BlockKey) -> str:
+    """Where a block lies that has a file or an object of its own: spread over 256 folders.
+
+    Args:
+        space: digest of its namespace, in hexadecimal.
+        key: its key, which only the stamp holds: it may be anything.
+    """
+    name = hashlib.blake2b(key, digest_size=20).hexdigest()
+    return f"{space}/{name[:2]}/{name}.kv"
+
+
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """All that must agree before one process may use another's blocks.

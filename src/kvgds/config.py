@@ -7,12 +7,30 @@ the value and the rule, before anything is opened.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kvgds.blocks import PAGE, Namespace
 from kvgds.errors import ConfigError
@@ -24,6 +42,12 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MOST = (1 << 63) - 1  # bytes of a file, and what TOML takes for an integer
+_SECRET_NAME = re.compile("key|secret|token|password", re.IGNORECASE)
+_ENDPOINT = re.compile(
+    r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9A-Fa-f:]+\](:[0-9]{1,5})?"
+)
+_PREFIX_BYTES = 512
+_PREFIX = re.compile(r"([A-Za-z0-9!_.*'()=@-]+/)*")
 _OF_THE_TESTS = ("KVGDS_REQUIRE_GPU", "KVGDS_TRACE")  # of the test suite: no settings
 
 
@@ -74,12 +98,102 @@ class FileTier(_Settings):
         return Path(path)
 
 
+class ObjectTier(_Settings):
+    """Blocks as objects in a bucket that speaks S3.
+
+    Attributes:
+        bucket: the bucket; it must be there.
+        endpoint: ``"https://host:port"`` of the server; None: AWS's own, of the region.
+        region: the bucket's region; servers other than AWS take any.
+        prefix: what the names of all objects begin with.
+        access_key: with ``secret_key`` and perhaps ``session_token``; None: AWS's usual chain, see
+            docs/objects.md.
+        addressing: whether the bucket is named in the ``"path"`` or in the host (``"virtual"``);
+            ``"auto"``: in the host at AWS, in the path elsewhere.
+        ca_bundle: PEM file of the authorities that the server's certificate may come from.
+        checksums: whether the server gets checksums with requests only where they are
+            ``"required"``, which every server understands, or wherever they are ``"supported"``.
+        backend: what moves the bytes: NIXL's OBJ plugin (``"nixl"``), ``"obstore"``, or
+            ``"auto"``: the first that works.
+        write: behind a FileTier, when blocks are written here: ``"back"``: after they were stored;
+            ``"through"``: a store ends when they are here too; ``"demote"``: when they would be
+            evicted from the FileTier.
+        connections: requests at once, and as many again for looking things up.
+        connect_timeout_s: longest wait for a connection, where the backend can be told.
+        request_timeout_s: longest wait for one answer; what takes longer counts as a failure.
+        retries: how often a failed request is tried again.
+    """
+
+    bucket: str
+    endpoint: str | None = None
+    region: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = "us-east-1"
+    prefix: str = ""
+    access_key: SecretStr | None = None
+    secret_key: SecretStr | None = None
+    session_token: SecretStr | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    ca_bundle: Path | None = None
+    checksums: Literal["required", "supported"] = "required"
+    backend: Literal["auto", "nixl", "obstore"] = "auto"
+    write: Literal["back", "through", "demote"] = "back"
+    connections: Annotated[int, Field(ge=1, le=256)] = 16
+    connect_timeout_s: Positive = 3.0
+    request_timeout_s: Positive = 10.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+
+    @field_validator("bucket")
+    @classmethod
+    def _bucket(cls, bucket: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+            raise ValueError("must be a bucket's name: 3 to 63 of a-z, 0-9, '.' and '-'")
+        return bucket
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not _ENDPOINT.fullmatch(endpoint.rstrip("/")):
+            raise ValueError("must be http:// or https://, a host and perhaps a port, no more")
+        return endpoint and endpoint.rstrip("/")
+
+    @field_validator("prefix")
+    @classmethod
+    def _prefix(cls, prefix: str) -> str:
+        prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        if not _PREFIX.fullmatch(prefix) or len(prefix) > _PREFIX_BYTES or "./" in prefix:
+            raise ValueError("must be names of letters, digits and !_.*'()=@- with / in between")
+        return prefix
+
+    @field_validator("ca_bundle", mode="before")
+    @classmethod
+    def _ca_bundle(cls, path: object) -> object:
+        return Path(path) if isinstance(path, str) else path
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ConfigError("ObjectTier.secret_key", ..., "give both keys, or none of them")
+        if self.session_token is not None and self.access_key is None:
+            raise ConfigError("ObjectTier.session_token", ..., "belongs to keys; give those too")
+        if self.ca_bundle is not None and (self.endpoint or "https").startswith("http://"):
+            rule = "is of use with https only; change the endpoint"
+            raise ConfigError("ObjectTier.ca_bundle", str(self.ca_bundle), rule)
+        return self
+
+    @property
+    def in_host(self) -> bool:
+        """Whether requests name the bucket in the host."""
+        if self.addressing == "auto":
+            return self.endpoint is None
+        return self.addressing == "virtual"
+
+
 class EngineConfig(_Settings):
     """All of an engine's settings.
 
     Attributes:
         namespace: what the blocks belong to; blocks of different namespaces never mix.
-        tiers: where blocks go: one FileTier, in a tuple or list.
+        tiers: where blocks go, in a tuple or list: a FileTier, an ObjectTier, or a FileTier and
+            behind it an ObjectTier.
         path: for GPU memory; aligned host memory always goes direct. ``"auto"``: GPUDirect Storage
             if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not.
         allow_compat: with ``path="gds"``: cuFile's compatibility mode will do, named gds-compat.
@@ -94,7 +208,7 @@ class EngineConfig(_Settings):
     """
 
     namespace: Namespace
-    tiers: tuple[FileTier, ...]
+    tiers: tuple[FileTier | ObjectTier, ...]
     path: Literal["auto", "gds", "bounce"] = "auto"
     allow_compat: bool = False
     bounce_bytes: Annotated[int, Field(ge=2 * PAGE, le=_MOST)] = 256 << 20
@@ -116,16 +230,45 @@ class EngineConfig(_Settings):
     @field_validator("tiers", mode="before")
     @classmethod
     def _tiers(cls, tiers: object) -> object:
-        if not isinstance(tiers, list | tuple) or len(tiers) != 1:
-            raise ValueError("must be a tuple or list of exactly one FileTier")
-        return tuple(tiers)
+        found = list(tiers) if isinstance(tiers, list | tuple) else []
+        if not found or not all(isinstance(each, FileTier | ObjectTier | dict) for each in found):
+            raise ValueError(_TIERS_RULE)
+        return tuple(_tier(each) if isinstance(each, dict) else each for each in found)
+
+    @model_validator(mode="after")
+    def _stack(self) -> Self:
+        kinds = [type(tier) for tier in self.tiers]
+        if kinds not in ([FileTier], [ObjectTier], [FileTier, ObjectTier]):
+            raise ConfigError("EngineConfig.tiers", [kind.__name__ for kind in kinds], _TIERS_RULE)
+        first, last = self.tiers[0], self.tiers[-1]
+        if isinstance(first, ObjectTier) and self.path == "gds":
+            rule = "objects go by the bounce region; use path='auto', or a FileTier in front"
+            raise ConfigError("EngineConfig.path", self.path, rule)
+        demote = isinstance(last, ObjectTier) and last.write == "demote"
+        if demote and isinstance(first, FileTier) and first.layout != "slabs":
+            rule = "needs layout='slabs': in a shared directory others evict; use 'back'"
+            raise ConfigError("ObjectTier.write", "demote", rule)
+        return self
+
+
+_TIERS_RULE = "must be a FileTier, an ObjectTier, or a FileTier and then an ObjectTier, in a tuple"
+
+
+def _tier(table: dict[str, Any]) -> FileTier | ObjectTier:
+    """A tier from its settings: those of an ObjectTier name a bucket."""
+    return ObjectTier(**table) if "bucket" in table else FileTier(**table)
 
 
 _SETTINGS: dict[tuple[str, ...], object] = {
     **{(name,): each.annotation for name, each in EngineConfig.model_fields.items()},
     **{("namespace", name): kind for name, kind in get_type_hints(Namespace).items()},
-    ("tiers", "0"): FileTier,
-    **{("tiers", "0", name): each.annotation for name, each in FileTier.model_fields.items()},
+    **{("tiers", str(n)): ObjectTier if n else FileTier for n in range(2)},
+    **{
+        ("tiers", str(n), name): each.annotation
+        for n in range(2)
+        for kind in (ObjectTier, *(() if n else (FileTier,)))
+        for name, each in kind.model_fields.items()
+    },
 }
 """What a variable may set, and of which type that is."""
 
@@ -135,7 +278,8 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
 
     ``KVGDS_TIMEOUT_S=5`` sets ``timeout_s``; ``KVGDS_NAMESPACE__MODEL`` sets
     ``namespace.model``; ``KVGDS_TIERS__0__ROOT`` the tier's root. The value of a text is
-    taken as it is, but may be in quotes as in TOML; others are written as in TOML.
+    taken as it is, but may be in quotes as in TOML; others are written as in TOML. A tier with
+    a ``bucket`` is an ObjectTier.
 
     Raises:
         ConfigError: a file that can't be read, an unknown key, a wrong value.
@@ -187,8 +331,9 @@ def _steps(name: str, text: str) -> tuple[str, ...]:
     steps = tuple(name.removeprefix("KVGDS_").lower().split("__"))
     if steps in _SETTINGS:
         return steps
-    if steps[0] == "tiers" and steps[1] != "0":
-        raise ConfigError(name, text, "there is exactly one tier; name it by KVGDS_TIERS__0__")
+    text = "***" if _SECRET_NAME.search(name) else text
+    if steps[0] == "tiers" and steps[1:2] not in (("0",), ("1",)):
+        raise ConfigError(name, text, "tiers are named by KVGDS_TIERS__0__ and KVGDS_TIERS__1__")
     beside = [_variable(other) for other in _SETTINGS if other[:-1] == steps[:-1]]
     shown = ", ".join(beside or map(_variable, _SETTINGS))
     raise ConfigError(name, text, f"names no setting; those are {shown}")
@@ -202,7 +347,7 @@ def _value(steps: tuple[str, ...], text: str) -> object:
     """What a variable says: a text may look like a number or a date, and stays one."""
     found = _scalar(text)
     kind = _SETTINGS[steps]
-    is_text = kind in (str, Path) or get_origin(kind) is Literal
+    is_text = get_origin(kind) is Literal or {str, Path, SecretStr} & {kind, *get_args(kind)}
     return found if isinstance(found, str) or not is_text else text
 
 
@@ -219,13 +364,14 @@ def _set(tree: dict[str, Any], steps: tuple[str, ...], value: object, name: str)
     for step, following in zip(steps, (*steps[1:], ""), strict=True):
         if not isinstance(node, dict | list):
             raise ConfigError(name, value, "lies in what is set to be no table")
-        if isinstance(node, list) and not node:
-            node.append({})
-        index: Any = 0 if isinstance(node, list) else step
+        index: Any = step
+        if isinstance(node, list):
+            index = int(step)
+            node += [{} for _ in range(index + 1 - len(node))]
         if not following:
             node[index] = value
         elif isinstance(node, dict):
-            node.setdefault(index, [] if following == "0" else {})
+            node.setdefault(index, [] if index == "tiers" else {})
         node = node[index]
 
 
@@ -233,10 +379,10 @@ def _from_tree(tree: dict[str, Any]) -> EngineConfig:
     namespace, tiers = tree.pop("namespace", None), tree.pop("tiers", None)
     if not isinstance(namespace, dict):
         raise ConfigError("namespace", namespace, "must be a table with at least `model`")
-    if not isinstance(tiers, list) or [type(tier) for tier in tiers] != [dict]:
-        raise ConfigError("tiers", tiers, "must be an array of exactly one table, with `root`")
-    name, (tier,) = _namespace(namespace), tiers
-    return EngineConfig(namespace=name, tiers=(FileTier(**tier),), **tree)
+    if not isinstance(tiers, list) or {type(tier) for tier in tiers} != {dict}:
+        rule = "must be an array of one or two tables, with `root` or `bucket`"
+        raise ConfigError("tiers", _shown(tiers), rule)
+    return EngineConfig(namespace=_namespace(namespace), tiers=tuple(tiers), **tree)
 
 
 def _namespace(table: dict[str, Any]) -> Namespace:
@@ -252,11 +398,12 @@ def _namespace(table: dict[str, Any]) -> Namespace:
 def _by_variable(error: ConfigError, given: Mapping[tuple[str, ...], str]) -> ConfigError:
     """The error by the name of the variable that the value came from, if it came from one."""
     field = error.field.replace("FileTier", "tiers.0").removeprefix("EngineConfig.")
-    steps = tuple(field.split("."))
-    for n in range(len(steps), 0, -1):  # a variable may hold the whole table that it is in
-        if steps[:n] in given:
-            within = ".".join((given[steps[:n]], *steps[n:]))
-            return ConfigError(within, error.value, error.rule)
+    for tier in ("tiers.1", "tiers.0"):
+        steps = tuple(field.replace("ObjectTier", tier).split("."))
+        for n in range(len(steps), 0, -1):  # a variable may hold the whole table that it is in
+            if steps[:n] in given:
+                within = ".".join((given[steps[:n]], *steps[n:]))
+                return ConfigError(within, error.value, error.rule)
     return error
 
 
@@ -272,8 +419,10 @@ def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError
         return ConfigError(field, ..., "must be given")
     if first["type"] == "extra_forbidden":
         names = ", ".join(model.model_fields)
-        return ConfigError(field, first["input"], f"is no setting; those are {names}")
-    return ConfigError(field, _shown(first["input"]), _rule(field, first))
+        return ConfigError(
+            field, _shown(first["input"], field), f"is no setting; those are {names}"
+        )
+    return ConfigError(field, _shown(first["input"], field), _rule(field, first))
 
 
 def _rule(field: str, error: ErrorDetails) -> str:
@@ -284,8 +433,15 @@ def _rule(field: str, error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-def _shown(value: object) -> object:
-    """What to say of a value: Python refuses to write an integer of thousands of digits."""
+def _shown(value: object, field: str = "") -> object:
+    """What to say of a value: no secret, nor an integer of so many digits that Python refuses."""
+    name = field.rpartition(".")[2]
+    if _SECRET_NAME.search(name) or (name == "endpoint" and "@" in str(value)):
+        return ...
     if isinstance(value, int) and value.bit_length() > _MOST.bit_length() + 1:
         return f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, dict):
+        return {name: _shown(each, name) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_shown(each) for each in value)
     return value

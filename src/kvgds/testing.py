@@ -73,12 +73,17 @@ class _Passage:
         self.regions = transfer.regions
         self.nbytes = transfer.nbytes
         self.device = transfer.device
+        self.place = transfer.place
         self._moved = False
         self._error: Exception | None = None
 
     @property
     def device_rows(self) -> Rows:
         return self.transfer.device_rows
+
+    @property
+    def abandoned(self) -> bool:
+        return self.transfer.abandoned
 
     def begin(self) -> Rows | Later | None:
         return self.transfer.begin()
@@ -140,6 +145,9 @@ class HeldTransport:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="held")
         self._closed = False
         self._ended: Future[None] = Future()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - what only some transports have
+        return getattr(self.inner, name)
 
     # --- the test's side --------------------------------------------------------------
 
@@ -275,6 +283,7 @@ class PlainTransfer:
         rows: Sequence[tuple[int, int, int]],
         *,
         write: bool,
+        place: str = "",
     ) -> None:
         self.file = file
         self.regions = regions
@@ -285,6 +294,8 @@ class PlainTransfer:
         self.error: Exception | None = None
         self.device = 0
         self.device_rows: Rows = []
+        self.place = place
+        self.abandoned = False
         self._rows: Rows = list(rows)
 
     def _note(self, call: str) -> None:

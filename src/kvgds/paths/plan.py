@@ -30,7 +30,7 @@ class PathPlan:
         path: ``"direct"`` for aligned registered memory (the rest bounces), ``"bounce"``, and for
             GPU memory ``"gds"`` or ``"gds-compat"``.
         backend: what moves the bytes, for example ``"POSIX/uring"``.
-        direct_io: whether the page cache is bypassed.
+        direct_io: whether the page cache is bypassed; None: there is none on the way.
         alignment: what addresses, offsets and lengths must be multiples of, in bytes.
         evidence: what the decision rests on.
         refused: other ways, each with the reason against it.
@@ -40,14 +40,15 @@ class PathPlan:
     memory: str
     path: str
     backend: str
-    direct_io: bool
+    direct_io: bool | None
     alignment: int
     evidence: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cache = "O_DIRECT" if self.direct_io else "page cache"
-        lines = [f"{self.tier}: {self.memory} memory {self.path} via {self.backend}, {cache}"]
+        caches = {True: ", O_DIRECT", False: ", page cache", None: ""}
+        how = f"{self.memory} memory {self.path} via {self.backend}{caches[self.direct_io]}"
+        lines = [f"{self.tier}: {how}"]
         lines += [f"  because {line}" for line in self.evidence]
         lines += [f"  not {line}" for line in self.refused]
         return "\n".join(lines)

@@ -42,6 +42,7 @@ class TierStatistics:
         capacity_bytes: the limit on them.
         evictions: blocks dropped to make room.
         quarantined: places taken out of use because what they gave back was wrong.
+        out: why it answers nothing at present; "": it does.
     """
 
     name: str
@@ -50,6 +51,7 @@ class TierStatistics:
     capacity_bytes: int
     evictions: int
     quarantined: int
+    out: str = ""
 
 
 class Tier(Protocol):
@@ -70,6 +72,10 @@ class Tier(Protocol):
     name: str
     plan: PathPlan
     authoritative: bool
+
+    @property
+    def out(self) -> str:
+        """Why nothing should be asked of it at present; "": it answers."""
 
     def open(self, progress: Callable[[str, int, int], None]) -> None:
         """Make ready what lies there. Blocks: runs in the executor."""

@@ -52,6 +52,7 @@ class Files:
     """
 
     authoritative = False
+    out = ""
 
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"files:{settings.root}"

@@ -44,6 +44,7 @@ class Slabs:
     """The slab layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``."""
 
     authoritative = True
+    out = ""
 
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"slabs:{settings.root}"

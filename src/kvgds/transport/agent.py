@@ -157,6 +157,27 @@ def _candidates() -> Iterator[str]:
     yield _LIBRARY
 
 
+def new_agent(name: bytes) -> ctypes.c_void_p:
+    """An agent without a backend, safe for several threads."""
+    config = _Config(sync=_STRICT, workers=1, listen_delay_us=100_000)
+    return nixl().make("configured_agent", name, ctypes.byref(config))
+
+
+def new_backend(agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]) -> ctypes.c_void_p:
+    """Make a backend; the options that name it in a call. Raises NixlError."""
+    library = nixl()
+    parameters = library.make("params")
+    for key, value in settings.items():
+        library.call("params_add", parameters, key.encode(), value.encode())
+    try:
+        backend = library.make("backend", agent, plugin.encode(), parameters)
+    finally:
+        library.call("destroy_params", parameters)
+    options = library.make("opt_args")
+    library.call("opt_args_add_backend", options, backend)
+    return options
+
+
 _claims: dict[int, Agent] = {}  # who has told cuFile of an address: it is told once in a process
 _claiming = threading.Lock()
 
@@ -238,14 +259,13 @@ class Agent:
 
     def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
-        config = _Config(sync=_STRICT, workers=1, listen_delay_us=100_000)
         for kind in queues:
-            agent = self._nixl.make("configured_agent", self._name, ctypes.byref(config))
+            agent = new_agent(self._name)
             settings = {f"use_{kind}": "true", "ios_pool_size": str(POOL_ROWS)}
             with _making_ring:
                 before = _rings()
                 try:
-                    options = self._backend(agent, "POSIX", settings)
+                    options = new_backend(agent, "POSIX", settings)
                 except NixlError as error:
                     report.append(f"POSIX/{kind}: {error}")
                     self._nixl.call("destroy_agent", agent)
@@ -262,27 +282,11 @@ class Agent:
             PathUnavailable: it can't be used here.
         """
         try:
-            options = self._backend(self._agent, plugin, _GPU_SETTINGS[plugin])
+            options = new_backend(self._agent, plugin, _GPU_SETTINGS[plugin])
         except NixlError as error:
             text = f"NIXL's {plugin} plugin can't be used here"
             raise PathUnavailable(text, (str(error),)) from None
         self._gpu = _Lists(self._nixl, _VRAM, options)
-
-    def _backend(
-        self, agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]
-    ) -> ctypes.c_void_p:
-        """Make a backend; the options that name it in a call."""
-        library = self._nixl
-        parameters = library.make("params")
-        for key, value in settings.items():
-            library.call("params_add", parameters, key.encode(), value.encode())
-        try:
-            backend = library.make("backend", agent, plugin.encode(), parameters)
-        finally:
-            library.call("destroy_params", parameters)
-        options = library.make("opt_args")
-        library.call("opt_args_add_backend", options, backend)
-        return options
 
     def register(self, thing: Memory | File, *, far: bool) -> None:
         """Tell NIXL's plugin for host memory (``far``: for GPU memory) of memory or a file.

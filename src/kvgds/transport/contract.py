@@ -40,8 +40,10 @@ class Transfer(Protocol):
     that answers (or ``fail`` once, if they did not move), and then delivers the transfer.
     """
 
-    write: bool  # from memory to the file
+    write: bool  # from memory to the file or object
     file: File
+    place: str  # for objects: the object's name; else, words for where it lies
+    abandoned: bool  # nobody waits for it any more
     regions: Sequence[Region]
     nbytes: int
     device: int  # whose memory device_rows name

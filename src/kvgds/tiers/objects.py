@@ -1,0 +1,479 @@
+"""An object a block, in a bucket that speaks S3 and that many machines share.
+
+An object is a block's image as in a file, so any engine of the namespace can use it. Blocks are
+always checked, whole, when they arrive: they have come a long way. What is there is known only by
+asking; of what was seen there so much is remembered that most stores and look-ups need not ask.
+
+A server that fails is left alone for a while: operations then end at once, with an error that
+says so, and now and then one trial finds out whether it is back.
+
+Belongs to the event loop's thread, but for what a method's docstring says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import secrets
+from collections import OrderedDict
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
+from kvgds.errors import BlockCorrupt, ConfigError, PathUnavailable, TransferError
+from kvgds.memory import Arena, region_of
+from kvgds.paths import PathPlan
+from kvgds.tiers import Services, TierStatistics
+from kvgds.tiers.breaker import Breaker
+from kvgds.transport import NotMoved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from kvgds.blocks import BlockKey, Namespace
+    from kvgds.config import ObjectTier
+    from kvgds.memory import Region
+    from kvgds.paths import Move
+    from kvgds.transport import File
+    from kvgds.transport.contract import Rows
+    from kvgds.transport.objects import ObjectTransport
+
+_REMEMBERED = 1 << 16  # blocks that were seen there
+_WRONG = (errno.EACCES, errno.ENODEV)  # settings, not weather
+_log = logging.getLogger("kvgds")
+
+
+class Objects:
+    """The tier of an :class:`~kvgds.config.ObjectTier`; see ``tiers.Tier``.
+
+    Args:
+        transport: carries objects, and knows the bucket.
+        alone: whether no other tier stands in front: then it must answer when it opens.
+        changed: is called when the tier goes out, or comes back.
+    """
+
+    authoritative = False
+
+    def __init__(
+        self,
+        settings: ObjectTier,
+        namespace: Namespace,
+        services: Services,
+        transport: ObjectTransport,
+        *,
+        alone: bool,
+        changed: Callable[[], None],
+    ) -> None:
+        self.name = f"objects:{settings.bucket}/{settings.prefix}"
+        self.plan: PathPlan
+        self._settings = settings
+        self._namespace = namespace
+        self._space = namespace.digest.hex()
+        self._services = services
+        self._transport = transport
+        self._alone = alone
+        self._changed = changed
+        self._breaker = Breaker()
+        self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
+        self._under_way = 0
+        self._quarantined = 0
+        self._trial: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # --- opening and closing ----------------------------------------------------------
+
+    def open(self, progress: Callable[[str, int, int], None]) -> None:  # noqa: ARG002 - nothing takes long
+        """Find out whether the bucket can be used; see ``Tier.open``.
+
+        Raises:
+            ConfigError: there is no such bucket, or it may not be used.
+            PathUnavailable: it does not answer, or not as it should.
+        """
+        transport, evidence = self._transport, ""
+        try:
+            transport.bucket.check()
+            evidence = self._round_trip()
+        except NotMoved as error:
+            if error.errno in _WRONG:
+                rule = f"can't be used; see to bucket, keys, region and endpoint: {error}"
+                raise ConfigError("bucket", self._settings.bucket, rule) from None
+            if self._alone:
+                text = f"{self.name} does not answer; start it, or see to endpoint"
+                raise PathUnavailable(text, (str(error), *transport.refused)) from None
+            self._services.post(self._go_out, str(error))
+            evidence = f"it did not answer when it was opened: {error}"
+        self.plan = PathPlan(
+            tier=self.name,
+            memory="host",
+            path="bounce",
+            backend=transport.name,
+            direct_io=None,
+            alignment=1,
+            evidence=(evidence,),
+            refused=transport.refused,
+        )
+
+    def _round_trip(self) -> str:
+        """Send an object there and back, as blocks will go; what that showed."""
+        bucket, arena = self._transport.bucket, Arena(2 * PAGE)
+        region, data = region_of(arena.bytes), secrets.token_bytes(PAGE)
+        name = f"trial/{secrets.token_hex(8)}"
+        try:
+            arena.bytes[:PAGE] = data
+            self._carry(_Trial(region, name, write=True))
+            self._carry(_Trial(region, name, write=False))
+        finally:
+            self._transport.detach(region).result()
+        if arena.bytes[PAGE:] != data:
+            raise NotMoved(errno.EIO, "an object came back with other bytes")
+        description = f"{self._space}/namespace.json"
+        try:
+            if bucket.size(description) is None:
+                bucket.write(description, self._namespace.text.encode())
+            bucket.delete(name)
+        except NotMoved as error:
+            return f"an object went there and back, but could not be deleted: {error}"
+        return "an object went there and back"
+
+    def _carry(self, trial: _Trial) -> None:
+        ended: Future[None] = Future()
+        self._services.transport.submit([trial], lambda _: ended.set_result(None))
+        ended.result()
+        if trial.error is not None:
+            raise trial.error
+
+    def close(self) -> None:
+        """See ``Tier.close``."""
+        self._closed = True
+
+    # --- asking -----------------------------------------------------------------------
+
+    @property
+    def out(self) -> str:
+        """See ``Tier.out``."""
+        if self._breaker.reason:
+            return self._breaker.reason
+        limit = self._settings.request_timeout_s
+        return f"a request got no answer for {limit:g} s" if self._transport.stuck else ""
+
+    def contains(self, key: BlockKey) -> bool:
+        """See ``Tier.contains``."""
+        return self._place(key) in self._seen
+
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """See ``Tier.prefix``: one look-up at first, then ever more at once."""
+        self._look(keys, 0, 1, done)
+
+    def _look(
+        self, keys: Sequence[BlockKey], start: int, width: int, done: Callable[[int], None]
+    ) -> None:
+        while start < len(keys) and self._place(keys[start]) in self._seen:
+            start += 1
+        if start == len(keys) or self.out:
+            done(start)
+            return
+        places = [self._place(key) for key in keys[start : start + width]]
+        sizes: list[int | None] = [None] * len(places)
+        left = len(places)
+
+        def looked(n: int, ended: Future[int | None]) -> None:
+            nonlocal left
+            sizes[n] = self._result(ended)
+            left -= 1
+            if left:
+                return
+            self._under_way -= 1
+            for place, size in zip(places, sizes, strict=True):
+                if size is not None:
+                    self._note(place, size)
+            there = next((n for n, size in enumerate(sizes) if size is None), len(sizes))
+            if there < len(sizes):
+                done(start + there)
+            else:
+                self._look(keys, start + there, min(4 * width, self._settings.connections), done)
+
+        self._under_way += 1
+        for n, place in enumerate(places):
+            self._ask(partial(self._transport.bucket.size, place), partial(looked, n))
+
+    def _ask(self, call: Callable[[], Any], done: Callable[[Future[Any]], None]) -> None:
+        """Ask the bucket something on a thread, then go on here."""
+        self._transport.run(call).add_done_callback(lambda ended: self._services.post(done, ended))
+
+    def _result(self, ended: Future[Any]) -> Any:  # noqa: ANN401 - what was asked for
+        """What the bucket said; None: nothing."""
+        error = ended.exception()
+        if error is None:
+            self._breaker.success()
+            return ended.result()
+        self._count_failure(error)
+        return None
+
+    def statistics(self) -> TierStatistics:
+        """See ``Tier.statistics``: of blocks, those that were seen there; a bucket has no limit."""
+        return TierStatistics(
+            name=self.name,
+            blocks=len(self._seen),
+            bytes_used=sum(self._seen.values()),
+            capacity_bytes=0,
+            evictions=0,
+            quarantined=self._quarantined,
+            out=self.out,
+        )
+
+    def idle(self) -> bool:
+        """See ``Tier.idle``."""
+        return not self._under_way
+
+    def _place(self, key: BlockKey) -> str:
+        return place_of(self._space, key)
+
+    def _note(self, place: str, nbytes: int) -> None:
+        self._seen[place] = nbytes
+        self._seen.move_to_end(place)
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+
+    # --- liveness ---------------------------------------------------------------------
+
+    def _count_failure(self, error: BaseException) -> None:
+        pause = self._breaker.failure(str(error))
+        if pause is not None:
+            self._stay_out(pause)
+
+    def _go_out(self, reason: str) -> None:
+        self._stay_out(self._breaker.trip(reason))
+
+    def _stay_out(self, pause: float) -> None:
+        _log.warning("%s is left alone: %s", self.name, self._breaker.reason)
+        self._try_later(pause)
+        self._changed()
+
+    def _try_later(self, pause: float) -> None:
+        if not self._closed:
+            loop = asyncio.get_running_loop()
+            self._trial = loop.call_later(pause, self._try)
+
+    def _try(self) -> None:
+        if not self._closed:
+            self._ask(self._transport.bucket.check, self._tried)
+
+    def _tried(self, ended: Future[None]) -> None:
+        error = ended.exception()
+        if error is not None or self._transport.stuck:
+            self._try_later(self._breaker.trip(str(error) if error else self.out))
+            return
+        self._breaker.close()
+        _log.warning("%s answers again", self.name)
+        self._changed()
+
+    def _turned_away(self, moves: Sequence[Move]) -> bool:
+        """End moves at once while nothing is to be asked."""
+        out = self.out
+        if out:
+            for move in moves:
+                text = f"{self.name} is left alone until it answers again: {out}"
+                move.error = TransferError(text, errno=errno.EHOSTDOWN, **move.context)
+            self._services.settle(moves)
+        return bool(out)
+
+    # --- loading ----------------------------------------------------------------------
+
+    def load(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.load``."""
+        if self._turned_away(moves):
+            return
+        for move in moves:
+            move.place = self._place(move.key)
+        self._under_way += len(moves)
+        self._services.transport.submit(moves, partial(self._services.post, self._loaded))
+
+    def _loaded(self, moves: list[Move]) -> None:
+        ended = []
+        for move in moves:
+            if isinstance(move.error, BlockCorrupt):
+                self._ask(partial(self._judge, move), partial(self._judged, move))
+                continue
+            self._conclude(move)
+            ended.append(move)
+        self._end(ended)
+
+    def _conclude(self, move: Move) -> None:
+        """Say what became of a load."""
+        error = move.error
+        if error is None:
+            move.status = "hit"
+            self._note(move.place, image_bytes(move.nbytes))
+            self._breaker.success()
+        elif isinstance(error, TransferError) and error.errno == errno.ENOENT:
+            move.error, move.status = None, "miss"
+            self._seen.pop(move.place, None)
+            self._breaker.success()
+        elif not move.abandoned:
+            self._count_failure(error)
+
+    def _judge(self, move: Move) -> Exception | None:
+        """On a thread: look whether the object is wrong, or only what has arrived of it.
+
+        What is wrong is put away. None: it is as it should be.
+        """
+        bucket = self._transport.bucket
+        image = bucket.read(move.place)
+        stamp = Stamp.decode(image[:PAGE])
+        if stamp is not None and _whole(stamp, move, image):
+            if stamp.nbytes != move.nbytes:
+                had = f"the block stored under this key has {stamp.nbytes} bytes"
+                return ConfigError("memory", f"{move.nbytes} bytes", f"{had}; give memory of that")
+            text = "what arrived is not what is stored, which is sound; try again"
+            return TransferError(text, errno=errno.EIO, **move.context)
+        bucket.rename(move.place, f"quarantine/{move.place.replace('/', '.')}")
+        return None
+
+    def _judged(self, move: Move, ended: Future[Exception | None]) -> None:
+        error = ended.exception()
+        if error is not None:  # it stays where it is, and will be found out again
+            self._count_failure(error)
+        elif (found := ended.result()) is not None:
+            move.error = found
+        else:
+            self._quarantined += 1
+            self._seen.pop(move.place, None)
+        self._end([move])
+
+    def _end(self, moves: list[Move]) -> None:
+        self._under_way -= len(moves)
+        if moves:
+            self._services.settle(moves)
+
+    # --- storing, deleting ------------------------------------------------------------
+
+    def store(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.store``."""
+        if self._turned_away(moves):
+            return
+        self._under_way += len(moves)
+        present = []
+        for move in moves:
+            move.place = self._place(move.key)
+            if self._seen.get(move.place) == image_bytes(move.nbytes):
+                move.status = "present"
+                present.append(move)
+            else:
+                self._ask(
+                    partial(self._transport.bucket.size, move.place), partial(self._asked, move)
+                )
+        self._end(present)
+
+    def _asked(self, move: Move, ended: Future[int | None]) -> None:
+        """Store a block unless it is there: others may have been faster."""
+        error = ended.exception()
+        if move.abandoned:
+            move.error = move.timeout()
+        elif error is not None:
+            self._count_failure(error)
+            move.fail(error)  # type: ignore[arg-type]  # no thread raises BaseException
+        elif ended.result() == image_bytes(move.nbytes):
+            move.status = "present"
+            self._note(move.place, image_bytes(move.nbytes))
+        else:
+            self._services.transport.submit([move], partial(self._services.post, self._written))
+            return
+        self._end([move])
+
+    def _written(self, moves: list[Move]) -> None:
+        for move in moves:
+            if move.error is None:
+                self._breaker.success()
+                self._note(move.place, image_bytes(move.nbytes))
+                move.status = "stored"
+            elif not move.abandoned:
+                self._count_failure(move.error)
+        lost = [move for move in moves if move.abandoned and move.error is None]
+        for move in lost:  # nobody was told of it, so it must not be there
+            move.status, move.error = "", move.timeout()
+            self._seen.pop(move.place, None)
+            self._ask(
+                partial(self._transport.bucket.delete, move.place), partial(self._undone, move)
+            )
+        self._end([move for move in moves if move not in lost])
+
+    def _undone(self, move: Move, ended: Future[None]) -> None:
+        self._result(ended)
+        self._end([move])
+
+    def expire(self) -> None:
+        """See ``Tier.expire``: the transport looks by itself."""
+
+    def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
+        """See ``Tier.delete``."""
+        if self.out:
+            done(False, OSError(errno.EHOSTDOWN, f"{self.name} is left alone: {self.out}"))  # noqa: FBT003 - the callback's contract
+            return
+        place, bucket = self._place(key), self._transport.bucket
+
+        def remove() -> bool:
+            there = bucket.size(place) is not None
+            if there:
+                bucket.delete(place)
+            return there
+
+        def removed(ended: Future[bool]) -> None:
+            self._under_way -= 1
+            self._seen.pop(place, None)
+            error = ended.exception()
+            there = bool(self._result(ended))
+            done(there, error if isinstance(error, Exception) else None)
+
+        self._under_way += 1
+        self._ask(remove, removed)
+
+    # --- what only the first tier of a stack is asked ---------------------------------
+
+    def owed(self) -> Iterable[tuple[BlockKey, int]]:
+        """See ``Tier.owed``: nothing is behind it."""
+        return ()
+
+    def mirrored(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.mirrored``."""
+
+    def look_again(self) -> None:
+        """See ``Tier.look_again``."""
+
+
+class _Trial:
+    """A page that goes to the bucket, or comes back behind it; a ``transport.Transfer``."""
+
+    file: File
+    device = 0
+    nbytes = PAGE
+    abandoned = False
+
+    def __init__(self, region: Region, place: str, *, write: bool) -> None:
+        self.regions = [region]
+        self.place = place
+        self.write = write
+        self.device_rows: Rows = []
+        self.error: Exception | None = None
+
+    def begin(self) -> Rows:
+        return [(self.regions[0].spans[0].address + (0 if self.write else PAGE), 0, PAGE)]
+
+    def end(self) -> None:
+        """It has arrived."""
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def _whole(stamp: Stamp, move: Move, image: bytes) -> bool:
+    """Whether an object is a sound block of this key, of whatever size."""
+    if (stamp.namespace, stamp.key) != (move.namespace, move.key):
+        return False
+    if len(image) != image_bytes(stamp.nbytes) or stamp.algorithm == NO_CHECKSUM:
+        return False
+    payload = image[PAGE : PAGE + stamp.nbytes]
+    return stamp.algorithm == XXH3_128 and xxhash.xxh3_128_digest(payload) == stamp.checksum
