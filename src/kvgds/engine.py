@@ -19,7 +19,7 @@ from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
-from kvgds.config import EngineConfig
+from kvgds.config import EngineConfig, FileTier, ObjectTier
 from kvgds.errors import (
     ClosedError,
     ConfigError,
@@ -28,21 +28,23 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights import Batch, Flights, Memory
+from kvgds.flights.relay import RelayStatistics
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Gauge, Metrics, Observer
-from kvgds.paths import Ways, settle_gds
+from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
 from kvgds.tiers import Services, Tier, TierStatistics
 from kvgds.tiers.files import Files
+from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
+from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
-    from kvgds.config import FileTier
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class Statistics:
             hit too; such a store is not counted in ``stored``.
         quarantined_bytes: bounce memory still owned by transfers past their deadline.
         tiers: the tiers' own numbers.
+        relay: what goes on between two tiers; None: there is one.
     """
 
     queued: int
@@ -82,6 +85,7 @@ class Statistics:
     joined: int
     quarantined_bytes: int
     tiers: tuple[TierStatistics, ...]
+    relay: RelayStatistics | None = None
 
 
 class Operation:
@@ -109,26 +113,46 @@ class Engine:
         metrics: ``metrics.registry`` is a Prometheus registry.
     """
 
-    def __init__(self, config: EngineConfig, transport: Transport | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        transport: Transport | None = None,
+        objects: ObjectTransport | None = None,
+    ) -> None:
         self.config = config
         self.plan: tuple[PathPlan, ...] = ()
         self._loop = _running_loop()
-        self._transport = transport or NixlTransport(config.transport_threads)
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="kvgds-files")
         self.metrics = Metrics(self._gauges())
         self._flights = Flights(config, self.metrics, self._run)
-        services = Services(self._transport, self._post, self._run, self._flights.settle)
-        self._tier: Tier = _LAYOUTS[config.tiers[0].layout](
-            config.tiers[0], config.namespace, services
-        )
-        self._flights.tier = self._tier
+        self._transports: list[Transport] = []
+        self._tiers = tuple(self._tier(tier, transport, objects) for tier in config.tiers)
+        self._flights.set_tiers(self._tiers)
         self._closing: asyncio.Future[None] | None = None
+
+    def _tier(
+        self,
+        settings: FileTier | ObjectTier,
+        transport: Transport | None,
+        objects: ObjectTransport | None,
+    ) -> Tier:
+        config, relay = self.config, self._flights.relay
+        if isinstance(settings, FileTier):
+            mover = transport or NixlTransport(config.transport_threads)
+            services = Services(mover, self._post, self._run, self._flights.settle)
+            self._transports.append(mover)
+            return _LAYOUTS[settings.layout](settings, config.namespace, services)
+        carrier = objects or ObjectTransport(settings)
+        services = Services(carrier, self._post, self._run, self._flights.settle)
+        self._transports.append(carrier)
+        changed = relay.changed if relay is not None else None
+        return Objects(settings, config.namespace, services, carrier, changed)
 
     def __repr__(self) -> str:
         state = "open" if self._closing is None else "closed"
-        return f"<Engine {state} {self._tier.name}>"
+        return f"<Engine {state} {', '.join(tier.name for tier in self._tiers)}>"
 
     # --- opening and closing ----------------------------------------------------------
 
@@ -146,6 +170,7 @@ class Engine:
             self._executor.shutdown(wait=False)
             raise
         self.plan = self._flights.ways.plans
+        self._flights.open()
 
     async def _unopen(self, starting: asyncio.Future[Ways]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
@@ -157,36 +182,38 @@ class Engine:
             self._executor.shutdown(wait=False)
 
     def _start(self, progress: Callable[[str, int, int], None]) -> Ways:
-        start = getattr(self._transport, "start", None)
-        if start is not None:
-            start()
-        try:
+        with contextlib.ExitStack() as stack:
+            for transport in self._transports:
+                stack.callback(lambda each=transport: each.close().result())
+                start = getattr(transport, "start", None)
+                if start is not None:
+                    start()
             arena = _arena(self.config.bounce_bytes)
-            self._tier.open(progress)
-            try:
-                ways = Ways(arena, region_of(arena.bytes))
-                self._settle(ways)
-            except BaseException:
-                self._tier.close()
-                raise
-        except BaseException:
-            self._transport.close().result()
-            raise
+            for tier in self._tiers:
+                tier.open(progress)
+                stack.callback(tier.close)
+            ways = Ways(arena, region_of(arena.bytes))
+            self._settle(ways)
+            stack.pop_all()
         return ways
 
     def _settle(self, ways: Ways) -> None:
-        """Decide how memory moves, a GPU's too."""
-        host, tier = self._tier.plan, self.config.tiers[0]
-        gds = settle_gds(
-            self.config.path,
-            tier.root,
-            self._transport,
-            allow_compat=self.config.allow_compat,
-            direct_io=host.direct_io,
-            checksums=tier.verify == "full",
-            timeout_s=self.config.probe_timeout_s,
-        )
-        ways.choose(host, gds)
+        """Decide how memory moves to each tier, a GPU's too."""
+        for settings, tier, transport in zip(
+            self.config.tiers, self._tiers, self._transports, strict=True
+        ):
+            gds = Gds(refused=("GPUDirect Storage: objects go by the network",))
+            if isinstance(settings, FileTier):
+                gds = settle_gds(
+                    self.config.path,
+                    settings.root,
+                    transport,
+                    allow_compat=self.config.allow_compat,
+                    direct_io=bool(tier.plan.direct_io),
+                    checksums=tier.checked,
+                    timeout_s=self.config.probe_timeout_s,
+                )
+            ways.choose(tier.plan, gds)
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.
@@ -199,21 +226,24 @@ class Engine:
         """
         self._check_loop()
         if self._closing is None:
-            self._flights.closed = True
+            self._flights.close()
             self._closing = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         deadline = self._loop.time() + self.config.drain_timeout_s
         if not await self._flights.drained(deadline):
-            self._transport.abandon()
+            for transport in self._transports:
+                transport.abandon()
             left, waited = len(self._flights.running), self.config.drain_timeout_s
             raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
         self._flights.deadlines.close()
         try:
-            await self._in_thread(self._tier.close)
+            for tier in self._tiers:
+                await self._in_thread(tier.close)
         finally:
-            await asyncio.wrap_future(self._transport.close())
+            for transport in self._transports:
+                await asyncio.wrap_future(transport.close())
             await self._in_thread(self._flights.ways.close)
             self._executor.shutdown(wait=False)
 
@@ -284,7 +314,8 @@ class Engine:
             rule = "must be what register or register_cache gave"
             raise ConfigError("memory", type(memory).__name__, rule)
         region.retire()
-        await asyncio.wrap_future(self._transport.detach(region))
+        for transport in self._transports:
+            await asyncio.wrap_future(transport.detach(region))
         region.release()
 
     # --- public operations --------------------------------------------------------------
@@ -452,7 +483,7 @@ class Engine:
             if not answer.done():
                 answer.set_result(length)
 
-        self._tier.prefix(wanted, done)
+        self._flights.prefix(wanted, done)
         late = TransferTimeout("prefix passed its deadline", direction="prefix", errno=ETIMEDOUT)
         return await _in_time(answer, timeout, late)
 
@@ -477,7 +508,7 @@ class Engine:
             else:
                 answer.set_exception(TransferError(str(error), direction="delete", key=key))
 
-        self._tier.delete(key, done)
+        self._flights.delete(key, done)
         text = "passed its deadline; it may still happen"
         late = TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
         return await _in_time(answer, timeout, late)
@@ -495,7 +526,8 @@ class Engine:
             cancelled=counts["cancelled"],
             joined=counts["joined"],
             quarantined_bytes=self._flights.quarantined,
-            tiers=(self._tier.statistics(),),
+            tiers=tuple(tier.statistics() for tier in self._tiers),
+            relay=self._flights.relay and self._flights.relay.statistics(),
         )
 
     def observe(self, observer: Observer) -> Callable[[], None]:
@@ -568,26 +600,42 @@ class Engine:
         def flights(read: Callable[[Flights], int]) -> Callable[[], float]:
             return lambda: float(read(self._flights))
 
-        def tier(name: str) -> Callable[[], float]:
-            return lambda: float(getattr(self._tier.statistics(), name))
+        def tiers(name: str) -> Callable[[], dict[str, float]]:
+            def number(found: TierStatistics) -> float:
+                value = getattr(found, name)
+                return float(bool(value) if isinstance(value, str) else value)
+
+            return lambda: {
+                found.name: number(found) for found in (tier.statistics() for tier in self._tiers)
+            }
+
+        def relay(name: str) -> Callable[[], float]:
+            def read() -> float:
+                relay = self._flights.relay
+                return float(getattr(relay.statistics(), name)) if relay is not None else 0.0
+
+            return read
 
         return [
-            Gauge(
-                "kvgds_queued", "blocks waiting to start", lambda: self._flights.scheduler.queued
-            ),
+            Gauge("kvgds_queued", "blocks waiting to start", flights(lambda f: f.scheduler.queued)),
             Gauge("kvgds_in_flight", "blocks under way", flights(lambda f: f.scheduler.running)),
-            Gauge("kvgds_blocks", "blocks that a load would find", tier("blocks")),
-            Gauge("kvgds_used_bytes", "bytes of blocks, padding included", tier("bytes_used")),
-            Gauge("kvgds_capacity_bytes", "limit on them", tier("capacity_bytes")),
+            Gauge("kvgds_blocks", "blocks that a load would find", tiers("blocks")),
+            Gauge("kvgds_used_bytes", "bytes of blocks, padding included", tiers("bytes_used")),
+            Gauge("kvgds_capacity_bytes", "limit on them; 0: none", tiers("capacity_bytes")),
             Gauge(
-                "kvgds_evictions", "blocks dropped to make room", tier("evictions"), counter=True
+                "kvgds_evictions", "blocks dropped to make room", tiers("evictions"), counter=True
             ),
-            Gauge("kvgds_quarantined", "places out of use", tier("quarantined")),
+            Gauge("kvgds_quarantined", "places out of use", tiers("quarantined")),
+            Gauge("kvgds_out", "1: the tier does not answer and is left alone", tiers("out")),
             Gauge(
                 "kvgds_quarantined_bounce_bytes",
                 "bounce memory of late transfers",
                 flights(lambda f: f.quarantined),
             ),
+            Gauge("kvgds_owed", "blocks that the next tier lacks", relay("owed")),
+            Gauge("kvgds_uploaded", "blocks taken there", relay("uploaded"), counter=True),
+            Gauge("kvgds_upload_failures", "attempts that failed", relay("failed"), counter=True),
+            Gauge("kvgds_promoted", "blocks taken back", relay("promoted"), counter=True),
         ]
 
 

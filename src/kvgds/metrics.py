@@ -79,11 +79,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """A number read when the registry is scraped."""
+    """A number read when the registry is scraped, or one for each tier."""
 
     name: str
     text: str
-    read: Callable[[], float]
+    read: Callable[[], float | dict[str, float]]
     counter: bool = False
 
 
@@ -139,4 +139,11 @@ class Metrics:
         yield taken
         for gauge in self._gauges:
             family = CounterMetricFamily if gauge.counter else GaugeMetricFamily
-            yield family(gauge.name, gauge.text, value=gauge.read())
+            found = gauge.read()
+            if isinstance(found, dict):
+                metric = family(gauge.name, gauge.text, labels=("tier",))
+                for tier, value in found.items():
+                    metric.add_metric((tier,), value)
+                yield metric
+            else:
+                yield family(gauge.name, gauge.text, value=found)

@@ -14,7 +14,8 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kvgds.blocks import Outcome, check_key
+from kvgds.blocks import Outcome, check_key, image_bytes
+from kvgds.config import ObjectTier
 from kvgds.deadlines import Deadlines
 from kvgds.errors import (
     CapacityError,
@@ -25,6 +26,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights.batch import Batch, Flight, Settled, Waiter
+from kvgds.flights.relay import Errand, Relay
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
@@ -57,13 +59,14 @@ class Flights:
     """All operations of one engine.
 
     Attributes:
-        tier: set once it is open; likewise ``ways``.
+        tiers: in the order in which they are asked; set before anything comes in, like ``ways``.
+        relay: what goes on between two tiers; None: there is one.
         counts: blocks that ended, by outcome, and those that joined another's I/O.
         closed: set once no new block may come in.
         quarantined: bytes of bounce memory that transfers past their deadline still own.
     """
 
-    tier: Tier
+    tiers: tuple[Tier, ...]
     ways: Ways
 
     def __init__(
@@ -77,11 +80,8 @@ class Flights:
         self._metrics = metrics
         self._run = run
         self._digest = config.namespace.digest
-        self._full = config.tiers[0].verify == "full"
-        lane = Lane(config.inflight_ops, config.inflight_bytes)
-        self.scheduler: Scheduler[Flight] = Scheduler(
-            {"load": lane, "store": lane}, bounce_bytes=config.bounce_bytes
-        )
+        self.scheduler: Scheduler[Any] = Scheduler(_lanes(config), bounce_bytes=config.bounce_bytes)
+        self.relay = self._relay(config)
         self._flights: dict[tuple[BlockKey, bool], Flight] = {}
         self.running: set[Flight] = set()
         self.observers: list[Observer] = []
@@ -95,9 +95,45 @@ class Flights:
         self._settling = False  # already, in this turn of the loop
         self._idle: asyncio.Future[None] | None = None
 
+    def set_tiers(self, tiers: tuple[Tier, ...]) -> None:
+        """What blocks move to and from."""
+        self.tiers = tiers
+        if self.relay is not None:
+            self.relay.near, self.relay.far = tiers
+
+    def open(self) -> None:
+        """The tiers are open, and the ways settled."""
+        if self.relay is not None:
+            self.relay.open()
+
+    def close(self) -> None:
+        """Take no new block."""
+        self.closed = True
+        if self.relay is not None:
+            self.relay.close()
+
+    def _relay(self, config: EngineConfig) -> Relay | None:
+        last = config.tiers[-1]
+        if len(config.tiers) == 1 or not isinstance(last, ObjectTier):
+            return None
+        return Relay(
+            self,
+            last,
+            self._digest,
+            self._loop,
+            lane=_lane(1, write=True),
+            bounce_bytes=config.bounce_bytes,
+        )
+
+    def _busy(self) -> bool:
+        if self.relay is not None and self.relay.busy:
+            return True
+        idle = all(tier.idle() for tier in self.tiers)
+        return bool(self.running or self.scheduler.queued or not idle)
+
     async def drained(self, deadline: float) -> bool:
         """Wait until nothing is under way; False if that takes longer."""
-        while self.running or self.scheduler.queued or not self.tier.idle():
+        while self._busy():
             self._idle = self._loop.create_future()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -170,13 +206,14 @@ class Flights:
             if batch.expired:
                 raise TransferTimeout("passed its deadline", key=key)
             view = self._check(batch, key, memory)
-            if not batch.write and self.tier.authoritative and not self.tier.contains(key):
+            level = 0 if batch.write else self._level(key)
+            if level is None:
                 self._end_at_once(batch, index, Outcome(key, "miss"), view.nbytes)
                 return
             waiter = Waiter(batch, index, view)
             view.claim(write=not batch.write)
             try:
-                self._board(waiter, key, batch.priority)
+                self._board(waiter, key, batch.priority, level)
             except BaseException:
                 view.release(write=not batch.write)
                 raise
@@ -195,7 +232,7 @@ class Flights:
         return view
 
     def _end_at_once(self, batch: Batch, index: int, outcome: Outcome, nbytes: int) -> None:
-        self._count(batch, outcome, nbytes, "none")
+        self._count(batch, outcome, nbytes, "none", self.tiers[0].name)
         batch.settle(index, outcome)
 
     def _view(self, memory: Memory) -> View:
@@ -207,40 +244,100 @@ class Flights:
         region.check()
         return region[:]
 
-    def _board(self, waiter: Waiter, key: BlockKey, priority: Priority) -> None:
+    def _level(self, key: BlockKey, above: int = -1) -> int | None:
+        """The next tier to be asked for a block; None: it is nowhere, as far as that is known."""
+        for level in range(above + 1, len(self.tiers)):
+            tier = self.tiers[level]
+            if level and tier.out:
+                continue  # the tiers before it go on working
+            if not tier.authoritative or tier.contains(key):
+                return level
+        return None
+
+    def _board(self, waiter: Waiter, key: BlockKey, priority: Priority, level: int) -> None:
         """Join the flight of this block, or start one."""
         write = waiter.batch.write
         flight = self._flights.get((key, write))
         if flight is None or not flight.takes(waiter):
-            flight = self._book(waiter, key, priority)
+            flight = Flight(key, waiter, level=level, write=write)
+            self._book(flight, priority)
+            self._flights[key, write] = flight
         else:
             flight.waiters.append(waiter)
             self.counts["joined"] += 1
         waiter.flight = flight
 
-    def _book(self, waiter: Waiter, key: BlockKey, priority: Priority) -> Flight:
-        nbytes = waiter.view.nbytes
-        path = self.ways.path_for(waiter.view, self.tier.plan.alignment)
-        flight = Flight(key, waiter, path, write=waiter.batch.write)
-        lease = path.lease_bytes(nbytes)
-        if lease > self._config.bounce_bytes:
-            rule = f"a block of {nbytes:,} bytes needs {lease:,}; raise it, or align the memory"
+    def _book(self, flight: Flight, priority: Priority) -> None:
+        """Queue a flight for its tier."""
+        view = flight.leader.view
+        flight.path = self.ways.path_for(view, self.tiers[flight.level].plan)
+        lease = flight.path.lease_bytes(view.nbytes)
+        if max(lease, self._relayed(view.nbytes)) > self._config.bounce_bytes:
+            needed = max(lease, self._relayed(view.nbytes))
+            rule = f"a block of {view.nbytes:,} bytes needs {needed:,}; raise it"
+            rule += "" if self.relay else ", or align the memory"
             raise ConfigError("bounce_bytes", self._config.bounce_bytes, rule)
         flight.ticket = self.scheduler.submit(
             flight,
-            lane="store" if flight.write else "load",
-            nbytes=nbytes,
+            lane=_lane(flight.level, write=flight.write),
+            nbytes=view.nbytes,
             bounce_bytes=lease,
             priority=priority,
             now=self._loop.time(),
         )
-        self._flights[key, flight.write] = flight
-        return flight
+
+    def _relayed(self, nbytes: int) -> int:
+        """What a block needs of the bounce region to get from tier to tier."""
+        return image_bytes(nbytes) if self.relay is not None else 0
 
     def _close_boarding(self, flight: Flight) -> None:
         """Nobody may join this flight any more."""
         if self._flights.get((flight.key, flight.write)) is flight:
             del self._flights[flight.key, flight.write]
+
+    # --- asking -----------------------------------------------------------------------
+
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None], start: int = 0) -> None:
+        """How many of the first keys have their blocks in some tier; see ``Tier.prefix``.
+
+        The tiers are asked in turns, each for what follows what those before it have.
+        """
+        if len(self.tiers) == 1:
+            self.tiers[0].prefix(keys, done)
+            return
+        near, far = self.tiers
+
+        def beyond(count: int) -> None:
+            here = start + count
+            if here == len(keys) or far.out:
+                done(here)
+            else:
+                far.prefix(keys[here:], lambda more: again(here, more))
+
+        def again(here: int, more: int) -> None:
+            if more and here + more < len(keys):
+                self.prefix(keys, done, here + more)
+            else:
+                done(here + more)
+
+        near.prefix(keys[start:], beyond)
+
+    def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
+        """Drop a block from all tiers; see ``Tier.delete``."""
+        if len(self.tiers) == 1:
+            self.tiers[0].delete(key, done)
+            return
+        near, far = self.tiers
+
+        def gone(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
+            if error is not None:
+                done(there, error)
+                return
+            if self.relay is not None:
+                self.relay.deleted(key)
+            far.delete(key, lambda also, error: done(there or also, error))
+
+        near.delete(key, gone)
 
     # --- pumping ----------------------------------------------------------------------
 
@@ -260,27 +357,34 @@ class Flights:
             return
         loads: list[Move] = []
         stores: list[Move] = []
+        errands: list[Ticket[Errand]] = []
         for ticket in tickets:
             flight = ticket.op
+            if not isinstance(flight, Flight):
+                errands.append(ticket)
+                continue
             move = self._make_move(flight, ticket)
             (stores if flight.write else loads).append(move)
             self.running.add(flight)
-        if loads:
-            self.tier.load(loads)
+        for level, tier in enumerate(self.tiers):
+            if mine := [move for move in loads if move.owner.level == level]:
+                tier.load(mine)
         if stores:
-            self.tier.store(stores)
+            self.tiers[0].store(stores)
+        for ticket in errands:
+            ticket.op.start(ticket)
 
     def _make_move(self, flight: Flight, ticket: Ticket[Flight]) -> Move:
-        view = flight.leader.view
+        view, tier = flight.leader.view, self.tiers[flight.level]
         move = Move(
             namespace=self._digest,
             key=flight.key,
             view=view,
             write=flight.write,
             path=flight.path,
-            full=self._full,
+            full=tier.checked,
             owner=flight,
-            backend=self.tier.plan.backend,
+            backend=tier.plan.backend,
             stream=flight.leader.batch.stream,
         )
         move.lend(self.ways, ticket.offset or 0, ticket.bounce_bytes)
@@ -311,8 +415,24 @@ class Flights:
 
     def _settle(self, move: Move) -> None:
         flight: Any = move.owner
-        self.scheduler.finish(flight.ticket)
+        if not isinstance(flight, Flight):
+            flight.ended(move)
+            return
+        relay = self.relay
+        hit = move.status == "hit" and not move.abandoned
+        if not (hit and flight.level and relay and relay.promote(flight.ticket, move)):
+            self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
+        if move.status == "miss" and not move.abandoned and self._ask_next(flight):
+            return
+        if move.status in ("stored", "present") and not move.abandoned and relay:
+            self._free_overdue(flight)
+            flight.mirroring = relay.stored(flight)
+            if flight.mirroring:
+                return
+        self._conclude(flight, move)
+
+    def _conclude(self, flight: Flight, move: Move) -> None:
         self._close_boarding(flight)
         if move.abandoned:
             self.quarantined -= len(move.lease)
@@ -322,6 +442,28 @@ class Flights:
             self._copy(flight, move)
         else:
             self._tell(flight, move)
+
+    def _ask_next(self, flight: Flight) -> bool:
+        """Ask the next tier for a block that this one lacks. False: there is none to ask."""
+        level = self._level(flight.key, flight.level)
+        if level is None or not flight.waiters:
+            return False
+        self._free_overdue(flight)
+        if flight.leader not in flight.waiters:
+            self._close_boarding(flight)
+            self._rebook(flight, level)
+            return True
+        flight.level, flight.move = level, None
+        self._book(flight, flight.leader.batch.priority)
+        return True
+
+    def mirrored(self, flight: Flight, error: Exception | None) -> None:
+        """See ``relay.Home``."""
+        assert flight.move is not None  # noqa: S101 - it was stored
+        flight.mirroring = False
+        if error is not None:
+            flight.move.error = error
+        self._conclude(flight, flight.move)
 
     def wake_closer(self) -> None:
         """Something has ended: whoever waits for the end of everything may look again."""
@@ -335,6 +477,7 @@ class Flights:
         if leader.overdue is not None:
             leader.view.release(write=not flight.write)
             leader.overdue.set()
+            leader.overdue = None
 
     def _tell(self, flight: Flight, move: Move) -> None:
         """Tell all who wait. One block was written: of those who share a store, once."""
@@ -357,15 +500,17 @@ class Flights:
         waiter.flight = None
         if waiter.overdue is None:
             waiter.view.release(write=not write)
-        self._count(waiter.batch, outcome, waiter.view.nbytes, path)
+        tier = self.tiers[flight.level].name
+        self._count(waiter.batch, outcome, waiter.view.nbytes, path, tier)
         waiter.batch.settle(waiter.index, outcome)
 
-    def _rebook(self, flight: Flight) -> None:
+    def _rebook(self, flight: Flight, level: int | None = None) -> None:
         """Its first waiter gave up before it moved, others still want the block."""
         waiters, flight.waiters = flight.waiters, []
+        level = flight.level if level is None else level
         for waiter in waiters:
             try:
-                self._board(waiter, flight.key, Priority.DEMAND)
+                self._board(waiter, flight.key, Priority.DEMAND, level)
             except KvgdsError as error:
                 self._end(waiter, Outcome(flight.key, "error", error), "none")
 
@@ -384,8 +529,8 @@ class Flights:
 
         self._run(lambda: _copy_all(move.view, views), ended)
 
-    def _count(self, batch: Batch, outcome: Outcome, nbytes: int, path: str) -> None:
-        status, tier = outcome.status, self.tier.name
+    def _count(self, batch: Batch, outcome: Outcome, nbytes: int, path: str, tier: str) -> None:
+        status = outcome.status
         self.counts[status] += 1
         direction = "store" if batch.write else "load"
         seconds = self._loop.time() - batch.since
@@ -412,7 +557,8 @@ class Flights:
                 again = True
         if again:  # a reactor is copying right now; that takes moments
             self.deadlines.add(batch, self._loop.time() + _COPY_RETRY_S)
-        self.tier.expire()
+        for tier in self.tiers:
+            tier.expire()
         self.wake_closer()
 
     def _give_up(self, waiter: Waiter, flight: Flight) -> bool:
@@ -450,14 +596,17 @@ class Flights:
             direction="store" if flight.write else "load",
             key=flight.key,
             path=path,
-            backend=self.tier.plan.backend,
+            backend=self.tiers[flight.level].plan.backend,
             errno=errno.ETIMEDOUT,
         )
         error.settled = settled
         self._end(waiter, Outcome(flight.key, "error", error), path)
 
     def _leave_queue(self, waiter: Waiter, flight: Flight) -> bool:
-        """Drop a waiter whose I/O has not started. False: it has."""
+        """Drop a waiter whose I/O has not started, or has ended here. False: it is under way."""
+        if flight.mirroring:
+            flight.waiters.remove(waiter)
+            return True
         if flight.ticket.state != "queued":
             return False
         flight.waiters.remove(waiter)
@@ -519,6 +668,24 @@ class Flights:
             batch.left -= len(items) - admitted
             await self._call_off(batch, gone)
             raise
+
+
+def _lane(level: int, *, write: bool) -> str:
+    return f"{'store' if write else 'load'} {level}"
+
+
+def _lanes(config: EngineConfig) -> dict[str, Lane]:
+    """What may be under way: so little to objects that they can't take all of the bounce region."""
+    lanes = {}
+    for level, tier in enumerate(config.tiers):
+        lane = Lane(config.inflight_ops, config.inflight_bytes)
+        if isinstance(tier, ObjectTier):
+            most = config.inflight_bytes
+            if level:
+                most = max(min(most, config.bounce_bytes // 4), 1)
+            lane = Lane(min(config.inflight_ops, 2 * tier.connections), most)
+        lanes |= {_lane(level, write=write): lane for write in (False, True)}
+    return lanes
 
 
 def _path_of(outcome: Outcome, move: Move) -> str:

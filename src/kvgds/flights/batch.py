@@ -124,17 +124,30 @@ class Waiter:
 class Flight:
     """One I/O on one block, and everybody who waits for it."""
 
-    __slots__ = ("copying", "key", "leader", "move", "path", "ticket", "waiters", "write")
+    __slots__ = (
+        "copying",
+        "key",
+        "leader",
+        "level",
+        "mirroring",
+        "move",
+        "path",
+        "ticket",
+        "waiters",
+        "write",
+    )
 
-    def __init__(self, key: BlockKey, leader: Waiter, path: Path, *, write: bool) -> None:
+    def __init__(self, key: BlockKey, leader: Waiter, *, level: int, write: bool) -> None:
         self.key = key
-        self.path = path
+        self.level = level  # number of the tier that it goes to, or comes from
+        self.path: Path
         self.write = write
         self.leader = leader  # whose memory moves, even if it waits no longer
         self.waiters = [leader]
-        self.ticket: Ticket[Flight]
+        self.ticket: Ticket[Any]
         self.move: Move | None = None  # set when it starts
         self.copying = False
+        self.mirroring = False  # stored, and waits for the next tier: memory is used no more
 
     def takes(self, waiter: Waiter) -> bool:
         """Whether one more may share this I/O.

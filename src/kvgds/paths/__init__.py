@@ -9,9 +9,10 @@ from __future__ import annotations
 from kvgds.paths.gds import Gds, settle_gds
 from kvgds.paths.move import Move, Path, checksum_of
 from kvgds.paths.plan import DirectoryPlan, PathPlan, filesystem_of, try_directory
-from kvgds.paths.ways import Ways
+from kvgds.paths.ways import RELAY, Ways
 
 __all__ = [
+    "RELAY",
     "DirectoryPlan",
     "Gds",
     "Move",

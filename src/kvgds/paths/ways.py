@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, image_bytes
+from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
 from kvgds.memory import copy_pieces, pairs
 from kvgds.memory.device import COPIED, NOTHING, cuda
@@ -81,7 +81,7 @@ class _Bounce:
             if not move.work.done:
                 return LATER
             move.leave()
-            self._seal(move)
+            _seal(move)
         return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
 
     def end(self, move: Move) -> Later | None:
@@ -105,13 +105,38 @@ class _Bounce:
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)
         return _After(move, lambda: move.ways.cuda().copy(device, copies))
 
-    @staticmethod
-    def _seal(move: Move) -> None:
-        """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
-        payload = move.lease[PAGE:]
-        payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
-        full = move.algorithm != NO_CHECKSUM
-        move.stamp(checksum_of([payload[: move.nbytes]]) if full else NOTHING)
+
+def _seal(move: Move) -> None:
+    """Complete an image whose payload lies in the lease: padding, checksum and stamp."""
+    payload = move.lease[PAGE:]
+    payload[move.nbytes :] = bytes(len(payload) - move.nbytes)
+    full = move.algorithm != NO_CHECKSUM
+    move.stamp(checksum_of([payload[: move.nbytes]]) if full else NOTHING)
+
+
+class _Relay:
+    """A block whose payload lies in the lease, behind its stamp, and stays there."""
+
+    name = "bounce"
+    holds = True
+
+    def lease_bytes(self, nbytes: int) -> int:
+        return image_bytes(nbytes)
+
+    def begin(self, move: Move) -> Rows | None:
+        if not move.enter():
+            return None
+        if move.write:
+            stamp = Stamp.decode(move.lease[:PAGE])
+            if stamp is not None and move.algorithm in (NO_CHECKSUM, stamp.algorithm):
+                move.stamp(stamp.checksum)  # the one that it was stored with
+            else:
+                _seal(move)
+        return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
+
+    def end(self, move: Move) -> None:
+        if not move.write:
+            move.check(lambda: checksum_of([move.lease[PAGE : PAGE + move.nbytes]]))
 
 
 class _GpuDirect:
@@ -250,6 +275,7 @@ class _After:
 
 DIRECT: Path = _Direct()
 BOUNCE: Path = _Bounce()
+RELAY: Path = _Relay()
 
 
 class Ways:
@@ -269,8 +295,8 @@ class Ways:
         self._lock = threading.Lock()
 
     def choose(self, host: PathPlan, gds: Gds) -> None:
-        """Settle how memory moves to a tier, a GPU's too if there is one. Blocks."""
-        self.plans = (host, *self._gpu_plans(host, gds))
+        """Settle how memory moves to one more tier, a GPU's too if there is one. Blocks."""
+        self.plans += (host, *self._gpu_plans(host, gds))
 
     def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
         devices = 0
@@ -288,11 +314,13 @@ class Ways:
         evidence = (f"{here}; copies through page-locked host memory",)
         return (replace(host, memory="gpu", path="bounce", evidence=evidence, refused=gds.refused),)
 
-    def path_for(self, view: View, alignment: int) -> Path:
-        """The path that a view takes to a tier with this alignment."""
+    def path_for(self, view: View, plan: PathPlan) -> Path:
+        """The path that a view takes to the tier that has this plan."""
         region = view.region
+        if plan.path == "bounce":
+            return BOUNCE
         if region.device is None:
-            return DIRECT if region.zero_copy and view.alignment >= alignment else BOUNCE
+            return DIRECT if region.zero_copy and view.alignment >= plan.alignment else BOUNCE
         if self.gds is not None and region.zero_copy and view.alignment >= PAGE:
             return self.gds
         return BOUNCE

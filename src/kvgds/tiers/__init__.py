@@ -72,6 +72,7 @@ class Tier(Protocol):
     name: str
     plan: PathPlan
     authoritative: bool
+    checked: bool
 
     @property
     def out(self) -> str:

@@ -57,6 +57,7 @@ class Files:
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"files:{settings.root}"
         self.plan: PathPlan
+        self.checked = settings.verify == "full"
         self._settings = settings
         self._services = services
         self._tree = Tree(settings, namespace)

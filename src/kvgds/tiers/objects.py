@@ -52,11 +52,12 @@ class Objects:
 
     Args:
         transport: carries objects, and knows the bucket.
-        alone: whether no other tier stands in front: then it must answer when it opens.
-        changed: is called when the tier goes out, or comes back.
+        changed: is called when the tier goes out, or comes back; None: no tier stands in front,
+            and it must answer when it opens.
     """
 
     authoritative = False
+    checked = True
 
     def __init__(
         self,
@@ -64,9 +65,7 @@ class Objects:
         namespace: Namespace,
         services: Services,
         transport: ObjectTransport,
-        *,
-        alone: bool,
-        changed: Callable[[], None],
+        changed: Callable[[], None] | None,
     ) -> None:
         self.name = f"objects:{settings.bucket}/{settings.prefix}"
         self.plan: PathPlan
@@ -75,7 +74,6 @@ class Objects:
         self._space = namespace.digest.hex()
         self._services = services
         self._transport = transport
-        self._alone = alone
         self._changed = changed
         self._breaker = Breaker()
         self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
@@ -101,7 +99,7 @@ class Objects:
             if error.errno in _WRONG:
                 rule = f"can't be used; see to bucket, keys, region and endpoint: {error}"
                 raise ConfigError("bucket", self._settings.bucket, rule) from None
-            if self._alone:
+            if self._changed is None:
                 text = f"{self.name} does not answer; start it, or see to endpoint"
                 raise PathUnavailable(text, (str(error), *transport.refused)) from None
             self._services.post(self._go_out, str(error))
@@ -251,7 +249,7 @@ class Objects:
     def _stay_out(self, pause: float) -> None:
         _log.warning("%s is left alone: %s", self.name, self._breaker.reason)
         self._try_later(pause)
-        self._changed()
+        self._tell()
 
     def _try_later(self, pause: float) -> None:
         if not self._closed:
@@ -269,7 +267,11 @@ class Objects:
             return
         self._breaker.close()
         _log.warning("%s answers again", self.name)
-        self._changed()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._changed is not None:
+            self._changed()
 
     def _turned_away(self, moves: Sequence[Move]) -> bool:
         """End moves at once while nothing is to be asked."""
@@ -453,7 +455,7 @@ class _Trial:
     abandoned = False
 
     def __init__(self, region: Region, place: str, *, write: bool) -> None:
-        self.regions = [region]
+        self.regions: Sequence[Region] = [region]
         self.place = place
         self.write = write
         self.device_rows: Rows = []

@@ -49,6 +49,7 @@ class Slabs:
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"slabs:{settings.root}"
         self.plan: PathPlan
+        self.checked = settings.verify == "full"
         self._settings = settings
         self._namespace = namespace
         self._services = services
@@ -83,7 +84,7 @@ class Slabs:
 
     def _open_index(self, progress: Callable[[str, int, int], None]) -> None:
         settings, services = self._settings, self._services
-        power, direct = settings.durable == "power", self.plan.direct_io
+        power, direct = settings.durable == "power", bool(self.plan.direct_io)
         path = settings.root / "index.db"
         database = connect(path, power=power, new=not slabs_in(settings.root))
         self._index = index = Index(database, services.post, self._secure)

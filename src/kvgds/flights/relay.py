@@ -1,0 +1,338 @@
+"""Between the tiers of a stack: blocks taken on to the next tier, and back to the first.
+
+What the first tier has and the next lacks is *owed*. It is carried there by way of the bounce
+region, read and checked first, when the settings say: soon, at once because somebody waits for it,
+or before it would be evicted. What was loaded from the next tier lies in the bounce region already,
+and is stored into the first from there, after its reader has it.
+
+Nothing here is remembered over a restart: the first tier knows what is owed. Belongs to the event
+loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvgds.blocks import PAGE, image_bytes
+from kvgds.errors import TransferError
+from kvgds.paths import RELAY, Move
+from kvgds.schedule import Priority
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable, Sequence
+
+    from kvgds.blocks import BlockKey
+    from kvgds.config import ObjectTier
+    from kvgds.flights.batch import Flight
+    from kvgds.paths import Ways
+    from kvgds.schedule import Scheduler, Ticket
+    from kvgds.tiers import Tier
+
+_PAUSE_S = 1.0  # after a failure, before anything is carried on
+_log = logging.getLogger("kvgds")
+
+
+@dataclass(frozen=True, slots=True)
+class RelayStatistics:
+    """What goes on between the tiers of a stack, since the engine was opened.
+
+    Attributes:
+        owed: blocks that the first tier has and the next may lack.
+        uploaded: blocks carried there, or found there.
+        failed: attempts at that which ended in an error; they are repeated.
+        promoted: blocks stored into the first tier since they were loaded from the next.
+    """
+
+    owed: int
+    uploaded: int
+    failed: int
+    promoted: int
+
+
+class Errand(Protocol):
+    """Something of the relay's that has a lease, and moves that end."""
+
+    def start(self, ticket: Ticket[Errand | Flight]) -> None:
+        """It has its lease."""
+
+    def ended(self, move: Move) -> None:
+        """One of its moves has ended."""
+
+
+class Home(Protocol):
+    """What the relay needs of those it works for."""
+
+    scheduler: Scheduler[Flight | Errand]
+    ways: Ways
+
+    def pump_soon(self) -> None:
+        """Something was submitted."""
+
+    def mirrored(self, flight: Flight, error: Exception | None) -> None:
+        """What a store waited for has ended."""
+
+    def wake_closer(self) -> None:
+        """Something has ended."""
+
+
+class Relay:
+    """Carries blocks between the two tiers of a stack; the first one's ``tiers.Backlog``.
+
+    Args:
+        lane: of the scheduler, for what goes to the next tier.
+        bounce_bytes: of the bounce region; a quarter may be lent to promotions.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        settings: ObjectTier,
+        namespace: bytes,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        lane: str,
+        bounce_bytes: int,
+    ) -> None:
+        self.near: Tier
+        self.far: Tier
+        self.home = home
+        self.namespace = namespace
+        self.lane = lane
+        self._loop = loop
+        self._mode = settings.write
+        self._most = settings.connections
+        self._limit_bytes = bounce_bytes // 4
+        self._owed: OrderedDict[BlockKey, int] = OrderedDict()  # its bytes; oldest first
+        self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
+        self._carrying: dict[BlockKey, _Upload] = {}
+        self._promoting: dict[BlockKey, int] = {}
+        self._waiting: dict[BlockKey, list[Flight]] = {}
+        self._pause: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._uploaded = self._failed = self._promoted = 0
+
+    def open(self) -> None:
+        """Both tiers are open: take up what is owed."""
+        self._owed.update(self.near.owed())
+        self._go_on()
+
+    def close(self) -> None:
+        """Begin nothing that nobody waits for; the first tier remembers what is owed."""
+        self._closing = True
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        for upload in list(self._carrying.values()):
+            if upload.key not in self._waiting and self.home.scheduler.cancel(upload.ticket):
+                del self._carrying[upload.key]
+        self._go_on()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._carrying or self._promoting or self._waiting)
+
+    def statistics(self) -> RelayStatistics:
+        """What is owed and was done."""
+        owed = len(self._owed) + len(self._carrying)
+        return RelayStatistics(owed, self._uploaded, self._failed, self._promoted)
+
+    # --- the first tier's backlog -----------------------------------------------------
+
+    @property
+    def out(self) -> bool:
+        """See ``tiers.Backlog``."""
+        return bool(self.far.out)
+
+    def hasten(self, keys: Sequence[BlockKey]) -> None:
+        """See ``tiers.Backlog``."""
+        self._urgent.update((key, None) for key in keys if key in self._owed)
+        self._go_on()
+
+    # --- what the stack tells ---------------------------------------------------------
+
+    def stored(self, flight: Flight) -> bool:
+        """The first tier has a block. Whether its store has to wait for the next tier's."""
+        key = flight.key
+        if flight.move is not None and flight.move.status == "stored":
+            self._owed[key] = flight.leader.view.nbytes
+            self._owed.move_to_end(key)
+        through = self._mode == "through" and (key in self._owed or key in self._carrying)
+        if through:
+            self._waiting.setdefault(key, []).append(flight)
+            self._urgent[key] = None
+        if through and self.out:
+            self._refuse(key, self._out_error(key))
+        self._go_on()
+        return through
+
+    def deleted(self, key: BlockKey) -> None:
+        """Nobody shall have a block any more; it has gone from the first tier."""
+        self._owed.pop(key, None)
+        self._urgent.pop(key, None)
+        if key in self._carrying:
+            self._carrying[key].unwanted = True
+
+    def changed(self) -> None:
+        """The next tier has gone out, or come back."""
+        if self.out:
+            for key in list(self._waiting):
+                self._refuse(key, self._out_error(key))
+        self.near.look_again()
+        self._go_on()
+
+    def _out_error(self, key: BlockKey) -> TransferError:
+        text = f"{self.far.name} is left alone until it answers again: {self.far.out}"
+        return TransferError(f"{text}; {self.near.name} has the block", direction="store", key=key)
+
+    def _refuse(self, key: BlockKey, error: Exception) -> None:
+        self._urgent.pop(key, None)
+        for flight in self._waiting.pop(key, ()):
+            self.home.mirrored(flight, error)
+
+    # --- carrying ---------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Start to carry what should be, as far as that goes."""
+        while len(self._carrying) < self._most and not self.out and self._pause is None:
+            key = self._next()
+            if key is None:
+                return
+            self._carry(key, self._owed.pop(key))
+
+    def _next(self) -> BlockKey | None:
+        while self._urgent:
+            key = self._urgent.popitem(last=False)[0]
+            if key in self._owed and (not self._closing or key in self._waiting):
+                return key
+        if self._closing or self._mode == "demote":
+            return None
+        return next(iter(self._owed), None)
+
+    def _carry(self, key: BlockKey, nbytes: int) -> None:
+        upload = _Upload(self, key, nbytes)
+        self._carrying[key] = upload
+        awaited = key in self._waiting
+        upload.ticket = self.home.scheduler.submit(
+            upload,
+            lane=self.lane,
+            nbytes=nbytes,
+            bounce_bytes=image_bytes(nbytes),
+            priority=Priority.DEMAND if awaited else Priority.BACKGROUND,
+            now=self._loop.time(),
+        )
+        self.home.pump_soon()
+
+    def carried(self, upload: _Upload, error: Exception | None, *, gone: bool) -> None:
+        """A block has come to the next tier, or not."""
+        key = upload.key
+        self.home.scheduler.finish(upload.ticket)
+        del self._carrying[key]
+        if error is None:
+            self._uploaded += not gone
+            for flight in self._waiting.pop(key, ()):
+                self.home.mirrored(flight, None)
+        else:
+            self._not_carried(upload, error)
+        if upload.unwanted:
+            self.far.delete(key, lambda _there, _error: None)
+        self._go_on()
+        self.home.wake_closer()
+
+    def _not_carried(self, upload: _Upload, error: Exception) -> None:
+        self._failed += 1
+        self._refuse(upload.key, error)
+        if not upload.unwanted:
+            self._owed.setdefault(upload.key, upload.nbytes)
+        if self._pause is None and not self._closing:
+            pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
+            self._pause = self._loop.call_later(pause, self._paused)
+
+    def _paused(self) -> None:
+        self._pause = None
+        self.near.look_again()
+        self._go_on()
+
+    # --- promoting --------------------------------------------------------------------
+
+    def promote(self, ticket: Ticket[Flight | Errand], loaded: Move) -> bool:
+        """Store what was loaded into the first tier, too. Whether that now owns the lease."""
+        key, nbytes = loaded.key, ticket.bounce_bytes
+        known = key in self._promoting or self.near.contains(key)
+        if self._closing or known or sum(self._promoting.values()) + nbytes > self._limit_bytes:
+            return False
+        self._promoting[key] = nbytes
+        _Promotion(self, key, loaded.nbytes).start(ticket)
+        return True
+
+    def promoted(self, key: BlockKey, ticket: Ticket[Flight | Errand], *, well: bool) -> None:
+        """A promotion has ended."""
+        self.home.scheduler.finish(ticket)
+        del self._promoting[key]
+        self._promoted += well
+        self.home.pump_soon()
+        self.home.wake_closer()
+
+
+class _Carried:
+    """A block in the bounce region."""
+
+    def __init__(self, relay: Relay, key: BlockKey, nbytes: int) -> None:
+        self.relay = relay
+        self.key = key
+        self.nbytes = nbytes
+        self.unwanted = False
+        self.ticket: Ticket[Flight | Errand]
+
+    def _move(self, tier: Tier, *, write: bool) -> Move:
+        ways, ticket = self.relay.home.ways, self.ticket
+        offset = ticket.offset or 0
+        move = Move(
+            namespace=self.relay.namespace,
+            key=self.key,
+            view=ways.region[offset + PAGE : offset + PAGE + self.nbytes],
+            write=write,
+            path=RELAY,
+            full=tier.checked,
+            owner=self,
+            backend=tier.plan.backend,
+        )
+        move.lend(ways, offset, ticket.bounce_bytes)
+        return move
+
+
+class _Upload(_Carried):
+    """A block on its way to the next tier."""
+
+    def start(self, ticket: Ticket[Flight | Errand]) -> None:
+        self.ticket = ticket
+        self._read = self._move(self.relay.near, write=False)
+        self.relay.near.load([self._read])
+
+    def ended(self, move: Move) -> None:
+        if move.error is not None:
+            self.relay.carried(self, move.error, gone=False)
+        elif move.status == "hit":
+            self.relay.far.store([self._move(self.relay.far, write=True)])
+        else:
+            if move.write:
+                self.relay.near.mirrored([self._read])
+            self.relay.carried(self, None, gone=not move.write)
+
+
+class _Promotion(_Carried):
+    """A block that was loaded from the next tier, on its way into the first."""
+
+    def start(self, ticket: Ticket[Flight | Errand]) -> None:
+        self.ticket = ticket
+        move = self._move(self.relay.near, write=True)
+        move.mirrored = True
+        self.relay.near.store([move])
+
+    def ended(self, move: Move) -> None:
+        self.relay.promoted(self.key, self.ticket, well=move.status == "stored")
