@@ -247,8 +247,8 @@ def put(root: Path, key: bytes, payload: bytes, namespace: Namespace = NAMESPACE
             "SELECT id FROM namespace WHERE digest = ?", (digest(namespace),)
         ).fetchone()
         database.execute("INSERT INTO slab VALUES (?, ?, 1)", (slab, slot_bytes))
-        row = (slab << SLOT_BITS, number, key, 7, len(payload), 1, 7)
-        database.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = (slab << SLOT_BITS, number, key, 7, len(payload), 1, 7, 0)
+        database.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
     path = root / f"slab-{slab:08d}-{slot_bytes}.kv"
     path.write_bytes(whole + bytes(slot_bytes - len(whole)))
 

@@ -381,8 +381,8 @@ def build(root: Path, blocks: int) -> list[bytes]:
         ).fetchone()
         database.execute("BEGIN")
         database.execute("INSERT INTO slab VALUES (0, ?, ?)", (slot_bytes, blocks))
-        rows = ((i, number, key, i + 1, PAGE, 1, i + 1) for i, key in enumerate(keys))
-        database.executemany("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        rows = ((i, number, key, i + 1, PAGE, 1, i + 1, 0) for i, key in enumerate(keys))
+        database.executemany("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
         database.execute("COMMIT")
     slab = root / f"slab-00000000-{slot_bytes}.kv"
     slab.touch(0o600)

@@ -211,7 +211,7 @@ async def test_two_rows_for_one_key(tmp_path: Path) -> None:
         assert await engine.store(b"a", content("second", SIZE - 5))
     with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
         # used later than the newer one, as when it was loaded while that was being written
-        database.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)", (*row[:6], 1 << 60))
+        database.execute("INSERT INTO block VALUES (?,?,?,?,?,?,?,0)", (*row[:6], 1 << 60))
     async with opened(root, tier={"capacity_bytes": MIB}) as engine:
         memory = bytearray(SIZE - 5)
         assert await engine.load(b"a", memory)
@@ -480,7 +480,7 @@ async def test_a_replaced_block_stays_gone(tmp_path: Path) -> None:
     async with opened(root) as engine:
         await engine.store(b"k", bytes(2 * SIZE))
     with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-        database.execute("INSERT INTO block VALUES (?,?,?,?,?,?,?)", old)
+        database.execute("INSERT INTO block VALUES (?,?,?,?,?,?,?,?)", old)
     async with opened(root) as engine:
         assert await engine.load(b"k", bytearray(2 * SIZE))
         assert await engine.delete(b"k")

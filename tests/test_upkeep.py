@@ -413,7 +413,7 @@ def test_an_index_entry_for_a_place_that_is_not_there_is_dropped(tmp_path: Path,
     root = tmp_path / "kv"
     fill(config(root, "slabs"), keys(2))
     sql(root, "UPDATE block SET slot = ? WHERE key = ?", slot, b"key-1")
-    sql(root, "INSERT INTO block VALUES (?, 1, NULL, 1, 1, 1, 1)", slot + 1)
+    sql(root, "INSERT INTO block VALUES (?, 1, NULL, 1, 1, 1, 1, 0)", slot + 1)
     assert kinds(fsck(root)) == ["corrupt", "corrupt"]
     assert fsck(root, repair=True).clean
     assert not fsck(root).problems
@@ -657,7 +657,7 @@ def test_an_index_of_a_later_format_is_left_to_a_later_kvgds(tmp_path: Path) -> 
     root = tmp_path / "kv"
     fill(config(root, "slabs"), keys(1))
     sql(root, "ALTER TABLE block RENAME TO moved")
-    sql(root, "PRAGMA user_version = 2")
+    sql(root, "PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match="use a newer kvgds"):
         listing(root)
     assert "rebuild" not in fsck(root).problems[0].text

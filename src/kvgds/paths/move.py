@@ -37,6 +37,8 @@ class Move:
         status: set by the tier when it ends: ``"hit"``, ``"miss"``, ``"stored"`` or
             ``"present"``; ``error`` is set instead when it failed.
         abandoned: the caller has gone; what arrives must not be published.
+        mirrored: of a store: the next tier has the block already. Of a load: it is for the next
+            tier, and so no use of the block.
     """
 
     __slots__ = (
@@ -52,6 +54,7 @@ class Move:
         "key",
         "lease",
         "lease_address",
+        "mirrored",
         "namespace",
         "nbytes",
         "offset",
@@ -93,6 +96,7 @@ class Move:
         self.status = ""
         self.error: Exception | None = None
         self.abandoned = False
+        self.mirrored = False
         self.lease: memoryview = memoryview(b"")
         self.lease_address = 0
         self.regions: Sequence[Region] = ()

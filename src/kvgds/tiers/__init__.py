@@ -6,12 +6,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
     from kvgds.blocks import BlockKey
     from kvgds.paths import Move, PathPlan
     from kvgds.transport import Transport
+
+
+class Backlog(Protocol):
+    """Takes blocks on to the next tier of a stack. Belongs to the event loop's thread.
+
+    Attributes:
+        out: the next tier doesn't answer: nobody should wait for it.
+    """
+
+    @property
+    def out(self) -> bool:
+        """See above."""
+
+    def hasten(self, keys: Sequence[BlockKey]) -> None:
+        """These are about to be evicted, and the next tier lacks them: take them next.
+
+        May be called again with the same keys.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +42,14 @@ class Services:
         run: runs a function in the engine's small executor, then ``done`` on the event
             loop's thread with the ended future. For file-system calls.
         settle: hands moves back to the engine, each once; on the event loop's thread.
+        backlog: what takes this tier's blocks to the next one; None: it stands alone.
     """
 
     transport: Transport
     post: Callable[..., None]
     run: Callable[[Callable[[], Any], Callable[[Future[Any]], None]], None]
     settle: Callable[[Sequence[Move]], None]
+    backlog: Backlog | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,7 @@ class TierStatistics:
         capacity_bytes: the limit on them.
         evictions: blocks dropped to make room.
         quarantined: places taken out of use because what they gave back was wrong.
+        dropped: blocks evicted before the next tier had them.
         out: why it answers nothing at present; "": it does.
     """
 
@@ -51,6 +72,7 @@ class TierStatistics:
     capacity_bytes: int
     evictions: int
     quarantined: int
+    dropped: int = 0
     out: str = ""
 
 
@@ -98,6 +120,27 @@ class Tier(Protocol):
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block, then tell on the loop whether it was there, once that is durable."""
+
+    def owed(self) -> Iterable[tuple[BlockKey, int]]:
+        """Keys and payload bytes of blocks that the next tier may lack, least recent first.
+
+        Called once, after open. It may give some that the next tier has.
+        """
+
+    def mirrored(self, moves: Sequence[Move]) -> None:
+        """The next tier has the blocks that these loads, which have ended, brought it.
+
+        They are evicted rather than others from now on. That is noted on a best-effort basis:
+        a crash may forget it, so that they are owed again.
+        """
+
+    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
+        """Those who wait for room look again: the backlog's ``out`` has changed, perhaps.
+
+        Args:
+            given_up: blocks that won't be taken until the tier is opened again: they may be
+                evicted as if the next tier had them.
+        """
 
     def statistics(self) -> TierStatistics:
         """What it holds and has done."""

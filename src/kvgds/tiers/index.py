@@ -14,7 +14,7 @@ import queue
 import sqlite3
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import MAX_KEY_BYTES, PAGE
 from kvgds.errors import ConfigError
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-_FORMAT = 1
+# slot, namespace, key, generation, bytes, algorithm, mirrored
+Row: TypeAlias = tuple[int, int, bytes | None, int, int, int, int]
+
+_FORMAT = 2  # 1 lacks `mirrored`
 _APPLICATION = 0x6B766764
 _ROWS = 512  # rows a statement; SQLite's limit is 32,766 parameters
 _SCHEMA = """
@@ -38,9 +41,11 @@ CREATE TABLE block (
     generation INTEGER NOT NULL,
     nbytes INTEGER NOT NULL,
     algorithm INTEGER NOT NULL,
-    used INTEGER NOT NULL           -- larger is later
+    used INTEGER NOT NULL,          -- larger is later
+    mirrored INTEGER NOT NULL DEFAULT 0
 );
 """
+_UPGRADE = "ALTER TABLE block ADD COLUMN mirrored INTEGER NOT NULL DEFAULT 0"
 
 # Finds what no engine writes, a table each. SQLite takes any value in any column, so that without a
 # look at the types a text may turn up wherever a number is counted on.
@@ -57,7 +62,8 @@ _ODD = {
     "WHERE typeof(namespace) != 'integer' OR typeof(key) NOT IN ('blob', 'null') "
     "OR length(key) NOT BETWEEN 1 AND :key OR typeof(generation) != 'integer' "
     "OR typeof(nbytes) != 'integer' OR typeof(algorithm) != 'integer' "
-    "OR typeof(used) != 'integer' OR slot < 0 OR generation < 0 OR nbytes < 0",
+    "OR typeof(used) != 'integer' OR slot < 0 OR generation < 0 OR nbytes < 0 "
+    "OR {mirrored} NOT IN (0, 1)",
 }
 _LIMITS = {
     "opens": (1 << 23) - 2,  # a generation is the number of the next opening, and 40 bits
@@ -77,6 +83,7 @@ class Changes:
         drop: slots whose blocks go.
         touch: slot to its new ``used``.
         quarantine: slots that must never be used again.
+        mirrored: slots whose blocks the next tier has.
         put: rows of the block table.
         add_slab: (id, slot_bytes, slots).
         drop_slab: id; its blocks go too, those in quarantine included.
@@ -85,14 +92,16 @@ class Changes:
     drop: list[int] = field(default_factory=list)
     touch: dict[int, int] = field(default_factory=dict)
     quarantine: list[int] = field(default_factory=list)
-    put: list[tuple[int, int, bytes, int, int, int, int]] = field(default_factory=list)
+    mirrored: list[int] = field(default_factory=list)
+    put: list[tuple[int, int, bytes, int, int, int, int, int]] = field(default_factory=list)
     add_slab: list[tuple[int, int, int]] = field(default_factory=list)
     drop_slab: list[int] = field(default_factory=list)
 
     @property
     def one_statement(self) -> bool:
         """Whether they are only a few blocks that were stored."""
-        others = self.drop or self.touch or self.quarantine or self.add_slab or self.drop_slab
+        marks = self.touch or self.quarantine or self.mirrored
+        others = self.drop or marks or self.add_slab or self.drop_slab
         return 0 < len(self.put) <= _ROWS and not others
 
     def merge(self, other: Changes) -> None:
@@ -100,6 +109,7 @@ class Changes:
         self.drop += other.drop
         self.touch |= other.touch
         self.quarantine += other.quarantine
+        self.mirrored += other.mirrored
         self.put += other.put
         self.add_slab += other.add_slab
         self.drop_slab += other.drop_slab
@@ -134,6 +144,8 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
                 f"BEGIN; PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_FORMAT};"
                 f"{_SCHEMA} COMMIT;"
             )
+        elif _version(database) < _FORMAT:
+            database.executescript(f"BEGIN; {_UPGRADE}; PRAGMA user_version={_FORMAT}; COMMIT;")
     except sqlite3.DatabaseError as error:
         database.close()
         if isinstance(error, sqlite3.OperationalError):
@@ -147,20 +159,26 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
 
 def check_tables(path: Path, database: sqlite3.Connection) -> None:
     """Raise ConfigError unless it is an index, and holds what an engine may have written."""
-    version = database.execute("PRAGMA user_version").fetchone()[0]
+    version = _version(database)
     if version > _FORMAT:
         raise ConfigError("root", str(path), f"has format {version}; use a newer kvgds")
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
     if not tables.issuperset(_ODD):
         raise damaged(path, "tables are missing")
     try:
-        odd = [name for name, query in _ODD.items() if database.execute(query, _LIMITS).fetchone()]
+        mirrored = "mirrored" if version >= _FORMAT else "0"
+        queries = {name: query.format(mirrored=mirrored) for name, query in _ODD.items()}
+        odd = [name for name in queries if database.execute(queries[name], _LIMITS).fetchone()]
     except sqlite3.OperationalError as error:
         if "no such column" not in str(error):
             raise
         raise damaged(path, error) from None
     if odd:
         raise damaged(path, f"what it says of a {odd[0]} can't be")
+
+
+def _version(database: sqlite3.Connection) -> int:
+    return int(database.execute("PRAGMA user_version").fetchone()[0])
 
 
 def damaged(path: Path, why: object) -> ConfigError:
@@ -218,13 +236,11 @@ class Index:
         """All slabs: id, slot bytes, slots."""
         return self._database.execute("SELECT id, slot_bytes, slots FROM slab").fetchall()
 
-    def blocks(self) -> Iterator[list[tuple[int, int, bytes | None, int, int, int]]]:
-        """All blocks, least recently used first, in chunks.
-
-        Each row: slot, namespace, key, generation, bytes, algorithm.
-        """
+    def blocks(self) -> Iterator[list[Row]]:
+        """All blocks, least recently used first, in chunks."""
         query = (
-            "SELECT slot, namespace, key, generation, nbytes, algorithm FROM block ORDER BY used"
+            "SELECT slot, namespace, key, generation, nbytes, algorithm, mirrored "
+            "FROM block ORDER BY used"
         )
         cursor = self._database.execute(query)
         while chunk := cursor.fetchmany(20_000):
@@ -309,8 +325,10 @@ class Index:
             )
         for part in _chunks(changes.quarantine):
             execute(f"UPDATE block SET key = NULL WHERE slot IN ({_marks(part)})", part)
+        for part in _chunks(changes.mirrored):
+            execute(f"UPDATE block SET mirrored = 1 WHERE slot IN ({_marks(part)})", part)
         for rows in _chunks(changes.put):
-            values = ",".join(["(?,?,?,?,?,?,?)"] * len(rows))
+            values = ",".join(["(?,?,?,?,?,?,?,?)"] * len(rows))
             flat = [value for row in rows for value in row]
             execute(f"INSERT OR REPLACE INTO block VALUES {values}", flat)
         for slab in changes.add_slab:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvgds.config import FileTier
-    from kvgds.tiers.index import Index
+    from kvgds.tiers.index import Index, Row
     from kvgds.tiers.slots import Slots
 
     Progress = Callable[[str, int, int], None]
@@ -111,13 +111,13 @@ class Recovery:
         for slab in self._slots.slabs.values():
             self._slots.open_slab(slab, taken)
 
-    def _adopt(self, row: tuple[int, int, bytes | None, int, int, int]) -> int | None:
+    def _adopt(self, row: Row) -> int | None:
         """Take one row of the index; the slot whose row must go, if one must.
 
         Blocks of other namespaces wait for eviction. What this engine may not serve, and what
         has been replaced, goes at once: it would come back when the later one is deleted.
         """
-        slot, namespace, key, generation, nbytes, algorithm = row
+        slot, namespace, key, generation, nbytes, algorithm, mirrored = row
         slots = self._slots
         if key is None:
             slots.quarantined += 1
@@ -130,7 +130,8 @@ class Recovery:
         if unchecked or (rival is not None and rival[1] > generation):
             return slot
         gone = None if rival is None else slots.forget(rival[0]).slot
-        slots.put(slot, key, generation, nbytes, len(slots.blocks))  # rows come in order of use
+        used_at = len(slots.blocks)  # rows come in order of use
+        slots.put(slot, key, generation, nbytes, used_at, mirrored=bool(mirrored))
         return gone
 
     def _sweep(self) -> None:
@@ -144,7 +145,8 @@ class Recovery:
     def _shrink(self) -> None:
         """Give up slabs until the capacity, which may be less than last time, holds."""
         while self._slots.slab_bytes > self._settings.capacity_bytes:
-            slab = self._slots.least_wanted_slab(None)
+            slab = self._slots.least_wanted_slab(None, spare=True)
+            slab = slab or self._slots.least_wanted_slab(None, spare=False)
             if slab is None:  # pragma: no cover - nothing is in flight at open
                 return
             self._slots.remove_slab(slab)

@@ -53,7 +53,8 @@ class Slabs:
         self._settings = settings
         self._namespace = namespace
         self._services = services
-        self._slots = Slots()
+        self._slots = Slots(stacked=services.backlog is not None)
+        self._owed: list[tuple[BlockKey, int]] = []  # until they are asked for
         self._index: Index
         self._supply: Supply
         self._namespace_id = 0
@@ -97,6 +98,7 @@ class Slabs:
         except BaseException:
             index.close()
             raise
+        self._owed = self._slots.all_owed()
         self._supply = Supply(settings, services, index, self._slots, self._send, direct=direct)
         index.start()
 
@@ -160,6 +162,7 @@ class Slabs:
             capacity_bytes=self._settings.capacity_bytes,
             evictions=self._slots.evictions,
             quarantined=self._slots.quarantined,
+            dropped=self._slots.dropped,
         )
 
     def idle(self) -> bool:
@@ -211,10 +214,14 @@ class Slabs:
 
     def _quarantine(self, move: Move) -> None:
         """Take the slot of a provably wrong block out of use, for good."""
-        block = self._slots.blocks.get(move.key)
-        if block is not None and block[:2] == (move.slot, move.generation):
+        if self._is_there(move):
             self._slots.quarantine(move.slot)
             self._index.commit(Changes(quarantine=[move.slot]), _ignore)
+
+    def _is_there(self, move: Move) -> bool:
+        """Whether the block that was loaded is still the one under its key."""
+        block = self._slots.blocks.get(move.key)
+        return block is not None and block[:2] == (move.slot, move.generation)
 
     # --- storing ----------------------------------------------------------------------
 
@@ -241,19 +248,23 @@ class Slabs:
 
     def _written(self, moves: list[Move]) -> None:
         """On a reactor's thread: hand what is down to the index, the rest to the loop."""
-        good = [move for move in moves if move.error is None and not move.abandoned]
-        if len(good) < len(moves):
-            bad = [move for move in moves if move.error is not None or move.abandoned]
+        good: list[Move] = []
+        bad: list[Move] = []
+        for move in moves:  # once: another thread may abandon it meanwhile
+            (bad if move.error is not None or move.abandoned else good).append(move)
+        if bad:
             self._services.post(self._unwritten, bad)
         if not good:
             return
-        rows = []
         for move in good:
-            slot, number = move.slot, move.generation or 0
-            row = (slot, self._namespace_id, move.key, number, move.nbytes, move.algorithm, number)
-            rows.append(row)
-            self._dirty.add(slot >> SLOT_BITS)
-        self._index.commit(Changes(put=rows), partial(self._committed, good))
+            self._dirty.add(move.slot >> SLOT_BITS)
+        put = [self._row(move) for move in good]
+        self._index.commit(Changes(put=put), partial(self._committed, good))
+
+    def _row(self, move: Move) -> tuple[int, int, bytes, int, int, int, int, int]:
+        number = move.generation or 0
+        block = (move.slot, self._namespace_id, move.key, number, move.nbytes, move.algorithm)
+        return (*block, number, int(move.mirrored))
 
     def _unwritten(self, moves: list[Move]) -> None:
         self._moving -= len(moves)
@@ -284,7 +295,7 @@ class Slabs:
                 if old is not None:
                     drops.append(slots.forget(old[0]))
                 number = move.generation or 0
-                slots.put(move.slot, move.key, number, move.nbytes, number)
+                slots.put(move.slot, move.key, number, move.nbytes, number, mirrored=move.mirrored)
                 move.status = "stored"
         for slab in lost:
             slots.abandon_slab(slab)
@@ -296,6 +307,30 @@ class Slabs:
     def _lost(move: Move, slab: Slab) -> TransferError:
         rule = "keep others out of the directory, and store the block again"
         return TransferError(f"{slab.path} {_DELETED}; {rule}", **move.context)
+
+    # --- the next tier ----------------------------------------------------------------
+
+    def owed(self) -> list[tuple[BlockKey, int]]:
+        """See ``Tier.owed``."""
+        owed, self._owed = self._owed, []
+        return owed
+
+    def mirrored(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.mirrored``."""
+        slots = self._slots
+        still = [move for move in moves if self._is_there(move)]
+        still.sort(key=lambda move: -slots.blocks[move.key][3])  # the coldest becomes the first
+        news = [move.slot for move in still if slots.clear(move.key, mirrored=True)]
+        if news:
+            self._index.commit(Changes(mirrored=news), _ignore)
+        self._supply.serve()
+
+    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
+        """See ``Tier.look_again``."""
+        for key in given_up:
+            if key in self._slots.blocks:
+                self._slots.clear(key, mirrored=False)
+        self._supply.serve()
 
     def expire(self) -> None:
         """See ``Tier.expire``."""

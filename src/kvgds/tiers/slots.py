@@ -5,6 +5,9 @@ its way out until that is committed, or in quarantine. One that is being loaded 
 the last load of it has ended. Nothing here waits, and nothing is durable: ``supply`` and ``slabs``
 see to it that the index knows of a change before a slot is used again.
 
+In a stack, a used slot is either *owed* to the next tier, or *clean*: that has the block, has given
+it up, or is not for it to have. A tier that stands alone keeps no such accounts.
+
 Belongs to the event loop's thread; while the directory is opened, to the executor's.
 """
 
@@ -12,17 +15,20 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Container, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from kvgds.blocks import BlockKey
     from kvgds.paths import Move
     from kvgds.transport import File
+
+_used_at = attrgetter("used_at")
 
 Block: TypeAlias = tuple[int, int, int, int]  # slot, generation, bytes, when it was last used
 
@@ -33,6 +39,7 @@ class Forgotten(NamedTuple):
     slot: int
     key: BlockKey | None = None
     block: Block = (0, 0, 0, 0)
+    mirrored: bool = True  # as far as there is a next tier
 
 
 class SizeClass:
@@ -43,6 +50,7 @@ class SizeClass:
         self.slots = 0
         self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
         self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
+        self.clean: OrderedDict[int, bool] = OrderedDict()  # likewise: whether the next tier has it
         self.going = 0  # slots whose removal is being committed
         self.pending = 0  # those, and slots being written
         self.waiting: deque[Move] = deque()  # stores without a slot yet
@@ -51,7 +59,7 @@ class SizeClass:
 class Slab:
     """One slab file and how many of its slots are in use just now."""
 
-    __slots__ = ("busy", "file", "id", "lost", "path", "size", "slots", "used_at")
+    __slots__ = ("busy", "file", "id", "lost", "owed", "path", "size", "slots", "used_at")
 
     def __init__(self, slab_id: int, slots: int, path: Path, file: File, size: SizeClass) -> None:
         self.id = slab_id
@@ -61,6 +69,7 @@ class Slab:
         self.size = size
         self.lost = False  # its file was deleted; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
+        self.owed: set[int] = set()  # slots whose blocks the next tier lacks
         self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
 
     def places(self) -> range:
@@ -72,6 +81,9 @@ class Slab:
 class Slots:
     """The map.
 
+    Args:
+        stacked: whether there is a next tier.
+
     Attributes:
         blocks: what a load would find.
         slabs: by id.
@@ -81,9 +93,11 @@ class Slots:
         holds: loads in flight, by slot.
         orphans: slots to be freed when their last hold ends.
         bytes_used: of slots that blocks use, those of other namespaces included.
+        dropped: blocks evicted before the next tier had them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stacked: bool) -> None:
+        self._stacked = stacked
         self.blocks: dict[BlockKey, Block] = {}
         self.slabs: dict[int, Slab] = {}
         self.sizes: dict[int, SizeClass] = {}
@@ -94,6 +108,7 @@ class Slots:
         self.bytes_used = 0
         self.slab_bytes = 0
         self.evictions = 0
+        self.dropped = 0
         self.quarantined = 0
 
     # --- slabs ------------------------------------------------------------------------
@@ -121,7 +136,7 @@ class Slots:
         gone = [self.forget(slot) for slot in list(size.used) if slot in places]
         free = [slot for slot in size.free if slot in places]
         size.free = [slot for slot in size.free if slot not in places]
-        self.evictions += len(gone)
+        self.count_evicted(gone)
         self.quarantined -= slab.slots - len(gone) - len(free)
         size.slots -= slab.slots
         del self.slabs[slab.id]
@@ -132,23 +147,33 @@ class Slots:
         """Go on with a slab that was to be removed."""
         self.add_slab(slab)
         slab.size.free[:0] = free
-        self.evictions -= len(gone)
+        self.count_evicted(gone, -1)
         self.quarantined += slab.slots - len(gone) - len(free)
         for block in reversed(gone):
             self.remember(block)
 
-    def least_wanted_slab(self, other_than: SizeClass | None) -> Slab | None:
-        """The slab of another class that was not used for longest, and that nobody uses now."""
-        slabs = [slab for slab in self._idle_slabs() if slab.size is not other_than]
-        return min(slabs, key=lambda slab: slab.used_at, default=None)
+    def least_wanted_slab(self, other_than: SizeClass | None, *, spare: bool) -> Slab | None:
+        """The slab of another class that was not used for longest, and that nobody uses now.
 
-    def older_slab(self, size: SizeClass) -> Slab | None:
+        To spare means, here and below, that nothing which the next tier lacks may go.
+        """
+        slabs = [slab for slab in self._idle_slabs(spare=spare) if slab.size is not other_than]
+        return min(slabs, key=_used_at, default=None)
+
+    def older_slab(self, size: SizeClass, *, spare: bool) -> Slab | None:
         """Another class's slab, if all of it is older than anything of this class."""
-        oldest = next(iter(size.used.values()), None)
-        slab = None if oldest is None else self.least_wanted_slab(size)
-        if slab is None or oldest is None or slab.used_at > self.blocks[oldest][3]:
-            return None
-        return slab
+        slab = self.least_wanted_slab(size, spare=spare) if size.used else None
+        return slab if slab is not None and self._older(slab, size) else None
+
+    def _older(self, slab: Slab, size: SizeClass) -> bool:
+        oldest = next(iter(size.used.values()))
+        return oldest is not None and slab.used_at <= self.blocks[oldest][3]
+
+    def owing_slab(self, size: SizeClass) -> Slab | None:
+        """The slab that this class would be given next if its blocks were not owed."""
+        slabs = [slab for slab in self.slabs.values() if slab.owed and slab.size is not size]
+        slab = min(slabs, key=_used_at, default=None)
+        return slab if slab is None or not size.used or self._older(slab, size) else None
 
     def abandon_slab(self, slab: Slab) -> None:
         """Store no more into a slab whose file is lost; its blocks load until it is given up."""
@@ -157,14 +182,15 @@ class Slots:
         size.free = [slot for slot in size.free if slot not in places]
         self.quarantined += before - len(size.free)
 
-    def lost_slab(self) -> Slab | None:
+    def lost_slab(self, *, spare: bool) -> Slab | None:
         """A slab whose file is lost, if nobody uses it now."""
-        return next((slab for slab in self._idle_slabs() if slab.lost), None)
+        return next((slab for slab in self._idle_slabs(spare=spare) if slab.lost), None)
 
-    def _idle_slabs(self) -> Iterator[Slab]:
+    def _idle_slabs(self, *, spare: bool) -> Iterator[Slab]:
         held = {slot >> SLOT_BITS for slot in self.holds}
-        slabs = self.slabs.values()
-        return (slab for slab in slabs if not slab.busy and slab.id not in held)
+        for slab in self.slabs.values():
+            if not slab.busy and slab.id not in held and not (spare and slab.owed):
+                yield slab
 
     # --- slots ------------------------------------------------------------------------
 
@@ -179,7 +205,8 @@ class Slots:
         slot = block[0]
         self._aim(move, slot, block[1])
         self.holds[slot] = self.holds.get(slot, 0) + 1
-        self.touch(move.key, block)
+        if not move.mirrored:
+            self.touch(move.key, block)
 
     def _aim(self, move: Move, slot: int, generation: int) -> Slab:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
@@ -222,26 +249,92 @@ class Slots:
         self.forget(slot)
         self.quarantined += 1
 
-    def victims(self, size: SizeClass, wanted: int) -> list[int]:
-        """The slots of the least recently used blocks that nobody is loading."""
-        recent_last = itertools.islice(size.used, wanted + len(self.holds))
-        return [slot for slot in recent_last if slot not in self.holds][:wanted]
+    def victims(self, size: SizeClass, wanted: int, *, spare: bool) -> list[int]:
+        """The slots of the least recently used blocks that nobody is loading, clean ones first."""
+        if not self._stacked:
+            return self._unheld(size.used, wanted)
+        slots = self._unheld(size.clean, wanted)
+        if len(slots) < wanted and not spare:  # so all that is clean is among them, or held
+            owed = (slot for slot in size.used if slot not in size.clean)
+            slots += self._unheld(owed, wanted - len(slots))
+        return slots
+
+    def _unheld(self, recent_last: Iterable[int], wanted: int) -> list[int]:
+        some = itertools.islice(recent_last, wanted + len(self.holds))
+        return [slot for slot in some if slot not in self.holds][:wanted]
+
+    def owed(self, size: SizeClass, wanted: int) -> list[BlockKey]:
+        """The least recently used blocks that the next tier lacks. Cheap while few are clean."""
+        keys = (key for slot, key in size.used.items() if key and slot not in size.clean)
+        return list(itertools.islice(keys, wanted))
+
+    def all_owed(self) -> list[tuple[BlockKey, int]]:
+        """Keys and bytes of all blocks that the next tier lacks, as they were put."""
+        if not self._stacked:
+            return []
+        slabs = self.slabs
+        items = self.blocks.items()
+        return [(key, at[2]) for key, at in items if at[0] in slabs[at[0] >> SLOT_BITS].owed]
 
     # --- blocks -----------------------------------------------------------------------
 
-    def put(self, slot: int, key: BlockKey, generation: int, nbytes: int, used_at: int) -> None:
+    def put(
+        self,
+        slot: int,
+        key: BlockKey,
+        generation: int,
+        nbytes: int,
+        used_at: int,
+        *,
+        mirrored: bool,
+    ) -> None:
         """Make a block visible: the most recently used."""
         slab = self.slabs[slot >> SLOT_BITS]
         self.blocks[key] = (slot, generation, nbytes, used_at)
         slab.size.used[slot] = key
         slab.used_at = used_at
         self.bytes_used += slab.size.slot_bytes
+        self._account(slab, slot, mirrored=mirrored)
 
     def put_foreign(self, slot: int) -> None:
         """Keep the slot of another namespace's block, which can only be evicted."""
-        size = self.slabs[slot >> SLOT_BITS].size
-        size.used[slot] = None
-        self.bytes_used += size.slot_bytes
+        slab = self.slabs[slot >> SLOT_BITS]
+        slab.size.used[slot] = None
+        self.bytes_used += slab.size.slot_bytes
+        self._account(slab, slot, mirrored=True)
+
+    def _account(self, slab: Slab, slot: int, *, mirrored: bool) -> None:
+        if not self._stacked:
+            return
+        if mirrored:
+            slab.size.clean[slot] = True
+        else:
+            slab.owed.add(slot)
+
+    def clear(self, key: BlockKey, *, mirrored: bool) -> bool:
+        """A block is not owed any more: the next tier has it, or has given it up.
+
+        Among the clean ones it is the first to go if it was not used for longest, else the last.
+
+        Returns:
+            Whether that is news.
+        """
+        slot, _, _, used_at = self.blocks[key]
+        slab = self.slabs[slot >> SLOT_BITS]
+        clean = slab.size.clean
+        if clean.get(slot, -1) >= mirrored:
+            return False
+        coldest = slab.size.used[next(iter(clean))] if clean else None
+        slab.owed.discard(slot)
+        clean[slot] = mirrored
+        if coldest is not None and used_at < self.blocks[coldest][3]:
+            clean.move_to_end(slot, last=False)
+        return True
+
+    def count_evicted(self, gone: Sequence[Forgotten], step: int = 1) -> None:
+        """Blocks were evicted (1), or are back after all (-1)."""
+        self.evictions += step * len(gone)
+        self.dropped += step * sum(not block.mirrored for block in gone)
 
     def touch(self, key: BlockKey, block: Block) -> None:
         """A block is used now."""
@@ -250,6 +343,8 @@ class Slots:
         self.blocks[key] = (slot, generation, nbytes, now)
         slab = self.slabs[slot >> SLOT_BITS]
         slab.size.used.move_to_end(slot)
+        if slot in slab.size.clean:
+            slab.size.clean.move_to_end(slot)
         slab.used_at = now
         self.touched[slot] = now
 
@@ -260,18 +355,26 @@ class Slots:
 
     def forget(self, slot: int) -> Forgotten:
         """Make a block invisible; its slot is not free yet."""
-        size = self.slabs[slot >> SLOT_BITS].size
-        key = size.used.pop(slot)
-        self.bytes_used -= size.slot_bytes
+        slab = self.slabs[slot >> SLOT_BITS]
+        key = slab.size.used.pop(slot)
+        self.bytes_used -= slab.size.slot_bytes
         self.touched.pop(slot, None)
-        return Forgotten(slot) if key is None else Forgotten(slot, key, self.blocks.pop(key))
+        mirrored = slab.size.clean.pop(slot, not self._stacked)
+        slab.owed.discard(slot)
+        if key is None:
+            return Forgotten(slot)
+        return Forgotten(slot, key, self.blocks.pop(key), mirrored)
 
     def remember(self, gone: Forgotten) -> None:
         """The index still names a block, so its slot is not free: go on with it."""
-        size = self.slabs[gone.slot >> SLOT_BITS].size
+        slab = self.slabs[gone.slot >> SLOT_BITS]
+        size = slab.size
         self.bytes_used += size.slot_bytes
         replaced = gone.key is None or gone.key in self.blocks
         size.used[gone.slot] = None if replaced else gone.key
         size.used.move_to_end(gone.slot, last=False)
+        self._account(slab, gone.slot, mirrored=gone.mirrored or replaced)
+        if gone.slot in size.clean:
+            size.clean.move_to_end(gone.slot, last=False)
         if gone.key is not None and not replaced:
             self.blocks[gone.key] = gone.block

@@ -4,6 +4,9 @@ Owns who waits for a slot, and what is done about it. One slab at a time is made
 whose block goes is free once its removal is committed; what the index can't take is as it was
 before. A store ends refused only when nothing under way can give it a slot any more.
 
+In a stack, blocks that the next tier lacks are spared: stores wait until it has them, or doesn't
+answer.
+
 Belongs to the event loop's thread; files are made and removed in the executor.
 """
 
@@ -13,6 +16,7 @@ import errno
 import sqlite3
 from collections import deque
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvgds.errors import StorageFull, TransferError
@@ -112,7 +116,7 @@ class Supply:
 
     def expire(self) -> None:
         """End the waiting of abandoned stores."""
-        for size in self._slots.sizes.values():
+        for size in tuple(self._slots.sizes.values()):
             gone = [move for move in size.waiting if move.abandoned]
             if gone:
                 size.waiting = deque(move for move in size.waiting if not move.abandoned)
@@ -145,27 +149,47 @@ class Supply:
             self._grow(size, room)
             return
         slots = self._slots
-        if size.waiting and (slab := slots.lost_slab() or slots.older_slab(size)):
+        spare = self._spares()
+        if size.waiting and (
+            slab := slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
+        ):
             self._give_up(slab)
             return
         needed = len(size.waiting) - size.going
-        ahead = min(_EVICT, size.slots // 16)
-        evicted = self._evict(size, max(needed, ahead))
+        evicted = self._evict(size, max(needed, _ahead(size)))
         wait = evicted or size.pending or size.used or slots.orphans
         if size.waiting and not wait and not self._steal(size):
             self._refuse(size, lambda: self._too_big(size.slot_bytes))
+        self._hasten(size)
+
+    def _spares(self) -> bool:
+        """Whether blocks that the next tier lacks must stay until it has them."""
+        backlog = self._services.backlog
+        return backlog is not None and not backlog.out
+
+    def _hasten(self, size: SizeClass) -> None:
+        """Have the next tier take what is to be evicted next, for those who wait and some more."""
+        backlog = self._services.backlog
+        if backlog is None or backlog.out:
+            return
+        wanted = min(len(size.waiting) - size.going, _EVICT) + max(_ahead(size), 1)
+        keys = self._slots.owed(size, wanted - len(size.clean)) if wanted > len(size.clean) else []
+        if size.waiting and (slab := self._slots.owing_slab(size)):
+            keys += [key for slot in islice(slab.owed, _EVICT) if (key := slab.size.used[slot])]
+        if keys:
+            backlog.hasten(keys)
 
     def _evict(self, size: SizeClass, wanted: int) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
-        victims = self._slots.victims(size, wanted)
-        self._slots.evictions += len(victims)
+        victims = self._slots.victims(size, wanted, spare=self._spares())
         gone = [self._slots.forget(slot) for slot in victims]
-        self.drop(gone, partial(self._evicted, size, len(gone)))
+        self._slots.count_evicted(gone)
+        self.drop(gone, partial(self._evicted, size, gone))
         return len(gone)
 
-    def _evicted(self, size: SizeClass, blocks: int, error: Exception | None) -> None:
+    def _evicted(self, size: SizeClass, gone: list[Forgotten], error: Exception | None) -> None:
         if error is not None:  # they are back, and would be tried again for ever
-            self._slots.evictions -= blocks
+            self._slots.count_evicted(gone, -1)
             self._refuse(size, lambda: commit_error(self._settings.root, error))
 
     def drop(
@@ -205,9 +229,11 @@ class Supply:
 
     def _steal(self, size: SizeClass) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
-        slab = self._slots.least_wanted_slab(size)
+        spare = self._spares()
+        slab = self._slots.least_wanted_slab(size, spare=spare)
         if slab is None:
-            busy = any(slab.busy for slab in self._slots.slabs.values())
+            slabs = self._slots.slabs.values()
+            busy = any(slab.busy or (spare and slab.owed) for slab in slabs)
             return busy or bool(self._slots.holds)
         self._give_up(slab)
         return True
@@ -239,7 +265,7 @@ class Supply:
     def _not_grown(self, error: BaseException) -> None:
         """The index can't take it, or a file won't go: another try would end alike."""
         self._slab_on_its_way = False
-        for size in self._slots.sizes.values():
+        for size in tuple(self._slots.sizes.values()):
             self._refuse(size, lambda: self._growth_error(error))
 
     def _growth_error(self, error: BaseException) -> Exception:
@@ -293,12 +319,18 @@ class Supply:
         """The disk has no room for another slab: go on with what there is, or say so."""
         self._slab_on_its_way = False
         self._disk_full = True
-        for size in self._slots.sizes.values():
+        for size in tuple(self._slots.sizes.values()):
             if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
                 continue
             if size.used or self._steal(size):
+                self._hasten(size)
                 continue
             self._refuse(size, lambda: self._growth_error(error))
+
+
+def _ahead(size: SizeClass) -> int:
+    """How many blocks to evict at once, though fewer are needed."""
+    return min(_EVICT, size.slots // 16)
 
 
 def _low(size: SizeClass) -> bool:

@@ -153,7 +153,7 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
             (row.slot, numbers[namespace], key, row.generation, row.nbytes, row.algorithm)
             for (namespace, key), row in blocks.items()
         ]
-        index.apply(Changes(put=[(*row, row[3]) for row in rows]))
+        index.apply(Changes(put=[(*row, row[3], 0) for row in rows]))
     finally:
         index.close()
     with open(path, "rb") as file:
