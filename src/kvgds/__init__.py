@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvgds import _starting  # noqa: F401 - before all that takes long to import
 from kvgds.blocks import BlockKey, Namespace, Outcome
-from kvgds.config import EngineConfig, FileTier, load_config
+from kvgds.config import EngineConfig, FileTier, ObjectTier, load_config
 from kvgds.engine import Engine, Operation, Statistics, aligned, open_engine
 from kvgds.errors import (
     BlockCorrupt,
@@ -20,6 +20,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights import Memory
+from kvgds.flights.relay import RelayStatistics
 from kvgds.memory import Cache, Region, View
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import PathPlan
@@ -44,6 +45,7 @@ __all__ = [
     "Memory",
     "Metrics",
     "Namespace",
+    "ObjectTier",
     "Observer",
     "Operation",
     "Outcome",
@@ -52,6 +54,7 @@ __all__ = [
     "Priority",
     "QueueFull",
     "Region",
+    "RelayStatistics",
     "Statistics",
     "StorageFull",
     "TierStatistics",

@@ -325,7 +325,7 @@ def _try(tier: FileTier, part: RootPart) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     part.path, part.backend = plan.path, plan.backend
-    part.direct_io, part.alignment = plan.direct_io, plan.alignment
+    part.direct_io, part.alignment = bool(plan.direct_io), plan.alignment
     part.summary = str(plan).partition("\n")[0].partition(": ")[2].replace(str(folder), part.root)
     part.evidence += [line.replace(str(folder), part.root) for line in plan.evidence]
     sizes = ", ".join(f"{nbytes:,}" for nbytes in _TRIAL_BYTES)

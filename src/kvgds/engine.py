@@ -28,7 +28,6 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights import Batch, Flights, Memory
-from kvgds.flights.relay import RelayStatistics
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Gauge, Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
+    from kvgds.flights.relay import RelayStatistics
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class Engine:
         config, relay = self.config, self._flights.relay
         if isinstance(settings, FileTier):
             mover = transport or NixlTransport(config.transport_threads)
-            services = Services(mover, self._post, self._run, self._flights.settle)
+            services = Services(mover, self._post, self._run, self._flights.settle, relay)
             self._transports.append(mover)
             return _LAYOUTS[settings.layout](settings, config.namespace, services)
         carrier = objects or ObjectTransport(settings)
@@ -184,7 +184,7 @@ class Engine:
     def _start(self, progress: Callable[[str, int, int], None]) -> Ways:
         with contextlib.ExitStack() as stack:
             for transport in self._transports:
-                stack.callback(lambda each=transport: each.close().result())
+                stack.callback(_closed, transport)
                 start = getattr(transport, "start", None)
                 if start is not None:
                     start()
@@ -515,7 +515,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
-        counts = self._flights.counts
+        counts, relay = self._flights.counts, self._flights.relay
         return Statistics(
             queued=self._flights.scheduler.queued,
             in_flight=self._flights.scheduler.running,
@@ -527,7 +527,7 @@ class Engine:
             joined=counts["joined"],
             quarantined_bytes=self._flights.quarantined,
             tiers=tuple(tier.statistics() for tier in self._tiers),
-            relay=self._flights.relay and self._flights.relay.statistics(),
+            relay=None if relay is None else relay.statistics(),
         )
 
     def observe(self, observer: Observer) -> Callable[[], None]:
@@ -672,6 +672,10 @@ async def _opened(
         yield engine
     finally:
         await engine.aclose()
+
+
+def _closed(transport: Transport) -> None:
+    transport.close().result()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:

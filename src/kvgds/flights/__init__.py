@@ -272,23 +272,19 @@ class Flights:
         view = flight.leader.view
         flight.path = self.ways.path_for(view, self.tiers[flight.level].plan)
         lease = flight.path.lease_bytes(view.nbytes)
-        if max(lease, self._relayed(view.nbytes)) > self._config.bounce_bytes:
-            needed = max(lease, self._relayed(view.nbytes))
+        needed = lease if self.relay is None else 2 * image_bytes(view.nbytes)
+        if needed > self._config.bounce_bytes:
             rule = f"a block of {view.nbytes:,} bytes needs {needed:,}; raise it"
             rule += "" if self.relay else ", or align the memory"
             raise ConfigError("bounce_bytes", self._config.bounce_bytes, rule)
         flight.ticket = self.scheduler.submit(
             flight,
             lane=_lane(flight.level, write=flight.write),
-            nbytes=view.nbytes,
+            nbytes=max(view.nbytes, lease),
             bounce_bytes=lease,
             priority=priority,
             now=self._loop.time(),
         )
-
-    def _relayed(self, nbytes: int) -> int:
-        """What a block needs of the bounce region to get from tier to tier."""
-        return image_bytes(nbytes) if self.relay is not None else 0
 
     def _close_boarding(self, flight: Flight) -> None:
         """Nobody may join this flight any more."""
@@ -297,30 +293,21 @@ class Flights:
 
     # --- asking -----------------------------------------------------------------------
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None], start: int = 0) -> None:
-        """How many of the first keys have their blocks in some tier; see ``Tier.prefix``.
-
-        The tiers are asked in turns, each for what follows what those before it have.
-        """
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """How many of the first keys have their blocks in some tier; see ``Tier.prefix``."""
         if len(self.tiers) == 1:
             self.tiers[0].prefix(keys, done)
             return
         near, far = self.tiers
 
         def beyond(count: int) -> None:
-            here = start + count
-            if here == len(keys) or far.out:
-                done(here)
-            else:
-                far.prefix(keys[here:], lambda more: again(here, more))
+            lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
+            if not lacking or far.out:
+                done(count if lacking else len(keys))
+                return
+            far.prefix([keys[n] for n in lacking], lambda more: done([*lacking, len(keys)][more]))
 
-        def again(here: int, more: int) -> None:
-            if more and here + more < len(keys):
-                self.prefix(keys, done, here + more)
-            else:
-                done(here + more)
-
-        near.prefix(keys[start:], beyond)
+        near.prefix(keys, beyond)
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""
@@ -355,7 +342,7 @@ class Flights:
         tickets = self.scheduler.take()
         if not tickets:
             return
-        loads: list[Move] = []
+        loads: list[tuple[int, Move]] = []
         stores: list[Move] = []
         errands: list[Ticket[Errand]] = []
         for ticket in tickets:
@@ -364,10 +351,13 @@ class Flights:
                 errands.append(ticket)
                 continue
             move = self._make_move(flight, ticket)
-            (stores if flight.write else loads).append(move)
+            if flight.write:
+                stores.append(move)
+            else:
+                loads.append((flight.level, move))
             self.running.add(flight)
         for level, tier in enumerate(self.tiers):
-            if mine := [move for move in loads if move.owner.level == level]:
+            if mine := [move for at, move in loads if at == level]:
                 tier.load(mine)
         if stores:
             self.tiers[0].store(stores)
@@ -675,16 +665,19 @@ def _lane(level: int, *, write: bool) -> str:
 
 
 def _lanes(config: EngineConfig) -> dict[str, Lane]:
-    """What may be under way: so little to objects that they can't take all of the bounce region."""
-    lanes = {}
+    """What may be under way.
+
+    In a stack no lane may take all of the bounce region: not one whose server hangs, nor stores
+    that wait for room, because what makes that needs some of it, too.
+    """
+    lanes: dict[str, Lane] = {}
     for level, tier in enumerate(config.tiers):
-        lane = Lane(config.inflight_ops, config.inflight_bytes)
+        ops, most = config.inflight_ops, config.inflight_bytes
         if isinstance(tier, ObjectTier):
-            most = config.inflight_bytes
-            if level:
-                most = max(min(most, config.bounce_bytes // 4), 1)
-            lane = Lane(min(config.inflight_ops, 2 * tier.connections), most)
-        lanes |= {_lane(level, write=write): lane for write in (False, True)}
+            ops = min(ops, 2 * tier.connections)
+        if len(config.tiers) > 1:
+            most = min(most, config.bounce_bytes // (4 if level else 2))
+        lanes |= {_lane(level, write=write): Lane(ops, most) for write in (False, True)}
     return lanes
 
 

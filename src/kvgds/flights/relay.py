@@ -15,7 +15,7 @@ import logging
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
@@ -24,7 +24,7 @@ from kvgds.schedule import Priority
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from kvgds.blocks import BlockKey
     from kvgds.config import ObjectTier
@@ -57,7 +57,7 @@ class RelayStatistics:
 class Errand(Protocol):
     """Something of the relay's that has a lease, and moves that end."""
 
-    def start(self, ticket: Ticket[Errand | Flight]) -> None:
+    def start(self, ticket: Ticket[Any]) -> None:
         """It has its lease."""
 
     def ended(self, move: Move) -> None:
@@ -67,7 +67,7 @@ class Errand(Protocol):
 class Home(Protocol):
     """What the relay needs of those it works for."""
 
-    scheduler: Scheduler[Flight | Errand]
+    scheduler: Scheduler[Any]
     ways: Ways
 
     def pump_soon(self) -> None:
@@ -106,7 +106,7 @@ class Relay:
         self._loop = loop
         self._mode = settings.write
         self._most = settings.connections
-        self._limit_bytes = bounce_bytes // 4
+        self._most_bytes = bounce_bytes
         self._owed: OrderedDict[BlockKey, int] = OrderedDict()  # its bytes; oldest first
         self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
         self._carrying: dict[BlockKey, _Upload] = {}
@@ -117,8 +117,9 @@ class Relay:
         self._uploaded = self._failed = self._promoted = 0
 
     def open(self) -> None:
-        """Both tiers are open: take up what is owed."""
-        self._owed.update(self.near.owed())
+        """Both tiers are open: take up what is owed, as far as the bounce region can hold it."""
+        owed = list(self.near.owed())
+        self._owed.update(each for each in owed if image_bytes(each[1]) <= self._most_bytes)
         self._go_on()
 
     def close(self) -> None:
@@ -152,6 +153,9 @@ class Relay:
     def hasten(self, keys: Sequence[BlockKey]) -> None:
         """See ``tiers.Backlog``."""
         self._urgent.update((key, None) for key in keys if key in self._owed)
+        lost = [key for key in keys if key not in self._owed and key not in self._carrying]
+        if lost:  # later, because the tier is just about to wait for them
+            self._loop.call_soon(self.near.look_again, lost)
         self._go_on()
 
     # --- what the stack tells ---------------------------------------------------------
@@ -233,8 +237,10 @@ class Relay:
         key = upload.key
         self.home.scheduler.finish(upload.ticket)
         del self._carrying[key]
-        if error is None:
-            self._uploaded += not gone
+        if gone:
+            self._refuse(key, TransferError("it was evicted", direction="store", key=key))
+        elif error is None:
+            self._uploaded += 1
             for flight in self._waiting.pop(key, ()):
                 self.home.mirrored(flight, None)
         else:
@@ -260,17 +266,20 @@ class Relay:
 
     # --- promoting --------------------------------------------------------------------
 
-    def promote(self, ticket: Ticket[Flight | Errand], loaded: Move) -> bool:
+    def promote(self, ticket: Ticket[Any], loaded: Move) -> bool:
         """Store what was loaded into the first tier, too. Whether that now owns the lease."""
         key, nbytes = loaded.key, ticket.bounce_bytes
         known = key in self._promoting or self.near.contains(key)
-        if self._closing or known or sum(self._promoting.values()) + nbytes > self._limit_bytes:
+        if self._closing or known or self._promoting_bytes() + nbytes > self._most_bytes // 4:
             return False
         self._promoting[key] = nbytes
         _Promotion(self, key, loaded.nbytes).start(ticket)
         return True
 
-    def promoted(self, key: BlockKey, ticket: Ticket[Flight | Errand], *, well: bool) -> None:
+    def _promoting_bytes(self) -> int:
+        return sum(self._promoting.values())
+
+    def promoted(self, key: BlockKey, ticket: Ticket[Any], *, well: bool) -> None:
         """A promotion has ended."""
         self.home.scheduler.finish(ticket)
         del self._promoting[key]
@@ -287,7 +296,7 @@ class _Carried:
         self.key = key
         self.nbytes = nbytes
         self.unwanted = False
-        self.ticket: Ticket[Flight | Errand]
+        self.ticket: Ticket[Any]
 
     def _move(self, tier: Tier, *, write: bool) -> Move:
         ways, ticket = self.relay.home.ways, self.ticket
@@ -309,9 +318,10 @@ class _Carried:
 class _Upload(_Carried):
     """A block on its way to the next tier."""
 
-    def start(self, ticket: Ticket[Flight | Errand]) -> None:
+    def start(self, ticket: Ticket[Any]) -> None:
         self.ticket = ticket
         self._read = self._move(self.relay.near, write=False)
+        self._read.mirrored = True
         self.relay.near.load([self._read])
 
     def ended(self, move: Move) -> None:
@@ -328,7 +338,7 @@ class _Upload(_Carried):
 class _Promotion(_Carried):
     """A block that was loaded from the next tier, on its way into the first."""
 
-    def start(self, ticket: Ticket[Flight | Errand]) -> None:
+    def start(self, ticket: Ticket[Any]) -> None:
         self.ticket = ticket
         move = self._move(self.relay.near, write=True)
         move.mirrored = True

@@ -442,7 +442,7 @@ class Objects:
     def mirrored(self, moves: Sequence[Move]) -> None:
         """See ``Tier.mirrored``."""
 
-    def look_again(self) -> None:
+    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """See ``Tier.look_again``."""
 
 

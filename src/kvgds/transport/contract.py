@@ -43,10 +43,13 @@ class Transfer(Protocol):
     write: bool  # from memory to the file or object
     file: File
     place: str  # for objects: the object's name; else, words for where it lies
-    abandoned: bool  # nobody waits for it any more
     regions: Sequence[Region]
     nbytes: int
     device: int  # whose memory device_rows name
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
 
     @property
     def device_rows(self) -> Rows:
