@@ -77,6 +77,7 @@ class Kind(Protocol):
 async def engine_of(engine: Engine) -> AsyncIterator[Engine]:
     """An engine, open; a skip with the reason where its path can't be had."""
     tier = engine.config.tiers[0]
+    assert isinstance(tier, FileTier)
     await asyncio.to_thread(tier.root.parent.mkdir, exist_ok=True)
     try:
         await engine.open()

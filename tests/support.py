@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import xxhash
 
-from kvgds import Cache, EngineConfig, FileTier, Namespace, Region
+from kvgds import Cache, EngineConfig, FileTier, Namespace, ObjectTier, Region
 from kvgds.engine import Engine
 from kvgds.testing import HeldTransport
 from kvgds.transport import NixlTransport
+from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -39,8 +40,14 @@ SLOT_BITS = 32
 # --- engines --------------------------------------------------------------------------------
 
 
-def config(root: Path, *, tier: dict[str, Any] | None = None, **changes: Any) -> EngineConfig:
-    """Settings of a small engine, with these changes."""
+def config(
+    root: Path,
+    *,
+    tier: dict[str, Any] | None = None,
+    objects: ObjectTier | None = None,
+    **changes: Any,
+) -> EngineConfig:
+    """Settings of a small engine, with these changes; in front of a bucket, if one is given."""
     file_tier = FileTier(**{"root": root, "capacity_bytes": 16 * MIB, **(tier or {})})
     small = {
         "namespace": NAMESPACE,
@@ -48,14 +55,18 @@ def config(root: Path, *, tier: dict[str, Any] | None = None, **changes: Any) ->
         "timeout_s": 1e5,
         "drain_timeout_s": 10.0,
     }
-    return EngineConfig(**{**small, "tiers": (file_tier,), **changes})
+    tiers = (file_tier,) if objects is None else (file_tier, objects)
+    return EngineConfig(**{**small, "tiers": tiers, **changes})
 
 
 class Watched(Engine):
     """An engine that remembers whose memory it was given, for `check`."""
 
     def __init__(self, settings: EngineConfig, transport: HeldTransport) -> None:
-        super().__init__(settings, transport)
+        last, self.held_objects = settings.tiers[-1], None
+        if isinstance(last, ObjectTier):
+            self.held_objects = HeldTransport(ObjectTransport(last))
+        super().__init__(settings, transport, cast("Any", self.held_objects))
         self.held = transport
         self.regions: list[Region] = []
 
@@ -70,16 +81,15 @@ class Watched(Engine):
         return cache
 
     def tier_idle(self) -> bool:
-        return self._tier.idle()
+        return self._tiers[0].idle()
 
     async def close_tier(self) -> None:
         """What closing leaves undone when a transfer is wedged."""
-        await asyncio.to_thread(self._tier.close)
+        await asyncio.to_thread(self._tiers[0].close)
 
     def check(self) -> None:
         """Everything that was lent has come back, and every slot is somewhere."""
-        flights, tier = self._flights, cast("Any", self._tier)
-        slots = tier._slots
+        flights = self._flights
         scheduler = flights.scheduler
         assert (scheduler.queued, scheduler.running, scheduler.queued_bytes) == (0, 0, 0)
         assert scheduler.free_bounce == self.config.bounce_bytes // PAGE * PAGE
@@ -88,7 +98,14 @@ class Watched(Engine):
         assert flights.quarantined == 0
         assert len(flights.territory._claims) == 0
         assert [region.uses for region in self.regions] == [0] * len(self.regions)
-        assert tier.idle()
+        assert flights.relay is None or not flights.relay.busy
+        assert all(tier.idle() for tier in self._tiers)
+        first = self.config.tiers[0]
+        if isinstance(first, FileTier) and first.layout == "slabs":
+            self._check_slots(cast("Any", self._tiers[0])._slots, first.capacity_bytes)
+
+    @staticmethod
+    def _check_slots(slots: Any, capacity: int) -> None:
         sizes = slots.sizes.values()
         assert not any(size.waiting or size.going or size.pending for size in sizes)
         assert not slots.holds
@@ -101,7 +118,7 @@ class Watched(Engine):
         assert named == sorted(slots.blocks)
         assert slots.bytes_used == sum(len(size.used) * size.slot_bytes for size in sizes)
         assert slots.slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
-        assert slots.slab_bytes <= self.config.tiers[0].capacity_bytes
+        assert slots.slab_bytes <= capacity
         lost = sum(size.slots for size in sizes) - len(used) - len(free)
         assert 0 <= lost <= slots.quarantined
 
@@ -116,9 +133,13 @@ async def opened(root: Path, *, lanes: int = 1, **changes: Any) -> AsyncIterator
         yield engine
     finally:
         engine.held.release()
+        if engine.held_objects is not None:
+            engine.held_objects.release()
         await engine.aclose()
     engine.check()
-    await asyncio.to_thread(check_directory, root, settings.tiers[0].capacity_bytes)
+    first = settings.tiers[0]
+    if isinstance(first, FileTier) and first.layout == "slabs":
+        await asyncio.to_thread(check_directory, root, first.capacity_bytes)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -533,9 +533,10 @@ async def test_statistics_and_metrics_add_up(tmp_path: Path) -> None:
             assert value("kvgds_operations_total", row) == ops, row
             assert value("kvgds_bytes_total", row) == nbytes, row
             assert value("kvgds_operation_seconds_count", row) == ops, row
-        assert value("kvgds_blocks") == 2
-        assert value("kvgds_capacity_bytes") == 16 * MIB
-        assert value("kvgds_used_bytes") == counts.tiers[0].bytes_used
+        labels = {"tier": engine.plan[0].tier}
+        assert value("kvgds_blocks", labels) == 2
+        assert value("kvgds_capacity_bytes", labels) == 16 * MIB
+        assert value("kvgds_used_bytes", labels) == counts.tiers[0].bytes_used
         assert value("kvgds_queued") == value("kvgds_in_flight") == 0
 
 

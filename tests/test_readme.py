@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvgds import load_config
+from kvgds import FileTier, load_config
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -57,8 +57,10 @@ def test_the_settings_are_settings(tmp_path: Path) -> None:
     (tmp_path / "kvgds.toml").write_text(block("toml"))
     environ = {"KVGDS_TIMEOUT_S": "5", "KVGDS_TIERS__0__ROOT": "/other"}
     config = load_config(tmp_path / "kvgds.toml", environ)
-    assert (config.timeout_s, str(config.tiers[0].root)) == (5, "/other")
-    assert config.tiers[0].capacity_bytes == 1 << 40
+    tier = config.tiers[0]
+    assert isinstance(tier, FileTier)
+    assert (config.timeout_s, str(tier.root)) == (5, "/other")
+    assert tier.capacity_bytes == 1 << 40
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((\S+)\)", README.read_text("utf-8")))))

@@ -245,7 +245,8 @@ def _tiers(root: Path | None, config: Path | None) -> list[FileTier]:
 
     tiers: list[FileTier] = []
     if config is not None or any(name.startswith("KVGDS_TIERS") for name in os.environ):
-        tiers += load_config(config, os.environ).tiers
+        found = load_config(config, os.environ).tiers
+        tiers += [tier for tier in found if isinstance(tier, FileTier)]
     if root is not None:
         tiers.append(FileTier(root=root, capacity_bytes=1 << 30))
     return tiers

@@ -128,11 +128,11 @@ class Engine:
         self.metrics = Metrics(self._gauges())
         self._flights = Flights(config, self.metrics, self._run)
         self._transports: list[Transport] = []
-        self._tiers = tuple(self._tier(tier, transport, objects) for tier in config.tiers)
+        self._tiers = tuple(self._make_tier(tier, transport, objects) for tier in config.tiers)
         self._flights.set_tiers(self._tiers)
         self._closing: asyncio.Future[None] | None = None
 
-    def _tier(
+    def _make_tier(
         self,
         settings: FileTier | ObjectTier,
         transport: Transport | None,
