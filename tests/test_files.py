@@ -27,7 +27,7 @@ from kvgds import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.testing import TierContract
+from kvgds.testing import FileTierContract
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class TestContract(TierContract):
+class TestContract(FileTierContract):
     """What every tier must pass."""
 
-    def make_tier_settings(self, root: Path, **changes: Any) -> FileTier:
-        return settings(root, **{"capacity_bytes": 16 << 20, **changes})
+    def make_tiers(self, root: Path, **changes: Any) -> tuple[FileTier]:
+        return (settings(root, **{"capacity_bytes": 16 << 20, **changes}),)
 
     def side_get(self, root: Path, namespace: Namespace, key: bytes) -> bytes | None:
         path = path_of(root, key, namespace)

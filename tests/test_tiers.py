@@ -25,7 +25,7 @@ from kvgds import (
     TransferError,
     open_engine,
 )
-from kvgds.testing import HeldTransport, TierContract
+from kvgds.testing import FileTierContract, HeldTransport
 from kvgds.tiers.space import slot_bytes_for
 from kvgds.transport import NixlTransport
 from support import (
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 SIZE = 3 * PAGE
 
 
-class TestSlabs(TierContract):
-    def make_tier_settings(self, root: Path, **changes: Any) -> FileTier:
-        return FileTier(**{"root": root, "capacity_bytes": 64 << 20, **changes})
+class TestSlabs(FileTierContract):
+    def make_tiers(self, root: Path, **changes: Any) -> tuple[FileTier]:
+        return (FileTier(**{"root": root, "capacity_bytes": 64 << 20, **changes}),)
 
     def side_get(self, root: Path, namespace: Namespace, key: bytes) -> bytes | None:
         return support.stored(root, key, namespace)

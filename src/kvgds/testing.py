@@ -17,16 +17,17 @@ import queue
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from kvgds.blocks import PAGE, Namespace
-from kvgds.config import EngineConfig
+from kvgds.config import EngineConfig, ObjectTier
 from kvgds.engine import Engine
 from kvgds.errors import BlockCorrupt, ClosedError, StorageFull, TransferTimeout
 from kvgds.memory import Arena, region_of
 from kvgds.transport import LATER, File, NixlTransport
+from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bench",
+    "FileTierContract",
     "HeldTransport",
     "PlainTransfer",
     "Stage",
@@ -583,17 +585,17 @@ class TransportContract:
 
 
 class TierContract:
-    """What every tier must pass, seen through an engine.
+    """What every tier, and every stack of tiers, must pass, seen through an engine.
 
-    Hooks: :meth:`make_tier_settings`, and three side doors into a directory that no engine
-    has open; they use none of the code under test.
+    Hooks: :meth:`make_tiers`, and three side doors into what no engine has open; they use none
+    of the code under test. What one root names, a directory or objects, is apart from another's.
     """
 
     namespace = Namespace(model="contract")
     sizes = (1, PAGE - 1, PAGE, PAGE + 1, 300_001)
 
-    def make_tier_settings(self, root: Path, **changes: Any) -> FileTier:  # noqa: ANN401 - any field's
-        """Settings of the tier under test, with these fields changed."""
+    def make_tiers(self, root: Path, **changes: Any) -> tuple[FileTier | ObjectTier, ...]:  # noqa: ANN401 - any field's
+        """Settings of what is under test, the first tier with these fields changed."""
         raise NotImplementedError
 
     def side_get(self, root: Path, namespace: Namespace, key: bytes) -> bytes | None:
@@ -605,7 +607,10 @@ class TierContract:
         raise NotImplementedError
 
     def side_spoil(self, root: Path, namespace: Namespace, key: bytes, at: int) -> None:
-        """Flip the bits of one byte of a block's stored image; the payload begins at 4,096."""
+        """Flip the bits of one byte of a block's stored image, or of all that there are.
+
+        The payload begins at 4,096.
+        """
         raise NotImplementedError
 
     @contextlib.asynccontextmanager
@@ -615,20 +620,22 @@ class TierContract:
         namespace: Namespace | None = None,
         **changes: Any,  # noqa: ANN401 - see the hook
     ) -> AsyncIterator[tuple[Engine, HeldTransport]]:
-        settings = self.make_tier_settings(root, **changes)
         config = EngineConfig(
             namespace=namespace or self.namespace,
-            tiers=(settings,),
+            tiers=await asyncio.to_thread(self.make_tiers, root, **changes),
             bounce_bytes=4 << 20,
             timeout_s=_WAIT_S,
         )
-        transport = HeldTransport(NixlTransport())
-        engine = Engine(config, transport)
+        files, objects, last = HeldTransport(NixlTransport()), None, config.tiers[-1]
+        if isinstance(last, ObjectTier):
+            objects = HeldTransport(ObjectTransport(last))
+        engine = Engine(config, files, cast("ObjectTransport | None", objects))
         await engine.open()
+        first = files if objects is None or len(config.tiers) > 1 else objects
         try:
-            yield engine, transport
+            yield engine, first
         finally:
-            transport.release()
+            first.release()
             await engine.aclose()
 
     async def _get(
@@ -696,8 +703,9 @@ class TierContract:
         async with self._opened(root) as (engine, _):
             assert await engine.store(b"key", self._payload(b"key", PAGE))
         async with self._opened(root) as (engine, transport):
+            before = transport.submitted
             assert not await engine.store(b"key", self._payload(b"key", PAGE))
-            assert transport.submitted == 0
+            assert transport.submitted == before
             assert await self._load(engine, b"key", PAGE) == self._payload(b"key", PAGE)
 
     async def test_deleted_blocks_stay_deleted(self, tmp_path: Path) -> None:
@@ -740,6 +748,61 @@ class TierContract:
                 assert await engine.store(key, self._payload(key, nbytes))
                 assert await self._load(engine, key, nbytes) == self._payload(key, nbytes)
 
+    async def test_namespaces_never_mix(self, tmp_path: Path) -> None:
+        """Two namespaces that differ in one field use one key for different blocks."""
+        root = tmp_path / "kv"
+        changed = {
+            "model": "other",
+            "revision": "other",
+            "layout": "HND",
+            "dtype": "float16",
+            "block_tokens": 32,
+            "rank": 1,
+            "world": 3,
+        }
+        base: dict[str, Any] = {"model": "contract", "world": 2}
+        names = [Namespace(**base), *(Namespace(**{**base, f: v}) for f, v in changed.items())]
+        for number, namespace in enumerate(names):
+            async with self._opened(root, namespace) as (engine, _):
+                assert await self._load(engine, b"key", PAGE) is None
+                assert await engine.store(b"key", self._payload(b"%d" % number, PAGE))
+        for number, namespace in enumerate(names):
+            async with self._opened(root, namespace) as (engine, _):
+                assert await self._load(engine, b"key", PAGE) == self._payload(b"%d" % number, PAGE)
+                assert engine.statistics().tiers[0].blocks == 1
+
+    async def test_a_store_past_its_deadline_is_not_published(self, tmp_path: Path) -> None:
+        """Held before it began, or with its bytes down: nothing of it is ever seen."""
+        root = tmp_path / "kv"
+        stages: tuple[Stage, ...] = ("start", "landing")
+        async with self._opened(root) as (engine, transport):
+            for stage in stages:
+                transport.hold(stage)
+                store = engine.store(stage.encode(), bytes(PAGE + 1), timeout_s=_LATE_S)
+                storing = asyncio.ensure_future(store)
+                await transport.wait_held(stage)
+                skip_time(_LATE_S)
+                try:
+                    await storing
+                except TransferTimeout:
+                    pass
+                else:
+                    raise AssertionError("a held store was acknowledged")
+                transport.release()
+            assert await engine.store(b"sound", bytes(PAGE + 1))
+            assert [await engine.prefix([key]) for key in (b"start", b"landing", b"sound")] == [
+                0,
+                0,
+                1,
+            ]
+        assert [await self._get(root, key) for key in (b"start", b"landing")] == [None, None]
+        async with self._opened(root) as (engine, _):
+            assert await engine.prefix([b"landing"]) == 0
+
+
+class FileTierContract(TierContract):
+    """What every file tier that stands alone must pass besides: it has a capacity."""
+
     async def test_verify_stamp_checks_only_the_stamp(self, tmp_path: Path) -> None:
         """Asked not to check payloads, it doesn't; a wrong stamp it still finds."""
         root = tmp_path / "kv"
@@ -770,29 +833,6 @@ class TierContract:
             assert await self._load(engine, b"key", PAGE) == self._payload(b"key", PAGE)
             assert await engine.delete(b"key")
             assert await self._load(engine, b"key", PAGE) is None
-
-    async def test_namespaces_never_mix(self, tmp_path: Path) -> None:
-        """Two namespaces that differ in one field use one key for different blocks."""
-        root = tmp_path / "kv"
-        changed = {
-            "model": "other",
-            "revision": "other",
-            "layout": "HND",
-            "dtype": "float16",
-            "block_tokens": 32,
-            "rank": 1,
-            "world": 3,
-        }
-        base: dict[str, Any] = {"model": "contract", "world": 2}
-        names = [Namespace(**base), *(Namespace(**{**base, f: v}) for f, v in changed.items())]
-        for number, namespace in enumerate(names):
-            async with self._opened(root, namespace) as (engine, _):
-                assert await self._load(engine, b"key", PAGE) is None
-                assert await engine.store(b"key", self._payload(b"%d" % number, PAGE))
-        for number, namespace in enumerate(names):
-            async with self._opened(root, namespace) as (engine, _):
-                assert await self._load(engine, b"key", PAGE) == self._payload(b"%d" % number, PAGE)
-                assert engine.statistics().tiers[0].blocks == 1
 
     async def test_capacity_holds_and_the_least_recently_used_go(self, tmp_path: Path) -> None:
         """Three times the capacity is stored: the limit holds, the block in use stays."""
@@ -828,34 +868,6 @@ class TierContract:
                 await engine.store(b"%d" % i, self._payload(b"%d" % i, nbytes))
             transport.release()
             assert await loading == self._payload(b"old", nbytes)
-
-    async def test_a_store_past_its_deadline_is_not_published(self, tmp_path: Path) -> None:
-        """Held before it began, or with its bytes down: nothing of it is ever seen."""
-        root = tmp_path / "kv"
-        stages: tuple[Stage, ...] = ("start", "landing")
-        async with self._opened(root) as (engine, transport):
-            for stage in stages:
-                transport.hold(stage)
-                store = engine.store(stage.encode(), bytes(PAGE + 1), timeout_s=_LATE_S)
-                storing = asyncio.ensure_future(store)
-                await transport.wait_held(stage)
-                skip_time(_LATE_S)
-                try:
-                    await storing
-                except TransferTimeout:
-                    pass
-                else:
-                    raise AssertionError("a held store was acknowledged")
-                transport.release()
-            assert await engine.store(b"sound", bytes(PAGE + 1))
-            assert [await engine.prefix([key]) for key in (b"start", b"landing", b"sound")] == [
-                0,
-                0,
-                1,
-            ]
-        assert [await self._get(root, key) for key in (b"start", b"landing")] == [None, None]
-        async with self._opened(root) as (engine, _):
-            assert await engine.prefix([b"landing"]) == 0
 
     async def test_too_big_for_the_tier(self, tmp_path: Path) -> None:
         """A block that never fits is refused; nothing is evicted for it."""

@@ -413,8 +413,10 @@ class Flights:
         if not (hit and flight.level and relay and relay.promote(flight.ticket, move)):
             self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
-        if move.status == "miss" and not move.abandoned and self._ask_next(flight):
-            return
+        if not (flight.write or hit or move.abandoned):
+            if self._ask_next(flight, move.error):
+                return
+            move.error = move.error or flight.doubt
         if move.status in ("stored", "present") and not move.abandoned and relay:
             self._free_overdue(flight)
             flight.mirroring = relay.stored(flight)
@@ -433,8 +435,13 @@ class Flights:
         else:
             self._tell(flight, move)
 
-    def _ask_next(self, flight: Flight) -> bool:
-        """Ask the next tier for a block that this one lacks. False: there is none to ask."""
+    def _ask_next(self, flight: Flight, error: Exception | None) -> bool:
+        """Ask the next tier for a block that this one lacks, or has damaged. False: there is none.
+
+        What was wrong here is told if the next one lacks it as well.
+        """
+        if isinstance(error, ConfigError):
+            return False
         level = self._level(flight.key, flight.level)
         if level is None or not flight.waiters:
             return False
@@ -443,7 +450,7 @@ class Flights:
             self._close_boarding(flight)
             self._rebook(flight, level)
             return True
-        flight.level, flight.move = level, None
+        flight.level, flight.move, flight.doubt = level, None, error
         self._book(flight, flight.leader.batch.priority)
         return True
 

@@ -126,6 +126,7 @@ class Flight:
 
     __slots__ = (
         "copying",
+        "doubt",
         "key",
         "leader",
         "level",
@@ -147,6 +148,7 @@ class Flight:
         self.ticket: Ticket[Any]
         self.move: Move | None = None  # set when it starts
         self.copying = False
+        self.doubt: Exception | None = None  # what was wrong in the tiers asked so far
         self.mirroring = False  # stored, and waits for the next tier: memory is used no more
 
     def takes(self, waiter: Waiter) -> bool:
