@@ -690,12 +690,11 @@ class TierContract:
             assert await self._load(engine, b"other", 1) == bytes(1)
 
     async def test_a_miss_is_an_answer(self, tmp_path: Path) -> None:
-        """Nothing there: False, no I/O, memory as it was."""
-        async with self._opened(tmp_path / "kv") as (engine, transport):
+        """Nothing there: False, memory as it was."""
+        async with self._opened(tmp_path / "kv") as (engine, _):
             assert await self._load(engine, b"absent", PAGE) is None
             assert await engine.prefix([b"absent"]) == 0
             assert not await engine.delete(b"absent")
-            assert transport.submitted == 0
 
     async def test_a_block_that_is_there_is_not_written_again(self, tmp_path: Path) -> None:
         """The second store moves nothing and says so, before and after a restart."""
@@ -802,6 +801,12 @@ class TierContract:
 
 class FileTierContract(TierContract):
     """What every file tier that stands alone must pass besides: it has a capacity."""
+
+    async def test_a_miss_moves_nothing(self, tmp_path: Path) -> None:
+        """What is not there is known without a transfer."""
+        async with self._opened(tmp_path / "kv") as (engine, transport):
+            assert await self._load(engine, b"absent", PAGE) is None
+            assert transport.submitted == 0
 
     async def test_verify_stamp_checks_only_the_stamp(self, tmp_path: Path) -> None:
         """Asked not to check payloads, it doesn't; a wrong stamp it still finds."""

@@ -29,7 +29,7 @@ from kvgds.memory import Arena, region_of
 from kvgds.paths import PathPlan
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.breaker import Breaker
-from kvgds.transport import NotMoved
+from kvgds.transport import File, NotMoved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from kvgds.config import ObjectTier
     from kvgds.memory import Region
     from kvgds.paths import Move
-    from kvgds.transport import File
     from kvgds.transport.contract import Rows
     from kvgds.transport.objects import ObjectTransport
 
@@ -324,7 +323,10 @@ class Objects:
         What is wrong is put away. None: it is as it should be.
         """
         bucket = self._transport.bucket
-        image = bucket.read(move.place)
+        nbytes, image = bucket.size(move.place), bucket.read(move.place)
+        if nbytes != len(image):
+            text = f"{len(image):,} bytes came of an object that has {nbytes or 0:,}"
+            return TransferError(text, errno=errno.EIO, **move.context)
         stamp = Stamp.decode(image[:PAGE])
         if stamp is not None and _whole(stamp, move, image):
             if stamp.nbytes != move.nbytes:
@@ -449,7 +451,7 @@ class Objects:
 class _Trial:
     """A page that goes to the bucket, or comes back behind it; a ``transport.Transfer``."""
 
-    file: File
+    file = File(-1)  # none
     device = 0
     nbytes = PAGE
     abandoned = False

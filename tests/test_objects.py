@@ -1,0 +1,525 @@
+"""The object tier against the contract, on real servers, and through a wire that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import buckets
+from buckets import name_of, payload_of, settings
+from kvgds import (
+    BlockCorrupt,
+    ConfigError,
+    Engine,
+    EngineConfig,
+    Namespace,
+    ObjectTier,
+    PathUnavailable,
+    TransferError,
+    TransferTimeout,
+    open_engine,
+)
+from kvgds.memory import Arena, region_of
+from kvgds.testing import Bench, PlainTransfer, TierContract
+from kvgds.transport import File
+from kvgds.transport.objects import ObjectTransport
+from support import MIB, NAMESPACE, PAGE, Watched, content, until
+from wire import Wire
+from wirefaults import response, s3_error
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from s3 import JuiceServer, MotoServer, S3Server
+
+BACKENDS = ("nixl", "obstore")
+SIZE = 3 * PAGE + 5
+SOON_S = 1.0
+
+
+# --- the transport ------------------------------------------------------------------------------
+
+
+class Carried(PlainTransfer):
+    """A transfer of one piece of the bench's memory to or from an object."""
+
+    def __init__(self, bench: Bench, place: str, at: int, nbytes: int, *, write: bool) -> None:
+        rows = [(bench.base + at, 0, nbytes)]
+        super().__init__(File(-1), [bench.region], rows, write=write, place=place)
+
+
+@pytest.fixture(params=BACKENDS)
+def bench(request: pytest.FixtureRequest, s3: JuiceServer) -> Iterator[ObjectBench]:
+    bucket = s3.make_bucket()
+    tier = settings(s3, bucket, prefix="some/where", backend=request.param, connections=4)
+    transport = ObjectTransport(tier)
+    transport.start()
+    bench = ObjectBench(transport, s3, bucket)
+    try:
+        yield bench
+    finally:
+        transport.close().result(20)
+
+
+class ObjectBench(Bench):
+    """A transport of objects, and the server and bucket that it goes to."""
+
+    def __init__(self, transport: ObjectTransport, server: S3Server, bucket: str) -> None:
+        super().__init__(transport)
+        self.server = server
+        self.bucket = bucket
+
+    def get(self, name: str) -> bytes | None:
+        return self.server.get(self.bucket, f"some/where/{name}")
+
+    def put(self, name: str, data: bytes) -> None:
+        self.server.put(self.bucket, f"some/where/{name}", data)
+
+
+def test_bytes_reach_the_object(bench: ObjectBench) -> None:
+    data = os.urandom(2 * MIB + 1)
+    bench.arena.bytes[PAGE : PAGE + len(data)] = data
+    transfer = Carried(bench, "a/b", PAGE, len(data), write=True)
+    bench.run(transfer)
+    assert transfer.calls == ["begin", "end"]
+    assert bench.get("a/b") == data
+
+
+def test_bytes_reach_the_memory(bench: ObjectBench) -> None:
+    """And the memory around them is untouched."""
+    data = os.urandom(2 * MIB)
+    bench.put("a/b", data)
+    bench.arena.bytes[:] = b"\xee" * len(bench.arena.bytes)
+    transfer = Carried(bench, "a/b", PAGE, len(data), write=False)
+    bench.run(transfer)
+    assert transfer.calls == ["begin", "end"]
+    assert bench.arena.bytes[PAGE : PAGE + len(data)] == data
+    assert bench.arena.bytes[:PAGE] == b"\xee" * PAGE
+    assert bench.arena.bytes[PAGE + len(data) :][:PAGE] == b"\xee" * PAGE
+
+
+def test_one_of_64_is_missing(bench: ObjectBench) -> None:
+    """More at once than there are connections: each ends by itself."""
+    for i in range(64):
+        if i != 17:
+            bench.put(f"{i}", b"%02d" % i * PAGE)
+    transfers = [Carried(bench, f"{i}", 2 * i * PAGE, 2 * PAGE, write=False) for i in range(64)]
+    bench.run(*transfers)
+    for i, transfer in enumerate(transfers):
+        if i == 17:
+            assert transfer.calls == ["begin", "fail"]
+            assert getattr(transfer.error, "errno", None) == errno.ENOENT
+        else:
+            assert transfer.calls == ["begin", "end"]
+            there = bench.arena.bytes[2 * i * PAGE : 2 * (i + 1) * PAGE]
+            assert there == b"%02d" % i * PAGE
+
+
+def test_a_short_object_leaves_no_old_stamp(bench: ObjectBench) -> None:
+    """NIXL says that it has come whole: what lay there before must not be taken for it."""
+    bench.put("short", b"x" * 10)
+    bench.arena.bytes[: 2 * PAGE] = b"\xee" * (2 * PAGE)
+    bench.run(Carried(bench, "short", 0, 2 * PAGE, write=False))
+    assert bench.arena.bytes[:PAGE] == b"x" * 10 + bytes(PAGE - 10)
+
+
+def test_rows_that_do_not_join_are_refused(bench: ObjectBench) -> None:
+    """An object is one piece; a neighbour arrives."""
+    scattered = PlainTransfer(
+        File(-1),
+        [bench.region],
+        [(bench.base, 0, PAGE), (bench.base + 2 * PAGE, PAGE, PAGE)],
+        write=True,
+        place="scattered",
+    )
+    sound = Carried(bench, "sound", 0, PAGE, write=True)
+    bench.run(scattered, sound)
+    assert (scattered.calls, sound.calls) == (["begin", "fail"], ["begin", "end"])
+    assert bench.get("scattered") is None
+
+
+def test_memory_detached_and_used_again(bench: ObjectBench) -> None:
+    bench.put("a", b"x" * PAGE)
+    for _ in range(2):
+        bench.arena.bytes[:PAGE] = bytes(PAGE)
+        bench.run(Carried(bench, "a", 0, PAGE, write=False))
+        bench.transport.detach(bench.region).result(20)
+        assert bench.arena.bytes[:PAGE] == b"x" * PAGE
+
+
+def test_closing_finishes_what_was_submitted(bench: ObjectBench) -> None:
+    transfers = [Carried(bench, f"{i}", 0, PAGE, write=True) for i in range(40)]
+    bench.transport.submit(transfers, bench.desk.put)
+    bench.transport.close().result(20)
+    bench.wait(transfers)
+    assert len(bench.server.names(bench.bucket)) == 40
+
+
+# --- the contract -------------------------------------------------------------------------------
+
+
+class Objects(TierContract):
+    """What every tier must pass, in a bucket."""
+
+    backend = "nixl"
+
+    @pytest.fixture(autouse=True)
+    def _server(self, s3: JuiceServer) -> None:
+        self.server: S3Server = s3
+        self.bucket = s3.make_bucket()
+
+    def make_tiers(self, root: Path, **changes: Any) -> tuple[ObjectTier]:
+        tier = settings(self.server, self.bucket, prefix=root.name, backend=self.backend)
+        return (tier.model_copy(update=changes),)
+
+    def name(self, root: Path, namespace: Namespace, key: bytes) -> str:
+        return name_of(key, namespace, f"{root.name}/")
+
+    def side_get(self, root: Path, namespace: Namespace, key: bytes) -> bytes | None:
+        return payload_of(self.server.get(self.bucket, self.name(root, namespace, key)))
+
+    def side_set(self, root: Path, namespace: Namespace, key: bytes, payload: bytes) -> None:
+        from support import image
+
+        whole = image(namespace, key, 0, payload)
+        self.server.put(self.bucket, self.name(root, namespace, key), whole)
+
+    def side_spoil(self, root: Path, namespace: Namespace, key: bytes, at: int) -> None:
+        buckets.spoil(self.server, self.bucket, self.name(root, namespace, key), at)
+
+
+class TestNixl(Objects):
+    """NIXL's OBJ plugin."""
+
+
+class TestObstore(Objects):
+    """obstore, where the plugin can't be had."""
+
+    backend = "obstore"
+
+
+class TestMoto(Objects):
+    """Another server."""
+
+    @pytest.fixture(autouse=True)
+    def _server(self, moto_s3: MotoServer) -> None:  # type: ignore[override]
+        self.server = moto_s3
+        self.bucket = moto_s3.make_bucket()
+
+
+# --- engines on a wire --------------------------------------------------------------------------
+
+
+class Far:
+    """A bucket behind a wire, with an engine of it alone."""
+
+    def __init__(self, server: S3Server, wire: Wire, backend: str) -> None:
+        self.server = server
+        self.wire = wire
+        self.bucket = server.make_bucket()
+        self.tier = settings(
+            server,
+            self.bucket,
+            endpoint=wire.endpoint,
+            backend=backend,
+            connect_timeout_s=0.5,
+            request_timeout_s=0.5,
+            retries=0,
+        )
+
+    @contextlib.asynccontextmanager
+    async def engine(self, **changes: Any) -> AsyncIterator[Watched]:
+        from kvgds.testing import HeldTransport
+        from kvgds.transport import NixlTransport
+
+        config = EngineConfig(
+            namespace=NAMESPACE,
+            tiers=(self.tier,),
+            **{"bounce_bytes": 2 * MIB, "timeout_s": 20.0, "drain_timeout_s": 20.0, **changes},
+        )
+        engine = Watched(config, HeldTransport(NixlTransport()))
+        await engine.open()
+        try:
+            yield engine
+        finally:
+            self.wire.ok()
+            self.wire.drop()
+            await engine.aclose()
+        engine.check()
+
+    def stored(self, key: bytes) -> bytes | None:
+        return payload_of(self.server.get(self.bucket, name_of(key)))
+
+
+@pytest.fixture(params=BACKENDS)
+def far(request: pytest.FixtureRequest, s3: JuiceServer) -> Iterator[Far]:
+    with Wire(s3.host, s3.port) as wire:
+        yield Far(s3, wire, request.param)
+
+
+Strike = Any
+FAULTS: dict[str, Callable[[Wire], None]] = {
+    "refused": Wire.refuse,
+    "reset": Wire.reset,
+    "reset in the body": lambda wire: wire.reset(after=2000),
+    "cut in the head": lambda wire: wire.truncate(after=30),
+    "cut in the body": lambda wire: wire.truncate(after=2000),
+    "503": lambda wire: wire.answer(s3_error(503, "SlowDown")),
+    "500": lambda wire: wire.answer(s3_error(500, "InternalError")),
+    "403": lambda wire: wire.answer(s3_error(403, "AccessDenied")),
+    "no HTTP": lambda wire: wire.answer(b"what do you mean?\r\n\r\n", close=True),
+}
+WRONG: dict[str, Callable[[Wire], None]] = {
+    "short": lambda wire: wire.answer(response(206, b"x" * 1000), method="GET"),
+    "empty": lambda wire: wire.answer(response(206), method="GET"),
+    "other bytes": lambda wire: wire.corrupt(at=PAGE + 7, method="GET", times=1),
+    "other stamp": lambda wire: wire.corrupt(at=20, method="GET", times=1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_load_fails_with_an_error_of_its_own(far: Far, fault: str) -> None:
+    """The memory is untouched, nothing is leaked, and it loads once the server is well again."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine:
+        await engine.store(b"key", data)
+        FAULTS[fault](far.wire)
+        memory = bytearray(b"\xee" * SIZE)
+        with pytest.raises(TransferError) as caught:
+            await engine.load(b"key", memory, timeout_s=15.0)
+        assert not isinstance(caught.value, TransferTimeout)
+        assert (caught.value.key, caught.value.direction) == (b"key", "load")
+        assert memory == b"\xee" * SIZE
+        far.wire.ok()
+        assert await engine.load(b"key", memory)
+        assert memory == data
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_store_fails_with_an_error_of_its_own(far: Far, fault: str) -> None:
+    async with far.engine() as engine:
+        FAULTS[fault](far.wire)
+        with pytest.raises(TransferError) as caught:
+            await engine.store(b"key", content(b"key", SIZE), timeout_s=15.0)
+        assert not isinstance(caught.value, TransferTimeout)
+        far.wire.ok()
+        assert await engine.store(b"other", content(b"other", SIZE))
+        assert await asyncio.to_thread(far.stored, b"other") == content(b"other", SIZE)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_only_the_upload_fails(far: Far, fault: str) -> None:
+    """The look before it goes well: what the server has then is the block, or nothing."""
+    async with far.engine() as engine:
+        strike = FAULTS[fault]
+        far.wire.hold(method="HEAD")
+        storing = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE), timeout_s=15.0))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        strike(far.wire)
+        with contextlib.suppress(TransferError):
+            await storing
+        found = await asyncio.to_thread(far.stored, b"key")
+        assert found in (None, content(b"key", SIZE))
+
+
+@pytest.mark.parametrize("fault", WRONG)
+async def test_wrong_bytes_never_reach_the_caller(far: Far, fault: str) -> None:
+    """What the server has is sound: the load fails, and the object stays where it is."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine:
+        await engine.store(b"key", data)
+        WRONG[fault](far.wire)
+        memory = bytearray(b"\xee" * SIZE)
+        with pytest.raises((TransferError, BlockCorrupt)):
+            await engine.load(b"key", memory)
+        assert memory == b"\xee" * SIZE
+        far.wire.ok()
+        assert await engine.load(b"key", memory)
+        assert memory == data
+        assert engine.statistics().tiers[0].quarantined == 0
+
+
+@pytest.mark.parametrize("fault", ["black_hole", "drip"])
+async def test_no_answer_costs_no_more_than_the_deadline(far: Far, fault: str) -> None:
+    """Nor does it keep the caller's memory; the bounce memory comes back with the request's end."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine:
+        await engine.store(b"key", data)
+        if fault == "drip":
+            far.wire.drip(20)
+        else:
+            far.wire.black_hole()
+        memory = bytearray(b"\xee" * SIZE)
+        began = time.monotonic()
+        with pytest.raises(TransferError) as caught:
+            await engine.load(b"key", memory, timeout_s=SOON_S)
+        assert time.monotonic() - began < 2 * SOON_S
+        assert getattr(caught.value, "settled", None) is None
+        memory[:] = bytes(SIZE)
+        far.wire.ok()
+        far.wire.drop()
+        await until(lambda: engine.statistics().quarantined_bytes == 0)
+        assert memory == bytes(SIZE)
+
+
+async def test_a_missing_block_is_no_failure(far: Far) -> None:
+    """However many there are, the breaker stays closed."""
+    async with far.engine() as engine:
+        keys = [b"%d" % i for i in range(64)]
+        items = [(key, bytearray(SIZE)) for key in keys]
+        await engine.store_many([(key, content(key, SIZE)) for key in keys if key != b"17"])
+        outcomes = await engine.load_many(items)
+        assert [outcome.status for outcome in outcomes].count("hit") == 63
+        assert outcomes[17].status == "miss"
+        for key, memory in items:
+            if key != b"17":
+                assert memory == content(key, SIZE)
+        assert await engine.prefix(keys) == 17
+        for _ in range(5):
+            assert not await engine.load(b"nowhere", bytearray(SIZE))
+        assert engine.statistics().tiers[0].out == ""
+
+
+# --- the breaker --------------------------------------------------------------------------------
+
+
+async def test_a_dead_server_is_left_alone_and_comes_back(
+    far: Far, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After some failures operations end at once, without a request; one trial ends that."""
+    async with far.engine() as engine:
+        await engine.store(b"key", content(b"key", SIZE))
+        far.wire.refuse()
+        while not engine.statistics().tiers[0].out:
+            with pytest.raises(TransferError):
+                await engine.load(b"key", bytearray(SIZE))
+        connections = far.wire.connections
+        (load,) = await engine.load_many([(b"key", bytearray(SIZE))])
+        (store,) = await engine.store_many([(b"new", bytes(SIZE))])
+        for outcome in (load, store):
+            assert isinstance(outcome.error, TransferError)
+            assert outcome.error.errno == errno.EHOSTDOWN
+            assert "left alone" in str(outcome.error)
+        with pytest.raises(TransferError, match="left alone"):
+            await engine.delete(b"key")
+        assert await engine.prefix([b"other"]) == 0
+        assert far.wire.connections == connections
+        far.wire.ok()
+        async with asyncio.timeout(10):
+            while engine.statistics().tiers[0].out:  # noqa: ASYNC110 - a timer of its own ends it
+                await asyncio.sleep(0)
+        assert await engine.load(b"key", bytearray(SIZE))
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["left alone" in line for line in said] == [True, False]
+    assert "answers again" in said[-1]
+
+
+async def test_a_hanging_server_is_left_alone(far: Far) -> None:
+    """One request without an answer is enough: nobody else is sent there."""
+    async with far.engine() as engine:
+        await engine.store(b"key", content(b"key", SIZE))
+        far.wire.drip(20)
+        loading = asyncio.ensure_future(engine.load(b"key", bytearray(SIZE), timeout_s=8.0))
+        async with asyncio.timeout(7):
+            while not engine.statistics().tiers[0].out:  # noqa: ASYNC110 - a timer of its own ends it
+                await asyncio.sleep(0)
+        (outcome,) = await engine.load_many([(b"other", bytearray(SIZE))])
+        assert isinstance(outcome.error, TransferError)
+        far.wire.ok()
+        far.wire.drop()
+        with contextlib.suppress(TransferError):
+            await loading
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+async def _open(tier: ObjectTier) -> Engine:
+    config = EngineConfig(namespace=NAMESPACE, tiers=(tier,), bounce_bytes=MIB)
+    async with open_engine(config) as engine:
+        return engine
+
+
+async def test_the_plan_says_what_it_rests_on(s3: JuiceServer) -> None:
+    bucket = s3.make_bucket()
+    for backend, name in (("auto", "OBJ"), ("nixl", "OBJ"), ("obstore", "obstore")):
+        engine = await _open(settings(s3, bucket, backend=backend))
+        (plan,) = engine.plan
+        assert (plan.path, plan.backend, plan.direct_io) == ("bounce", name, None)
+        assert plan.evidence == ("an object went there and back",)
+        assert str(plan).startswith(f"objects:{bucket}/: host memory bounce via {name}\n")
+    names = await asyncio.to_thread(s3.names, bucket)
+    assert [name.rpartition("/")[2] for name in names] == ["namespace.json"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"secret_key": "not-the-secret"}, "403"),
+        ({"access_key": "nobody"}, "403"),
+        ({"bucket": "no-such-bucket"}, "NoSuchBucket"),
+    ],
+)
+async def test_wrong_settings_are_told_before_anything_is_stored(
+    s3: JuiceServer, backend: str, changes: dict[str, str], says: str
+) -> None:
+    bucket = s3.make_bucket()
+    tier = settings(s3, bucket, backend=backend, **changes)
+    with pytest.raises(ConfigError, match="bucket=.*see to bucket, keys, region and") as caught:
+        await _open(tier)
+    assert says in str(caught.value)
+    assert "not-the-secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_nobody_there(s3: JuiceServer, backend: str) -> None:
+    with Wire(s3.host, s3.port) as wire:
+        wire.refuse()
+        tier = settings(s3, s3.make_bucket(), endpoint=wire.endpoint, backend=backend, retries=0)
+        with pytest.raises(PathUnavailable, match="does not answer"):
+            await _open(tier)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_tls_with_an_authority_of_our_own(s3: JuiceServer, backend: str) -> None:
+    with Wire(s3.host, s3.port, tls=True) as wire:
+        bucket = s3.make_bucket()
+        tier = settings(s3, bucket, endpoint=wire.endpoint, backend=backend, retries=0)
+        with pytest.raises(PathUnavailable, match="does not answer"):
+            await _open(tier)
+        trusting = settings(
+            s3, bucket, endpoint=wire.endpoint, backend=backend, ca_bundle=wire.ca_bundle
+        )
+        config = EngineConfig(namespace=NAMESPACE, tiers=(trusting,), bounce_bytes=2 * MIB)
+        async with open_engine(config) as engine:
+            assert await engine.store(b"key", content(b"key", SIZE))
+            memory = bytearray(SIZE)
+            assert await engine.load(b"key", memory)
+            assert memory == content(b"key", SIZE)
+        assert await asyncio.to_thread(s3.names, bucket)
+
+
+@pytest.mark.parametrize("text", ["", "no certificate"])
+async def test_an_authority_that_is_none(s3: JuiceServer, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ca.pem"
+    if text:
+        path.write_text(text)
+    tier = ObjectTier(
+        bucket="kvgds",
+        endpoint="https://127.0.0.1:9",
+        access_key="a",
+        secret_key="b",
+        ca_bundle=path,
+    )
+    with pytest.raises(ConfigError, match="ca_bundle="):
+        await _open(tier)
