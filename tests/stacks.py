@@ -130,7 +130,8 @@ class Stacked(Watched):
         return tier.evictions, tier.dropped
 
     async def aclose(self) -> None:
-        self._slabs = list(cast("Any", self.tier)._slots.slabs.values())  # closing forgets them
+        if isinstance(self.tier, Slabs):
+            self._slabs = list(self.tier._slots.slabs.values())  # closing forgets them
         await super().aclose()
 
     def check(self) -> None:
@@ -155,6 +156,19 @@ async def stacked(root: Path, slots: int = 4, **changes: Any) -> AsyncIterator[S
         await engine.aclose()
     engine.check()
     await asyncio.to_thread(check_directory, root, settings.tiers[0].capacity_bytes)
+
+
+@contextlib.asynccontextmanager
+async def sharing(root: Path, slots: int = 64, **changes: Any) -> AsyncIterator[Stacked]:
+    """An engine on a directory of files with room for so many blocks."""
+    tier = {"layout": "files", "capacity_bytes": slots * SLOT}
+    engine = Stacked(config(root, tier=tier, **changes))
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        engine.held.release()
+        await engine.aclose()
 
 
 def marks(root: Path) -> dict[bytes, int]:
