@@ -240,6 +240,23 @@ async def test_of_two_that_store_one_block_it_is_owed_once(tmp_path: Path) -> No
             assert marked(root, A) == [A]
 
 
+async def test_a_marker_that_goes_while_its_block_comes_is_made_again(tmp_path: Path) -> None:
+    """Without links: whoever removed the block that was there has removed the marker as well."""
+    with FaultyDisk(tmp_path) as disk:
+        disk.fail("link", errno.EPERM)
+        root = disk.root / "kv"
+        async with stacked(root) as engine:
+            engine.held.hold("landing")
+            storing = engine.start(A)
+            await engine.held.wait_held("landing")
+            with sharing.locked(root):
+                engine.held.release()
+                await until(marker(root, A).exists)
+                marker(root, A).unlink()
+            assert await storing
+            assert marked(root, A) == [A]
+
+
 async def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "kv", tmp_path / "elsewhere"
     elsewhere.mkdir()
