@@ -20,8 +20,6 @@ from kvgds.blocks import PAGE, Stamp, image_bytes
 from kvgds.tiers.folders import SAFE, Folders, entries_of, status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvgds.blocks import BlockKey
 
 _NAME = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{2})\.([0-9a-f]{40}\.kv)")
@@ -72,7 +70,7 @@ class Debts:
         names = (_NAME.fullmatch(entry.name) for entry in entries_of("owed", self._root))
         return {"/".join(name.groups()) for name in names if name}
 
-    def blocks(self, space: str, place_of: Callable[[BlockKey], str]) -> list[tuple[BlockKey, int]]:
+    def blocks(self, space: str) -> list[tuple[BlockKey, int]]:
         """Keys and payload bytes of a namespace's marked blocks, least recently used first.
 
         Sweeps markers that have lost their block.
@@ -88,7 +86,7 @@ class Debts:
                 continue
             except OSError:  # nothing that a load would read
                 continue
-            if block is not None and place_of(block[1]) == place:
+            if block is not None:
                 found.append(block)
         return [block[1:] for block in sorted(found)]
 

@@ -200,7 +200,7 @@ class Tree:
 
     def owed(self) -> list[tuple[BlockKey, int]]:
         """Keys and bytes of the namespace's blocks that the next tier may lack."""
-        return self._debts.blocks(self._space, self.place)
+        return self._debts.blocks(self._space)
 
     def close(self) -> None:
         """Let go of the directory."""
