@@ -60,7 +60,8 @@ class Files:
         self.checked = settings.verify == "full"
         self._settings = settings
         self._services = services
-        self._tree = Tree(settings, namespace)
+        self._tree = Tree(settings, namespace, stacked=services.backlog is not None)
+        self._owed: list[tuple[BlockKey, int]] = []  # until they are asked for
         self._known: set[bytes] = set()
         self._errands = Errands()
         self._waiting: list[Store] = []  # for room; in order
@@ -82,6 +83,7 @@ class Files:
             self._tree.direct = os.O_DIRECT if found.direct_io else 0
             self._tree.recover()
             self._known = self._tree.listing(progress)
+            self._owed = self._tree.owed()
         except OSError as error:
             self._tree.close()
             rule = f"can't be used: {explain(error)}"
@@ -123,6 +125,7 @@ class Files:
             capacity_bytes=self._settings.capacity_bytes,
             evictions=self._tree.room.evictions,
             quarantined=self._tree.quarantined,
+            dropped=self._tree.room.dropped,
         )
 
     def idle(self) -> bool:
@@ -189,7 +192,8 @@ class Files:
             self._unpin(move.place)
             if move.status == "hit":
                 self._known.add(known_as(move.place))
-                self._tree.room.note_use(move.place)
+                if not move.mirrored:
+                    self._tree.room.note_use(move.place)
             elif move.status == "miss":
                 self._known.discard(known_as(move.place))
         self._end(moves, len(moves))
@@ -208,6 +212,22 @@ class Files:
         self._errands.stores[:0] = self._waiting
         self._waiting = []
         self._do_errands()
+
+    # --- the next tier ----------------------------------------------------------------
+
+    def owed(self) -> list[tuple[BlockKey, int]]:
+        """See ``Tier.owed``; other processes may owe them as well."""
+        owed, self._owed = self._owed, []
+        return owed
+
+    def mirrored(self, moves: Sequence[Move]) -> None:
+        """See ``Tier.mirrored``."""
+        self._under_way += len(moves)
+        self._errands.mirrored += [move.place for move in moves]
+        self._do_errands()
+
+    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
+        """Nobody waits for the next tier: what that lacks goes last, but it goes."""
 
     # --- storing, quarantining, deleting ----------------------------------------------
 
@@ -255,7 +275,8 @@ class Files:
     def _do_errands(self) -> None:
         """Start the next job, unless one is running: it will start the next when it ends."""
         errands = self._errands
-        if self._busy or not (errands.stores or errands.corrupt or errands.deletes):
+        wanted = errands.stores or errands.corrupt or errands.deletes or errands.mirrored
+        if self._busy or not wanted:
             return
         self._errands = Errands()
         self._busy = True
@@ -283,8 +304,9 @@ class Files:
             self._known.discard(known_as(delete.place))
             failed = delete.error or (TransferError(str(error)) if error else None)
             delete.done(delete.there, failed)
-        if ended or errands.deletes:
-            self._end(ended, len(ended) + len(errands.deletes))
+        others = len(errands.deletes) + len(errands.mirrored)
+        if ended or others:
+            self._end(ended, len(ended) + others)
         self._look_after_waiting(progress)
         self._do_errands()
 

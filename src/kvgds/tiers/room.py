@@ -19,11 +19,13 @@ from kvgds.tiers.ledger import reserved_by
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvgds.tiers.debts import Debts
     from kvgds.tiers.ledger import Ledger, Owner
 
 NAME = re.compile(r"[0-9a-f]{40}\.kv")
 _SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
+_LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
 _LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
 
 
@@ -39,14 +41,23 @@ class Room:
         pins: blocks being loaded, which are not evicted; kept by the loop's thread.
         reserved: bytes that unfinished stores of all processes held when last counted.
         evictions: blocks removed to make room.
+        dropped: those of them that the next tier of a stack lacked.
     """
 
     def __init__(
-        self, root: int, ledger: Ledger, owner: Owner, capacity_bytes: int, space: str
+        self,
+        root: int,
+        ledger: Ledger,
+        owner: Owner,
+        capacity_bytes: int,
+        *,
+        space: str,
+        debts: Debts,
     ) -> None:
         self.pins: dict[str, int] = {}
         self.reserved = 0
-        self.evictions = 0
+        self.evictions = self.dropped = 0
+        self._debts = debts
         self._root = root
         self._ledger = ledger
         self._owner = owner
@@ -72,8 +83,9 @@ class Room:
         capacity = self._capacity
         low = min(capacity - need, int(capacity * _LOW))
         goal = max(self._ledger.used, capacity) - low + forced
+        owed = self._debts.places()
         for _ in range(2):
-            total, oldest = self._count(goal)
+            total, oldest = self._count(goal, owed)
             target = min(total if total + need <= capacity else low, total - forced)
             if total - target <= goal:
                 break
@@ -85,6 +97,9 @@ class Room:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(place, dir_fd=self._root)
+            if place in owed:
+                self._debts.unmark(place)
+                self.dropped += 1
             left -= nbytes
             space = place.partition("/")[0]
             self.evictions += space != "quarantine"
@@ -93,7 +108,7 @@ class Room:
         self._ledger.set(left)
         return total - left
 
-    def _count(self, goal: int) -> tuple[int, list[tuple[int, str, int]]]:
+    def _count(self, goal: int, owed: set[str]) -> tuple[int, list[tuple[int, str, int]]]:
         """Bytes taken; and of the files to evict first so many bytes: -recency, path, bytes."""
         total, unfinished, _ = self.sweep()
         self.reserved = total
@@ -105,7 +120,7 @@ class Room:
             total += found.st_size
             if place in self.pins:
                 continue
-            last = max(when, self._recent.get(place, 0))
+            last = max(when, self._recent.get(place, 0)) + (place in owed and _LAST)
             if held >= goal and (not heap or -last <= heap[0][0]):
                 continue
             heapq.heappush(heap, (-last, place, found.st_size))

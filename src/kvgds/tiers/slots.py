@@ -249,14 +249,17 @@ class Slots:
         self.forget(slot)
         self.quarantined += 1
 
-    def victims(self, size: SizeClass, wanted: int, *, spare: bool) -> list[int]:
-        """The slots of the least recently used blocks that nobody is loading, clean ones first."""
+    def victims(self, size: SizeClass, wanted: int, forced: int) -> list[int]:
+        """The slots of the least recently used blocks that nobody is loading, clean ones first.
+
+        Of those that are owed no more than it takes to have ``forced``.
+        """
         if not self._stacked:
             return self._unheld(size.used, wanted)
         slots = self._unheld(size.clean, wanted)
-        if len(slots) < wanted and not spare:  # so all that is clean is among them, or held
+        if len(slots) < forced:  # so all that is clean is among them, or held
             owed = (slot for slot in size.used if slot not in size.clean)
-            slots += self._unheld(owed, wanted - len(slots))
+            slots += self._unheld(owed, forced - len(slots))
         return slots
 
     def _unheld(self, recent_last: Iterable[int], wanted: int) -> list[int]:

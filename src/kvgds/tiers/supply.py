@@ -156,7 +156,7 @@ class Supply:
             self._give_up(slab)
             return
         needed = len(size.waiting) - size.going
-        evicted = self._evict(size, max(needed, _ahead(size)))
+        evicted = self._evict(size, needed, _ahead(size))
         wait = evicted or size.pending or size.used or slots.orphans
         if size.waiting and not wait and not self._steal(size):
             self._refuse(size, lambda: self._too_big(size.slot_bytes))
@@ -179,9 +179,10 @@ class Supply:
         if keys:
             backlog.hasten(keys)
 
-    def _evict(self, size: SizeClass, wanted: int) -> int:
+    def _evict(self, size: SizeClass, needed: int, ahead: int = 0) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
-        victims = self._slots.victims(size, wanted, spare=self._spares())
+        forced = 0 if self._spares() else needed
+        victims = self._slots.victims(size, max(needed, ahead), forced)
         gone = [self._slots.forget(slot) for slot in victims]
         self._slots.count_evicted(gone)
         self.drop(gone, partial(self._evicted, size, gone))

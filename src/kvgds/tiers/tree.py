@@ -7,6 +7,7 @@ Owns every file-system call of the layout::
     openers                             locked (shared) by every engine that has it open
     tmp/<owner>.<random>.<bytes>        being written, for which so many bytes are reserved
     quarantine/                         what proved to be corrupt; the first to be evicted
+    owed/<namespace>.<2 hex>.<40 hex>.kv  in a stack: the next tier lacks this block
     <namespace>/namespace.json          what the namespace is, for people
     <namespace>/<2 hex>/<40 hex>.kv     a block's image, named by the blake2b of its key
 
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import ConfigError, KvgdsError, StorageFull, TransferError
 from kvgds.tiers import locks
+from kvgds.tiers.debts import Debts
 from kvgds.tiers.folders import (
     SAFE,
     Folders,
@@ -105,6 +107,7 @@ class Errands:
     stores: list[Store] = field(default_factory=list)
     corrupt: list[Opened] = field(default_factory=list)
     deletes: list[Delete] = field(default_factory=list)
+    mirrored: list[str] = field(default_factory=list)  # places of blocks that are not owed now
     pause_s: float = 0.0
 
 
@@ -113,6 +116,9 @@ class Tree:
 
     ``run`` is for one thread at a time; loads may be opened beside it.
 
+    Args:
+        stacked: whether there is a next tier.
+
     Attributes:
         direct: O_DIRECT, or 0.
         ledger: the bytes taken by everybody.
@@ -120,8 +126,10 @@ class Tree:
         quarantined: files moved to quarantine.
     """
 
-    def __init__(self, settings: FileTier, namespace: Namespace) -> None:
+    def __init__(self, settings: FileTier, namespace: Namespace, *, stacked: bool) -> None:
         self.direct = 0
+        self._stacked = stacked
+        self._debts: Debts
         self.ledger: Ledger
         self.room: Room
         self.quarantined = 0
@@ -142,9 +150,17 @@ class Tree:
         self._owner = Owner.me()
         self.ledger = Ledger(self._root)
         capacity = self._settings.capacity_bytes
-        self.room = Room(self._root, self.ledger, self._owner, capacity, self._space)
+        self._debts = Debts(self._root, stacked=self._stacked)
+        self.room = Room(
+            self._root,
+            self.ledger,
+            self._owner,
+            capacity,
+            space=self._space,
+            debts=self._debts,
+        )
         folders = Folders(self._root, power=self._power)
-        for name in ("tmp", "quarantine", self._space):
+        for name in ("tmp", "quarantine", self._space, *(("owed",) if self._stacked else ())):
             folders.need(name, make=True)
         description = f"{self._space}/namespace.json"
         if status(description, self._root) is None:
@@ -181,6 +197,10 @@ class Tree:
             known.update(known_as(entry.name) for entry in entries if NAME.fullmatch(entry.name))
             progress("listing the blocks", done, len(fans))
         return known
+
+    def owed(self) -> list[tuple[BlockKey, int]]:
+        """Keys and bytes of the namespace's blocks that the next tier may lack."""
+        return self._debts.blocks(self._space)
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -235,10 +255,10 @@ class Tree:
         fd, found = folders.open(move.place, self.direct)
         move.file = File(fd)
         wanted = image_bytes(move.nbytes)
-        if found.st_size == wanted:
-            touch(fd, found)
-        else:
+        if found.st_size != wanted:
             move.error = move.corrupt(f"the file has {found.st_size:,} bytes, not {wanted:,}")
+        elif not move.mirrored:
+            touch(fd, found)
 
     def _judge(self, move: Move, folders: Folders) -> None:
         """Put away a file that did not give its block, unless it is the move that is wrong."""
@@ -254,6 +274,7 @@ class Tree:
             folders.need("quarantine", make=True)
             name = f"{move.place.replace('/', '.')}.{secrets.token_hex(4)}"
             self._rename(move.place, f"quarantine/{name}")
+            self._debts.unmark(move.place)
             self.quarantined += 1
 
     # --- errands ----------------------------------------------------------------------
@@ -263,6 +284,9 @@ class Tree:
         time.sleep(errands.pause_s)
         folders = Folders(self._root, power=self._power)
         try:
+            for place in errands.mirrored:
+                with contextlib.suppress(OSError):  # it stays owed
+                    self._debts.unmark(place)
             for store in errands.stores:
                 step = self._publish if store.state == "moved" else self._look
                 self._try(store, step, folders)
@@ -338,6 +362,8 @@ class Tree:
     def _link(self, store: Store, folders: Folders) -> None:
         folder = store.place.rpartition("/")[0]
         folders.need(folder, make=True)
+        if not store.move.mirrored:
+            self._debts.mark(store.place, folders)
         try:
             os.link(
                 store.temporary,
@@ -434,13 +460,18 @@ class Tree:
         if move.abandoned:
             if linked:
                 os.unlink(store.place, dir_fd=self._root)
+                self._debts.unmark(store.place)
             move.error, store.state = move.timeout(), "ended"
         elif linked:
             store.state = "linked"
         elif there is not None and self._serves(store, folders):
             move.status, store.state = "present", "ended"
         else:
+            if not move.mirrored:  # again: who removed what was there has removed the marker too
+                self._debts.mark(store.place, folders)
             self._rename(store.temporary, store.place)
+            if move.mirrored:
+                self._debts.unmark(store.place)
             self.ledger.add(-there.st_size if there is not None else 0)
             folders.changed.add(store.place.rpartition("/")[0])
             store.state, store.temporary = "linked", ""
@@ -454,6 +485,7 @@ class Tree:
             if found.st_nlink > 1:  # linked only just
                 self._forget_temporary(found.st_ino)
             os.unlink(delete.place, dir_fd=self._root)
+            self._debts.unmark(delete.place)
             self.ledger.add(-found.st_size)
             folders.changed.add(delete.place.rpartition("/")[0])
             folders.sync()

@@ -21,6 +21,7 @@ import xxhash
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
+from kvgds.tiers.debts import unmark
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
 from kvgds.upkeep.images import WINDOW, read_fully
@@ -260,6 +261,7 @@ def _remove(root: int, files: Sequence[_Seen]) -> set[_Seen]:
                     if found.st_ino != seen.inode or used:
                         continue
                     os.unlink(seen.path, dir_fd=root)
+                    unmark(seen.path, root)
                     freed += seen.nbytes
                 gone.add(seen)
             if ledger.sound:  # else whoever uses it next counts anew
