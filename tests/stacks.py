@@ -74,14 +74,15 @@ class Stacked(Watched):
 
     def __init__(self, settings: EngineConfig) -> None:
         super().__init__(settings, HeldTransport(NixlTransport()))
-        alone = cast("Any", self._tier)
+        alone = cast("Any", self._tiers[0])
         self.backlog = Backlog()
         self._settle_all = alone._services.settle
         self._loads: dict[bytes, Move] = {}
         services = replace(alone._services, backlog=self.backlog, settle=self._settled)
         kind = MarkingFiles if isinstance(alone, Files) else MarkingSlabs
-        self.tier = self._tier = kind(settings.tiers[0], settings.namespace, services)
-        self._flights.tier = self._tier
+        self.tier = kind(settings.tiers[0], settings.namespace, services)
+        self._tiers = (self.tier,)
+        self._flights.set_tiers(self._tiers)
 
     def _settled(self, moves: Sequence[Move]) -> None:
         self._loads.update((move.key, move) for move in moves if move.status == "hit")

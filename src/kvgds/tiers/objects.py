@@ -341,6 +341,10 @@ class Objects:
         error = ended.exception()
         if error is not None:  # it stays where it is, and will be found out again
             self._count_failure(error)
+            text = (
+                f"what arrived is wrong ({move.error}), and what is stored can't be read: {error}"
+            )
+            move.error = TransferError(text, errno=errno.EIO, **move.context)
         elif (found := ended.result()) is not None:
             move.error = found
         else:
