@@ -119,8 +119,10 @@ class _Connection:
             await self._end(reset=True)
         except asyncio.IncompleteReadError:
             await self._end(reset=False)
-        finally:
-            self._writer.transport.abort() if self._writer is not None else self._peer.close()
+
+    def close(self) -> None:
+        """Give up the socket; called when the task has ended, or was cancelled before it began."""
+        self._writer.transport.abort() if self._writer is not None else self._peer.close()
 
     async def _end(self, *, reset: bool) -> None:
         if reset:
@@ -207,8 +209,8 @@ class _Connection:
             for task in done:
                 task.result()
         finally:
+            writer.transport.abort()  # first: what is awaited here may be cancelled once more
             await _cancel(upload, download)
-            writer.transport.abort()
 
     async def _download(self, reader: asyncio.StreamReader, request: Request, fault: Fault) -> None:
         while (head := await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1].startswith(b"1"):
@@ -494,7 +496,7 @@ class Wire:
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         with self._changed:
-            del self._links[task]
+            self._links.pop(task).close()
             self._changed.notify_all()
 
     def _arrived(self, count: int) -> None:
