@@ -1,6 +1,8 @@
 """What holds for every test: kvgds may not block the event loop, and GPU tests need a GPU.
 
-Where there should be one, `KVGDS_REQUIRE_GPU=1` lets none of them be skipped.
+Where there should be one, `KVGDS_REQUIRE_GPU=1` lets none of them be skipped. For those that want
+one there are S3 servers, see tests/s3.py; a test shares `s3` and `moto_s3` with all others, each in
+buckets of its own, and has `own_s3` for itself, to stop and kill it.
 
 Time limits are in pyproject.toml, `[tool.pytest]`.
 """
@@ -19,6 +21,8 @@ from kvgds.transport.agent import Agent
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+
+    from s3 import JuiceServer, MotoServer
 
 # Only a call with a frame of this package below it is an error: a test may block as it likes.
 WATCHED = "kvgds"
@@ -69,6 +73,33 @@ def never_block_the_loop(loop_guard: BlockBuster) -> Iterator[None]:
         yield
     finally:
         loop_guard.deactivate()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JuiceServer]:
+    """A server of S3 that checks signatures."""
+    from s3 import JuiceServer  # noqa: PLC0415 - boto3 is slow to import, and few tests want it
+
+    with JuiceServer(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MotoServer]:
+    """A server of S3 that knows all of its present API."""
+    from s3 import MotoServer  # noqa: PLC0415 - as above
+
+    with MotoServer(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_s3(tmp_path: Path) -> Iterator[JuiceServer]:
+    """A server like `s3` that no other test uses."""
+    from s3 import JuiceServer  # noqa: PLC0415 - as above
+
+    with JuiceServer(tmp_path / "s3") as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
