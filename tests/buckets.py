@@ -38,12 +38,10 @@ def payload_of(found: bytes | None) -> bytes | None:
 
 def blocks(server: S3Server, bucket: str) -> dict[str, bytes]:
     """Name and image of each block in a bucket, but for what was put away."""
-    found = server.objects(bucket)
-    return {
-        name: content
-        for name, content in found.items()
-        if name.endswith(".kv") and "quarantine/" not in name
-    }
+    names = server.names(bucket)
+    there = [name for name in names if name.endswith(".kv") and "quarantine/" not in name]
+    found = {name: server.get(bucket, name) for name in there}
+    return {name: whole for name, whole in found.items() if whole is not None}
 
 
 def put(

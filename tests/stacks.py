@@ -147,8 +147,8 @@ class Stacked(Watched):
 @contextlib.asynccontextmanager
 async def stacked(root: Path, slots: int = 4, **changes: Any) -> AsyncIterator[Stacked]:
     """An engine on a directory of slabs with so many slots; checked as `support.opened` does."""
-    settings = config(root, tier={"capacity_bytes": slots * SLOT}, **changes)
-    engine = Stacked(settings)
+    capacity = slots * SLOT
+    engine = Stacked(config(root, tier={"capacity_bytes": capacity}, **changes))
     await engine.open()
     try:
         yield engine
@@ -156,7 +156,7 @@ async def stacked(root: Path, slots: int = 4, **changes: Any) -> AsyncIterator[S
         engine.held.release()
         await engine.aclose()
     engine.check()
-    await asyncio.to_thread(check_directory, root, settings.tiers[0].capacity_bytes)
+    await asyncio.to_thread(check_directory, root, capacity)
 
 
 @contextlib.asynccontextmanager

@@ -87,6 +87,9 @@ class Watched(Engine):
         """What closing leaves undone when a transfer is wedged."""
         await asyncio.to_thread(self._tiers[0].close)
 
+    def busy(self) -> bool:
+        return self._flights.busy
+
     def check(self) -> None:
         """Everything that was lent has come back, and every slot is somewhere."""
         flights = self._flights

@@ -125,7 +125,9 @@ class Flights:
             bounce_bytes=config.bounce_bytes,
         )
 
-    def _busy(self) -> bool:
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
         if self.relay is not None and self.relay.busy:
             return True
         idle = all(tier.idle() for tier in self.tiers)
@@ -133,7 +135,7 @@ class Flights:
 
     async def drained(self, deadline: float) -> bool:
         """Wait until nothing is under way; False if that takes longer."""
-        while self._busy():
+        while self.busy:
             self._idle = self._loop.create_future()
             try:
                 async with asyncio.timeout_at(deadline):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import errno
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CODE = re.compile(r"<Code>(\w+)</Code>")
 _ERRNOS = (
     ("status code: 403", errno.EACCES),
     ("status code: 401", errno.EACCES),
@@ -126,13 +128,15 @@ class Bucket:
 
 
 def _told(error: Exception) -> NotMoved:
-    """What went wrong, in one line."""
-    text = str(error).partition("\n")[0].strip()
-    if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+    """What went wrong, in one line: the first, without the server's XML, but with its code."""
+    whole = str(error)
+    text = whole.partition("\n")[0].partition("<?xml")[0].strip(" :")
+    if code := _CODE.search(whole):
+        text = f"{text} ({code[1]})"
+    if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in whole:
         return NotMoved(errno.ENOENT, text)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return NotMoved(errno.EACCES, text)
-    whole = str(error)
     number = next((number for sign, number in _ERRNOS if sign in whole), errno.EIO)
     return NotMoved(number, text)
 
