@@ -1,4 +1,4 @@
-"""A file tier in front of a bucket: what is where when, and what still works when one of them fails."""
+"""A file tier in front of a bucket: what is where when, and what works when one of them fails."""
 
 from __future__ import annotations
 
