@@ -109,6 +109,11 @@ class S3Server(ABC):
         return self._process.pid
 
     @property
+    def exit_code(self) -> int | None:
+        """How it ended when it was last started, None while it runs; -N: by signal N."""
+        return self._process.returncode
+
+    @property
     def running(self) -> bool:
         """Whether it has been started and has not ended."""
         return hasattr(self, "_thread") and self._thread.is_alive()

@@ -176,10 +176,11 @@ def test_wrong_credentials_are_forbidden(
 def test_a_server_stops_and_starts_on_its_port(own_s3: JuiceServer) -> None:
     bucket = own_s3.make_bucket()
     own_s3.put(bucket, "a", BODY)
-    for end in (own_s3.stop, own_s3.kill):
+    for end, killed in ((own_s3.stop, False), (own_s3.kill, True)):
         end()
         end()
         assert not own_s3.running
+        assert (own_s3.exit_code == -signal.SIGKILL) is killed
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((HOST, own_s3.port), WAIT_S)
         own_s3.start()
@@ -236,12 +237,12 @@ def test_it_passes_everything_on(wire: Wire, far: Wire) -> None:
         for _ in range(3):
             client.sendall(upload(BODY, "x-some: thing") + GET)
             assert receive(client, 2 * len(WHOLE)) == WHOLE * 2
+        assert (wire.connections, wire.open_connections) == (1, 1)
     assert wire.requests == far.requests == {"PUT": 3, "GET": 3}
     assert [request.headers for request in far.seen[:2]] == [
         {"content-length": str(len(BODY)), "x-some": "thing"},
         {},
     ]
-    assert (wire.connections, wire.open_connections) == (1, 1)
     wire.wait_open_connections(0)
 
 
@@ -336,6 +337,13 @@ def test_black_hole(wire: Wire, far: Wire) -> None:
         assert wire.open_connections == 3
         busy.sendall(GET)
         assert said(busy, SILENCE_S) == Heard(b"", "silence")
+    wire.drip(1000)
+    with dial(wire) as client:
+        client.sendall(GET)
+        receive(client, 1)
+        wire.black_hole()
+        assert said(client, SILENCE_S).end == "silence"
+    wire.ok()
     assert talk(wire).data == WHOLE
 
 
@@ -454,6 +462,13 @@ def test_only_some_requests(wire: Wire) -> None:
     assert answers(GET, put, GET, GET) == [True, False, True, False]
 
 
+def test_an_answer_before_all_is_sent(s3: JuiceServer) -> None:
+    body = bytes(16 << 20)
+    with Wire(s3.host, s3.port) as wire:
+        answer = talk(wire, upload(body, f"host: {HOST}:{wire.port}"))
+    assert answer.data.startswith(b"HTTP/1.1 403 Forbidden\r\n")
+
+
 def test_a_server_that_is_gone(own_s3: JuiceServer) -> None:
     with Wire(own_s3.host, own_s3.port) as wire:
         own_s3.stop()
@@ -493,11 +508,11 @@ def test_nothing_is_left(far: Wire) -> None:
             bundle = secret.ca_bundle
         assert not [client for client in clients if said(client).end == "silence"]
         assert said(held).data == b""
+    far.wait_open_connections(0)
     assert (set(threading.enumerate()), set(os.listdir("/proc/self/fd"))) == before
     assert not Path(bundle).exists()
     with pytest.raises(ConnectionRefusedError):
         dial(wire)
-    far.wait_open_connections(0)
 
 
 # --- TLS ------------------------------------------------------------------------------------

@@ -86,7 +86,6 @@ class _Connection:
         self._wire = wire
         self._peer = peer
         self._exchange: asyncio.Task[None] | None = None
-        self._lost = False
         self.reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
         self.task = asyncio.get_running_loop().create_task(self._live())
@@ -94,7 +93,6 @@ class _Connection:
     def lose(self) -> None:
         """Let what is under way fall into the black hole, and with it the connection."""
         if self._exchange is not None:
-            self._lost = True
             self._exchange.cancel()
 
     def reset(self) -> None:
@@ -154,8 +152,6 @@ class _Connection:
 
     async def send(self, data: bytes) -> None:
         assert self._writer is not None
-        if self._lost:  # and yet there is something to send, for one more turn of the loop
-            raise asyncio.CancelledError
         self._writer.write(data)
         await self._writer.drain()
 
@@ -224,16 +220,9 @@ class _Connection:
 
 
 async def _upload(writer: asyncio.StreamWriter, pieces: Pieces, fault: Fault) -> None:
-    gone = False
-
     async def send(data: bytes) -> None:
-        nonlocal gone
-        if not gone:
-            writer.write(data)
-            try:
-                await writer.drain()
-            except OSError:
-                gone = True  # it may still have answered before it closed: that decides
+        writer.write(data)
+        await writer.drain()
 
     await fault.upload(send, pieces)
 
@@ -495,8 +484,12 @@ class Wire:
         connection.task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
+        self._links[task].close()
+        self._loop.call_soon(self._closed, task)  # asyncio closes sockets in the loop's next turn
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
         with self._changed:
-            self._links.pop(task).close()
+            del self._links[task]
             self._changed.notify_all()
 
     def _arrived(self, count: int) -> None:
