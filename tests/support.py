@@ -41,21 +41,24 @@ SLOT_BITS = 32
 
 
 def config(
-    root: Path,
+    root: Path | None,
     *,
     tier: dict[str, Any] | None = None,
     objects: ObjectTier | None = None,
     **changes: Any,
 ) -> EngineConfig:
-    """Settings of a small engine, with these changes; in front of a bucket, if one is given."""
-    file_tier = FileTier(**{"root": root, "capacity_bytes": 16 * MIB, **(tier or {})})
+    """Settings of a small engine, with these changes: of a directory, a bucket, or both."""
+    tiers: list[FileTier | ObjectTier] = []
+    if root is not None:
+        tiers.append(FileTier(**{"root": root, "capacity_bytes": 16 * MIB, **(tier or {})}))
+    if objects is not None:
+        tiers.append(objects)
     small = {
         "namespace": NAMESPACE,
         "bounce_bytes": 2 * MIB,
         "timeout_s": 1e5,
         "drain_timeout_s": 10.0,
     }
-    tiers = (file_tier,) if objects is None else (file_tier, objects)
     return EngineConfig(**{**small, "tiers": tiers, **changes})
 
 
@@ -86,6 +89,10 @@ class Watched(Engine):
     async def close_tier(self) -> None:
         """What closing leaves undone when a transfer is wedged."""
         await asyncio.to_thread(self._tiers[0].close)
+
+    def near(self, key: bytes) -> bool:
+        """Whether the first tier has a block."""
+        return self._tiers[0].contains(key)
 
     def busy(self) -> bool:
         return self._flights.busy
@@ -127,7 +134,7 @@ class Watched(Engine):
 
 
 @contextlib.asynccontextmanager
-async def opened(root: Path, *, lanes: int = 1, **changes: Any) -> AsyncIterator[Watched]:
+async def opened(root: Path | None, *, lanes: int = 1, **changes: Any) -> AsyncIterator[Watched]:
     """An engine on `root` whose transport can be held; checked, drained and checked on disk."""
     settings = config(root, **changes)
     engine = Watched(settings, HeldTransport(NixlTransport(lanes)))
@@ -142,7 +149,7 @@ async def opened(root: Path, *, lanes: int = 1, **changes: Any) -> AsyncIterator
     engine.check()
     first = settings.tiers[0]
     if isinstance(first, FileTier) and first.layout == "slabs":
-        await asyncio.to_thread(check_directory, root, first.capacity_bytes)
+        await asyncio.to_thread(check_directory, first.root, first.capacity_bytes)
 
 
 async def until(condition: Callable[[], bool]) -> None:

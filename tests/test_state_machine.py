@@ -11,20 +11,25 @@ import asyncio
 import contextlib
 import itertools
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+import buckets
 import support
 from kvgds import BlockCorrupt, ConfigError, TransferTimeout
+from kvgds.flights.batch import Flight
 from support import PAGE, Watched, aligned, content, opened, unaligned
 
 if TYPE_CHECKING:
-    from kvgds.testing import Stage
+    from kvgds import Statistics, TierStatistics
+    from kvgds.testing import HeldTransport, Stage
+    from s3 import JuiceServer, S3Server
 
 KEYS = st.sampled_from([b"%d" % i for i in range(14)])
 MANY = st.lists(KEYS, max_size=8, unique=True)
@@ -45,6 +50,7 @@ class Machine(RuleBasedStateMachine):
 
     sizes: tuple[int, ...]
     capacity: int
+    quarantine = 2  # blocks that may be spoiled
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,11 +67,22 @@ class Machine(RuleBasedStateMachine):
 
     async def open(self) -> None:
         self.stack = contextlib.AsyncExitStack()
-        tier = {"capacity_bytes": self.capacity}
-        context = opened(self.root, tier=tier, inflight_ops=2, bounce_bytes=64 * PAGE)
-        self.engine = await self.stack.enter_async_context(context)
+        self.engine = await self.stack.enter_async_context(self.context())
         self.counts = {"hits": 0, "misses": 0, "stored": 0, "errors": 0}
         self.evicted = 0
+
+    def context(self) -> contextlib.AbstractAsyncContextManager[Watched]:
+        """The engine, to be opened."""
+        tier = {"capacity_bytes": self.capacity}
+        return opened(self.root, tier=tier, inflight_ops=2, bounce_bytes=64 * PAGE)
+
+    def held(self) -> HeldTransport:
+        """What carries the blocks that are to be held."""
+        return self.engine.held
+
+    def spoil(self, key: bytes, at: int) -> None:
+        """Flip a byte of wherever a block lies."""
+        support.spoil(self.root, key, at)
 
     def teardown(self) -> None:
         self.runner.run(self.stack.aclose())
@@ -73,6 +90,10 @@ class Machine(RuleBasedStateMachine):
         self.folder.cleanup()
 
     # --- what the dict knows ----------------------------------------------------------
+
+    def version(self, key: bytes) -> int:  # noqa: ARG002 - each store may have other bytes
+        """What the next store of a key is."""
+        return next(self.versions)
 
     def bytes_of(self, key: bytes) -> bytes:
         known = self.known[key]
@@ -103,10 +124,11 @@ class Machine(RuleBasedStateMachine):
         self.runner.run(self._store(keys, self.sizes[size % len(self.sizes)], direct=direct))
 
     async def _store(self, keys: list[bytes], nbytes: int, *, direct: bool) -> None:
-        version, again = next(self.versions), 0
+        again = 0
+        versions = {key: self.version(key) for key in keys}
         items = [
             (key, self.memory(nbytes, content((key, version), nbytes), direct=direct)[1])
-            for key in keys
+            for key, version in versions.items()
         ]
         outcomes = await self.engine.store_many(items)
         used = next(self.ticks)
@@ -117,7 +139,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert outcome.status == "stored", outcome
                 again += key in self.known
-                self.known[key] = Known(version, nbytes, used)
+                self.known[key] = Known(versions[key], nbytes, used)
                 self.counts["stored"] += 1
         await self.forget_evicted(again)
 
@@ -184,14 +206,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(key=KEYS, at=st.integers(0, 2 * PAGE))
     def corrupt(self, key: bytes, at: int) -> None:
-        if key in self.known and self.corrupted < 2:
+        if key in self.known and self.corrupted < self.quarantine:
             self.runner.run(self._corrupt(key, at))
 
     async def _corrupt(self, key: bytes, at: int) -> None:
         nbytes = self.known.pop(key).nbytes
         stamp = 64 + len(key) + 8  # what of the stamp's page is more than padding
         place = PAGE + at % nbytes if at >= PAGE else at % stamp
-        await asyncio.to_thread(support.spoil, self.root, key, place)
+        await asyncio.to_thread(self.spoil, key, place)
         with pytest.raises(BlockCorrupt):
             await self.engine.load(key, bytearray(nbytes))
         self.counts["errors"] += 1
@@ -217,7 +239,7 @@ class Machine(RuleBasedStateMachine):
             self.runner.run(self._give_up_a_store(key, stage, direct=direct, late=late))
 
     async def _give_up_a_store(self, key: bytes, stage: Stage, *, direct: bool, late: bool) -> None:
-        version, nbytes = next(self.versions), self.sizes[0]
+        version, nbytes = self.version(key), self.sizes[0]
         data = content((key, version), nbytes)
         buffer, view = self.memory(nbytes, data, direct=direct)
         if await self.given_up(self.engine.store, key, view, stage, buffer, late=late):
@@ -232,8 +254,8 @@ class Machine(RuleBasedStateMachine):
         self, act: Any, key: bytes, view: Any, stage: Stage, buffer: Any, *, late: bool
     ) -> bool:
         """Cancel it while it is held at `stage`, or let its deadline pass; whether it failed."""
-        held = self.engine.held
-        held.hold(stage)
+        held = self.held()
+        held.hold(stage, lambda transfer: isinstance(getattr(transfer, "owner", None), Flight))
         task = asyncio.ensure_future(act(key, view, timeout_s=SOON_S if late else None))
         if not late:
             await held.wait_held(stage)
@@ -250,8 +272,7 @@ class Machine(RuleBasedStateMachine):
         held.release()
         if end.settled is not None:
             await end.settled
-        await support.until(lambda: not self.engine.statistics().in_flight)
-        await support.until(self.engine.tier_idle)
+        await support.until(lambda: not self.engine.busy())
         assert end.settled is not None or (buffer == 0x55).all()
         return True
 
@@ -261,7 +282,12 @@ class Machine(RuleBasedStateMachine):
     def the_numbers_add_up(self) -> None:
         now, tier = self.engine.statistics(), self.engine.statistics().tiers[0]
         assert {name: getattr(now, name) for name in self.counts} == self.counts
-        assert (now.queued, now.in_flight, now.quarantined_bytes) == (0, 0, 0)
+        assert now.quarantined_bytes == 0
+        self.check_tier(now, tier)
+
+    def check_tier(self, now: Statistics, tier: TierStatistics) -> None:
+        """The numbers of the tier that was asked first."""
+        assert (now.queued, now.in_flight) == (0, 0)
         assert tier.blocks == len(self.known)
         # A slab that changes hands takes its quarantine with it.
         lowest = self.corrupted if len(self.sizes) == 1 else 0
@@ -287,8 +313,109 @@ class ManySizes(Machine):
     capacity = 220 * PAGE
 
 
+class InBucket(Machine):
+    """Objects: nothing is evicted, and of what is there so much is known as was seen."""
+
+    sizes: tuple[int, ...] = (PAGE, 5 * PAGE + 3)
+    capacity = 0
+    server: S3Server
+
+    def __init__(self) -> None:
+        self.bucket = self.server.make_bucket()
+        super().__init__()
+
+    def context(self) -> contextlib.AbstractAsyncContextManager[Watched]:
+        objects = buckets.settings(self.server, self.bucket)
+        return opened(None, objects=objects, inflight_ops=2, bounce_bytes=64 * PAGE)
+
+    def held(self) -> HeldTransport:
+        assert self.engine.held_objects is not None
+        return self.engine.held_objects
+
+    def spoil(self, key: bytes, at: int) -> None:
+        buckets.spoil(self.server, self.bucket, buckets.name_of(key), at)
+
+    async def forget_evicted(self, again: int = 0) -> None:  # noqa: ARG002 - nothing is
+        assert [key for key in self.known if not await self.engine.prefix([key])] == []
+
+    def check_tier(self, now: Statistics, tier: TierStatistics) -> None:
+        assert (now.queued, now.in_flight) == (0, 0)
+        assert tier.blocks <= len(self.known)
+        assert tier.evictions == 0
+
+
+class Stacked(InBucket):
+    """A directory for few blocks in front of a bucket: nothing is ever lost."""
+
+    capacity = 5 * 4 * PAGE
+    sizes = (3 * PAGE,)
+    write: Literal["back", "through", "demote"] = "back"
+
+    def context(self) -> contextlib.AbstractAsyncContextManager[Watched]:
+        objects = buckets.settings(self.server, self.bucket, write=self.write)
+        tier = {"capacity_bytes": self.capacity}
+        return opened(self.root, tier=tier, objects=objects, bounce_bytes=64 * PAGE)
+
+    def __init__(self) -> None:
+        self.deletes = Counter[bytes]()
+        super().__init__()
+
+    def version(self, key: bytes) -> int:
+        """A key names its content, but for what was deleted in between."""
+        return self.deletes[key]
+
+    @rule(key=KEYS)
+    def delete(self, key: bytes) -> None:
+        super().delete(key)
+        self.deletes[key] += 1
+
+    def near(self, key: bytes) -> bool:
+        return self.engine.near(key)
+
+    def held(self) -> HeldTransport:
+        return self.engine.held
+
+    @rule(key=KEYS, stage=STAGES, direct=st.booleans(), late=st.booleans())
+    def give_up_a_load(self, key: bytes, stage: Stage, *, direct: bool, late: bool) -> None:
+        if key in self.known and self.near(key):
+            super().give_up_a_load(key, stage, direct=direct, late=late)
+
+    def spoil(self, key: bytes, at: int) -> None:
+        """Wherever it is; uploads have ended."""
+        if key in support.places(self.root):
+            support.spoil(self.root, key, at)
+        if self.server.get(self.bucket, buckets.name_of(key)) is not None:
+            super().spoil(key, at)
+
+    async def _corrupt(self, key: bytes, at: int) -> None:
+        await support.until(lambda: not self.engine.busy())
+        await super()._corrupt(key, at)
+
+    def check_tier(self, now: Statistics, tier: TierStatistics) -> None:
+        assert tier.blocks <= min(len(self.known), 5)
+        assert tier.dropped == 0
+        assert now.relay is not None
+        assert now.relay.failed == 0
+
+
+class StackedThrough(Stacked):
+    write = "through"
+
+
+class StackedDemote(Stacked):
+    write = "demote"
+
+
 @pytest.mark.parametrize("machine", [OneSize, ManySizes])
 def test_the_engine_against_a_dict(machine: type[Machine]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None)
+    )
+
+
+@pytest.mark.parametrize("machine", [InBucket, Stacked, StackedThrough, StackedDemote])
+def test_the_engine_with_a_bucket_against_a_dict(machine: type[InBucket], s3: JuiceServer) -> None:
+    run_state_machine_as_test(
+        type(machine.__name__, (machine,), {"server": s3}),
+        settings=settings(max_examples=8, stateful_step_count=30, deadline=None),
     )

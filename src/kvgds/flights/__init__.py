@@ -313,20 +313,12 @@ class Flights:
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""
-        if len(self.tiers) == 1:
+        if self.relay is None:
             self.tiers[0].delete(key, done)
             return
-        near, far = self.tiers
-
-        def gone(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
-            if error is not None:
-                done(there, error)
-                return
-            if self.relay is not None:
-                self.relay.deleted(key)
-            far.delete(key, lambda also, error: done(there or also, error))
-
-        near.delete(key, gone)
+        if (loading := self._flights.get((key, False))) is not None:
+            loading.lasting = False
+        self.relay.delete(key, done)
 
     # --- pumping ----------------------------------------------------------------------
 
@@ -412,19 +404,21 @@ class Flights:
             return
         relay = self.relay
         hit = move.status == "hit" and not move.abandoned
-        if not (hit and flight.level and relay and relay.promote(flight.ticket, move)):
+        promotes = hit and flight.level and flight.lasting and relay is not None
+        if not (promotes and relay and relay.promote(flight.ticket, move)):
             self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
         if not (flight.write or hit or move.abandoned):
             if self._ask_next(flight, move.error):
                 return
             move.error = move.error or flight.doubt
-        if move.status in ("stored", "present") and not move.abandoned and relay:
+        if relay and move.status == "stored":
+            relay.stored(move)
+        if relay and flight.write and move.status and not move.abandoned:
             self._free_overdue(flight)
-            flight.mirroring = relay.stored(flight)
-            if flight.mirroring:
-                return
-        self._conclude(flight, move)
+            flight.mirroring = relay.keeps(flight)
+        if not flight.mirroring:
+            self._conclude(flight, move)
 
     def _conclude(self, flight: Flight, move: Move) -> None:
         self._close_boarding(flight)

@@ -128,6 +128,7 @@ class Flight:
         "copying",
         "doubt",
         "key",
+        "lasting",
         "leader",
         "level",
         "mirroring",
@@ -148,6 +149,7 @@ class Flight:
         self.ticket: Ticket[Any]
         self.move: Move | None = None  # set when it starts
         self.copying = False
+        self.lasting = True  # what it loads may be kept: it was not deleted meanwhile
         self.doubt: Exception | None = None  # what was wrong in the tiers asked so far
         self.mirroring = False  # stored, and waits for the next tier: memory is used no more
 

@@ -15,7 +15,7 @@ import logging
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
@@ -24,7 +24,7 @@ from kvgds.schedule import Priority
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvgds.blocks import BlockKey
     from kvgds.config import ObjectTier
@@ -52,6 +52,9 @@ class RelayStatistics:
     uploaded: int
     failed: int
     promoted: int
+
+
+Done: TypeAlias = "Callable[[bool, Exception | None], None]"
 
 
 class Errand(Protocol):
@@ -109,8 +112,11 @@ class Relay:
         self._most_bytes = bounce_bytes
         self._owed: OrderedDict[BlockKey, int] = OrderedDict()  # its bytes; oldest first
         self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
+        self._early: set[BlockKey] = set()  # asked for before they were heard of
+        self._hopeless: set[BlockKey] = set()  # too large for the bounce region
         self._carrying: dict[BlockKey, _Upload] = {}
         self._promoting: dict[BlockKey, int] = {}
+        self._deleting: dict[BlockKey, list[Done]] = {}  # and who is to be told
         self._waiting: dict[BlockKey, list[Flight]] = {}
         self._pause: asyncio.TimerHandle | None = None
         self._closing = False
@@ -118,8 +124,11 @@ class Relay:
 
     def open(self) -> None:
         """Both tiers are open: take up what is owed, as far as the bounce region can hold it."""
-        owed = list(self.near.owed())
-        self._owed.update(each for each in owed if image_bytes(each[1]) <= self._most_bytes)
+        for key, nbytes in self.near.owed():
+            if image_bytes(nbytes) <= self._most_bytes:
+                self._owed[key] = nbytes
+            else:
+                self._hopeless.add(key)
         self._go_on()
 
     def close(self) -> None:
@@ -136,7 +145,7 @@ class Relay:
     @property
     def busy(self) -> bool:
         """Whether something is under way."""
-        return bool(self._carrying or self._promoting or self._waiting)
+        return bool(self._carrying or self._promoting or self._waiting or self._deleting)
 
     def statistics(self) -> RelayStatistics:
         """What is owed and was done."""
@@ -152,35 +161,70 @@ class Relay:
 
     def hasten(self, keys: Sequence[BlockKey]) -> None:
         """See ``tiers.Backlog``."""
-        self._urgent.update((key, None) for key in keys if key in self._owed)
-        lost = [key for key in keys if key not in self._owed and key not in self._carrying]
-        if lost:  # later, because the tier is just about to wait for them
-            self._loop.call_soon(self.near.look_again, lost)
+        hopeless = [key for key in keys if key in self._hopeless]
+        if hopeless:  # later, because the tier is just about to wait for them
+            self._loop.call_soon(self.near.look_again, hopeless)
+        for key in keys:
+            if key in self._owed:
+                self._urgent[key] = None
+            elif key not in self._carrying:  # the tier has it, but its store has not been settled
+                self._early.add(key)
         self._go_on()
 
     # --- what the stack tells ---------------------------------------------------------
 
-    def stored(self, flight: Flight) -> bool:
-        """The first tier has a block. Whether its store has to wait for the next tier's."""
-        key = flight.key
-        if flight.move is not None and flight.move.status == "stored":
-            self._owed[key] = flight.leader.view.nbytes
-            self._owed.move_to_end(key)
-        through = self._mode == "through" and (key in self._owed or key in self._carrying)
-        if through:
-            self._waiting.setdefault(key, []).append(flight)
+    def stored(self, move: Move) -> None:
+        """The first tier has a new block."""
+        key = move.key
+        self._owed[key] = move.nbytes
+        self._owed.move_to_end(key)
+        if key in self._early:
+            self._early.discard(key)
             self._urgent[key] = None
-        if through and self.out:
-            self._refuse(key, self._out_error(key))
         self._go_on()
-        return through
 
-    def deleted(self, key: BlockKey) -> None:
-        """Nobody shall have a block any more; it has gone from the first tier."""
+    def keeps(self, flight: Flight) -> bool:
+        """Whether a store has to wait until the next tier has the block, too."""
+        key = flight.key
+        if self._mode != "through" or not (key in self._owed or key in self._carrying):
+            return False
+        self._waiting.setdefault(key, []).append(flight)
+        self._urgent[key] = None
+        if self.out:
+            self._loop.call_soon(self._refuse, key, self._out_error(key))
+        self._go_on()
+        return True
+
+    def delete(self, key: BlockKey, done: Done) -> None:
+        """Drop a block from both tiers, in this order with what is under way for it.
+
+        What is being carried comes there first; nothing of the key is carried meanwhile.
+        """
         self._owed.pop(key, None)
         self._urgent.pop(key, None)
-        if key in self._carrying:
-            self._carrying[key].unwanted = True
+        waiting = self._deleting.setdefault(key, [])
+        waiting.append(done)
+        if len(waiting) == 1:
+            self._delete(key)
+
+    def _delete(self, key: BlockKey) -> None:
+        if key in self._carrying or key in self._promoting:
+            return  # comes here again when that has ended
+        near, far = self.near, self.far
+
+        def gone(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
+            if error is not None:
+                self._deleted(key, there, error)
+            else:
+                far.delete(key, lambda also, error: self._deleted(key, there or also, error))
+
+        near.delete(key, gone)
+
+    def _deleted(self, key: BlockKey, there: bool, error: Exception | None) -> None:  # noqa: FBT001 - as above
+        for done in self._deleting.pop(key):
+            done(there, error)
+        self._go_on()
+        self.home.wake_closer()
 
     def changed(self) -> None:
         """The next tier has gone out, or come back."""
@@ -212,11 +256,14 @@ class Relay:
     def _next(self) -> BlockKey | None:
         while self._urgent:
             key = self._urgent.popitem(last=False)[0]
-            if key in self._owed and (not self._closing or key in self._waiting):
+            if self._may_go(key) and (not self._closing or key in self._waiting):
                 return key
         if self._closing or self._mode == "demote":
             return None
-        return next(iter(self._owed), None)
+        return next(filter(self._may_go, self._owed), None)
+
+    def _may_go(self, key: BlockKey) -> bool:
+        return key in self._owed and not (key in self._carrying or key in self._deleting)
 
     def _carry(self, key: BlockKey, nbytes: int) -> None:
         upload = _Upload(self, key, nbytes)
@@ -245,15 +292,15 @@ class Relay:
                 self.home.mirrored(flight, None)
         else:
             self._not_carried(upload, error)
-        if upload.unwanted:
-            self.far.delete(key, lambda _there, _error: None)
+        if key in self._deleting:
+            self._delete(key)
         self._go_on()
         self.home.wake_closer()
 
     def _not_carried(self, upload: _Upload, error: Exception) -> None:
         self._failed += 1
         self._refuse(upload.key, error)
-        if not upload.unwanted:
+        if upload.key not in self._deleting:
             self._owed.setdefault(upload.key, upload.nbytes)
         if self._pause is None and not self._closing:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
@@ -269,7 +316,7 @@ class Relay:
     def promote(self, ticket: Ticket[Any], loaded: Move) -> bool:
         """Store what was loaded into the first tier, too. Whether that now owns the lease."""
         key, nbytes = loaded.key, ticket.bounce_bytes
-        known = key in self._promoting or self.near.contains(key)
+        known = key in self._promoting or key in self._deleting or self.near.contains(key)
         if self._closing or known or self._promoting_bytes() + nbytes > self._most_bytes // 4:
             return False
         self._promoting[key] = nbytes
@@ -284,6 +331,8 @@ class Relay:
         self.home.scheduler.finish(ticket)
         del self._promoting[key]
         self._promoted += well
+        if key in self._deleting:
+            self._delete(key)
         self.home.pump_soon()
         self.home.wake_closer()
 
@@ -295,7 +344,6 @@ class _Carried:
         self.relay = relay
         self.key = key
         self.nbytes = nbytes
-        self.unwanted = False
         self.ticket: Ticket[Any]
 
     def _move(self, tier: Tier, *, write: bool) -> Move:
