@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvgds import _starting  # noqa: F401 - before all that takes long to import
 from kvgds.blocks import BlockKey, Namespace, Outcome
 from kvgds.config import EngineConfig, FileTier, ObjectTier, load_config
-from kvgds.engine import Engine, Operation, Statistics, aligned, open_engine
+from kvgds.engine import Engine, Operation, aligned, open_engine
 from kvgds.errors import (
     BlockCorrupt,
     BusyError,
@@ -25,6 +25,7 @@ from kvgds.memory import Cache, Region, View
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import PathPlan
 from kvgds.schedule import Priority
+from kvgds.statistics import Statistics
 from kvgds.tiers import TierStatistics
 
 __version__ = "0.1.0"

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,10 +28,11 @@ from kvgds.errors import (
 )
 from kvgds.flights import Batch, Flights, Memory
 from kvgds.memory import Arena, Cache, Region, region_of
-from kvgds.metrics import Gauge, Metrics, Observer
+from kvgds.metrics import Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
-from kvgds.tiers import Services, Tier, TierStatistics
+from kvgds.statistics import Statistics, gauges_of, statistics_of
+from kvgds.tiers import Services, Tier
 from kvgds.tiers.files import Files
 from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
-    from kvgds.flights.relay import RelayStatistics
     from kvgds.paths import PathPlan
 
 T = TypeVar("T")
@@ -54,38 +53,6 @@ _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
     "slabs": Slabs,
     "files": Files,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What an engine is doing, and has done since it was opened.
-
-    Attributes:
-        queued: blocks waiting to start.
-        in_flight: blocks under way.
-        hits: loads that found their block.
-        misses: loads that did not.
-        stored: blocks written.
-        errors: blocks that ended in an error.
-        cancelled: blocks whose caller left while they were queued.
-        joined: blocks that shared another's I/O instead of one of their own. Such a load is a
-            hit too; such a store is not counted in ``stored``.
-        quarantined_bytes: bounce memory still owned by transfers past their deadline.
-        tiers: the tiers' own numbers.
-        relay: what goes on between two tiers; None: there is one.
-    """
-
-    queued: int
-    in_flight: int
-    hits: int
-    misses: int
-    stored: int
-    errors: int
-    cancelled: int
-    joined: int
-    quarantined_bytes: int
-    tiers: tuple[TierStatistics, ...]
-    relay: RelayStatistics | None = None
 
 
 class Operation:
@@ -125,7 +92,7 @@ class Engine:
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="kvgds-files")
-        self.metrics = Metrics(self._gauges())
+        self.metrics = Metrics(lambda: gauges_of(self.statistics()))
         self._flights = Flights(config, self.metrics, self._run)
         self._transports: list[Transport] = []
         self._tiers = tuple(self._make_tier(tier, transport, objects) for tier in config.tiers)
@@ -194,6 +161,8 @@ class Engine:
                 stack.callback(tier.close)
             ways = Ways(arena, region_of(arena.bytes))
             self._settle(ways)
+            if self._flights.relay is not None:
+                self._flights.relay.recover()
             stack.pop_all()
         return ways
 
@@ -515,20 +484,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
-        counts, relay = self._flights.counts, self._flights.relay
-        return Statistics(
-            queued=self._flights.scheduler.queued,
-            in_flight=self._flights.scheduler.running,
-            hits=counts["hit"],
-            misses=counts["miss"],
-            stored=counts["stored"],
-            errors=counts["error"],
-            cancelled=counts["cancelled"],
-            joined=counts["joined"],
-            quarantined_bytes=self._flights.quarantined,
-            tiers=tuple(tier.statistics() for tier in self._tiers),
-            relay=None if relay is None else relay.statistics(),
-        )
+        return statistics_of(self._flights)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell an observer of every block that ends from now on; call what this returns to stop.
@@ -595,48 +551,6 @@ class Engine:
     ) -> Batch:
         self._check_open()
         return self._flights.open_batch(blocks, priority, timeout_s, write=write, stream=stream)
-
-    def _gauges(self) -> list[Gauge]:
-        def flights(read: Callable[[Flights], int]) -> Callable[[], float]:
-            return lambda: float(read(self._flights))
-
-        def tiers(name: str) -> Callable[[], dict[str, float]]:
-            def number(found: TierStatistics) -> float:
-                value = getattr(found, name)
-                return float(bool(value) if isinstance(value, str) else value)
-
-            return lambda: {
-                found.name: number(found) for found in (tier.statistics() for tier in self._tiers)
-            }
-
-        def relay(name: str) -> Callable[[], float]:
-            def read() -> float:
-                relay = self._flights.relay
-                return float(getattr(relay.statistics(), name)) if relay is not None else 0.0
-
-            return read
-
-        return [
-            Gauge("kvgds_queued", "blocks waiting to start", flights(lambda f: f.scheduler.queued)),
-            Gauge("kvgds_in_flight", "blocks under way", flights(lambda f: f.scheduler.running)),
-            Gauge("kvgds_blocks", "blocks that a load would find", tiers("blocks")),
-            Gauge("kvgds_used_bytes", "bytes of blocks, padding included", tiers("bytes_used")),
-            Gauge("kvgds_capacity_bytes", "limit on them; 0: none", tiers("capacity_bytes")),
-            Gauge(
-                "kvgds_evictions", "blocks dropped to make room", tiers("evictions"), counter=True
-            ),
-            Gauge("kvgds_quarantined", "places out of use", tiers("quarantined")),
-            Gauge("kvgds_out", "1: the tier does not answer and is left alone", tiers("out")),
-            Gauge(
-                "kvgds_quarantined_bounce_bytes",
-                "bounce memory of late transfers",
-                flights(lambda f: f.quarantined),
-            ),
-            Gauge("kvgds_owed", "blocks that the next tier lacks", relay("owed")),
-            Gauge("kvgds_uploaded", "blocks taken there", relay("uploaded"), counter=True),
-            Gauge("kvgds_upload_failures", "attempts that failed", relay("failed"), counter=True),
-            Gauge("kvgds_promoted", "blocks taken back", relay("promoted"), counter=True),
-        ]
 
 
 def open_engine(

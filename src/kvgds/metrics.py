@@ -79,11 +79,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """A number read when the registry is scraped, or one for each tier."""
+    """A number for whoever scrapes the registry, or one for each tier."""
 
     name: str
     text: str
-    read: Callable[[], float | dict[str, float]]
+    value: float | dict[str, float]
     counter: bool = False
 
 
@@ -105,7 +105,7 @@ class Metrics:
     counters, so rows are plain numbers that become metrics when they are scraped.
     """
 
-    def __init__(self, gauges: list[Gauge]) -> None:
+    def __init__(self, gauges: Callable[[], list[Gauge]]) -> None:
         self.registry = CollectorRegistry()
         self._gauges = gauges
         self._rows: dict[tuple[str, str, str, str], _Row] = {}
@@ -137,13 +137,12 @@ class Metrics:
         yield ended
         yield moved
         yield taken
-        for gauge in self._gauges:
+        for gauge in self._gauges():
             family = CounterMetricFamily if gauge.counter else GaugeMetricFamily
-            found = gauge.read()
-            if isinstance(found, dict):
+            if isinstance(gauge.value, dict):
                 metric = family(gauge.name, gauge.text, labels=("tier",))
-                for tier, value in found.items():
+                for tier, value in gauge.value.items():
                     metric.add_metric((tier,), value)
                 yield metric
             else:
-                yield family(gauge.name, gauge.text, value=found)
+                yield family(gauge.name, gauge.text, value=gauge.value)

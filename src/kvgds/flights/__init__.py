@@ -297,19 +297,7 @@ class Flights:
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """How many of the first keys have their blocks in some tier; see ``Tier.prefix``."""
-        if len(self.tiers) == 1:
-            self.tiers[0].prefix(keys, done)
-            return
-        near, far = self.tiers
-
-        def beyond(count: int) -> None:
-            lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
-            if not lacking or far.out:
-                done(count if lacking else len(keys))
-                return
-            far.prefix([keys[n] for n in lacking], lambda more: done([*lacking, len(keys)][more]))
-
-        near.prefix(keys, beyond)
+        (self.relay or self.tiers[0]).prefix(keys, done)
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""

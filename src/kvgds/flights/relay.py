@@ -122,13 +122,19 @@ class Relay:
         self._closing = False
         self._uploaded = self._failed = self._promoted = 0
 
-    def open(self) -> None:
-        """Both tiers are open: take up what is owed, as far as the bounce region can hold it."""
+    def recover(self) -> None:
+        """Both tiers are open: take up what is owed, as far as the bounce region can hold it.
+
+        Runs in the executor, because it may be much.
+        """
         for key, nbytes in self.near.owed():
             if image_bytes(nbytes) <= self._most_bytes:
                 self._owed[key] = nbytes
             else:
                 self._hopeless.add(key)
+
+    def open(self) -> None:
+        """Begin."""
         self._go_on()
 
     def close(self) -> None:
@@ -194,6 +200,19 @@ class Relay:
             self._loop.call_soon(self._refuse, key, self._out_error(key))
         self._go_on()
         return True
+
+    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+        """See ``Tier.prefix``, of both tiers together."""
+        near, far = self.near, self.far
+
+        def beyond(count: int) -> None:
+            lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
+            if not lacking or far.out:
+                done(count if lacking else len(keys))
+                return
+            far.prefix([keys[n] for n in lacking], lambda more: done([*lacking, len(keys)][more]))
+
+        near.prefix(keys, beyond)
 
     def delete(self, key: BlockKey, done: Done) -> None:
         """Drop a block from both tiers, in this order with what is under way for it.

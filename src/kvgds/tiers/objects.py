@@ -76,6 +76,7 @@ class Objects:
         self._changed = changed
         self._breaker = Breaker()
         self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
+        self._seen_bytes = 0
         self._under_way = 0
         self._quarantined = 0
         self._trial: asyncio.TimerHandle | None = None
@@ -215,7 +216,7 @@ class Objects:
         return TierStatistics(
             name=self.name,
             blocks=len(self._seen),
-            bytes_used=sum(self._seen.values()),
+            bytes_used=self._seen_bytes,
             capacity_bytes=0,
             evictions=0,
             quarantined=self._quarantined,
@@ -230,10 +231,14 @@ class Objects:
         return place_of(self._space, key)
 
     def _note(self, place: str, nbytes: int) -> None:
+        self._forget(place)
         self._seen[place] = nbytes
-        self._seen.move_to_end(place)
+        self._seen_bytes += nbytes
         if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
+            self._forget(next(iter(self._seen)))
+
+    def _forget(self, place: str) -> None:
+        self._seen_bytes -= self._seen.pop(place, 0)
 
     # --- liveness ---------------------------------------------------------------------
 
@@ -312,7 +317,7 @@ class Objects:
             self._breaker.success()
         elif isinstance(error, TransferError) and error.errno == errno.ENOENT:
             move.error, move.status = None, "miss"
-            self._seen.pop(move.place, None)
+            self._forget(move.place)
             self._breaker.success()
         elif not move.abandoned:
             self._count_failure(error)
@@ -349,7 +354,7 @@ class Objects:
             move.error = found
         else:
             self._quarantined += 1
-            self._seen.pop(move.place, None)
+            self._forget(move.place)
         self._end([move])
 
     def _end(self, moves: list[Move]) -> None:
@@ -403,7 +408,7 @@ class Objects:
         lost = [move for move in moves if move.abandoned and move.error is None]
         for move in lost:  # nobody was told of it, so it must not be there
             move.status, move.error = "", move.timeout()
-            self._seen.pop(move.place, None)
+            self._forget(move.place)
             self._ask(
                 partial(self._transport.bucket.delete, move.place), partial(self._undone, move)
             )
@@ -431,7 +436,7 @@ class Objects:
 
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
-            self._seen.pop(place, None)
+            self._forget(place)
             error = ended.exception()
             there = bool(self._result(ended))
             done(there, error if isinstance(error, Exception) else None)

@@ -1,0 +1,106 @@
+"""What an engine is doing and has done: for its user, and for whoever scrapes its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvgds.metrics import Gauge
+
+if TYPE_CHECKING:
+    from kvgds.flights import Flights
+    from kvgds.flights.relay import RelayStatistics
+    from kvgds.tiers import TierStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an engine is doing, and has done since it was opened.
+
+    Attributes:
+        queued: blocks waiting to start.
+        in_flight: blocks under way.
+        hits: loads that found their block.
+        misses: loads that did not.
+        stored: blocks written.
+        errors: blocks that ended in an error.
+        cancelled: blocks whose caller left while they were queued.
+        joined: blocks that shared another's I/O instead of one of their own. Such a load is a
+            hit too; such a store is not counted in ``stored``.
+        quarantined_bytes: bounce memory still owned by transfers past their deadline.
+        tiers: the tiers' own numbers.
+        relay: what goes on between two tiers; None: there is one.
+    """
+
+    queued: int
+    in_flight: int
+    hits: int
+    misses: int
+    stored: int
+    errors: int
+    cancelled: int
+    joined: int
+    quarantined_bytes: int
+    tiers: tuple[TierStatistics, ...]
+    relay: RelayStatistics | None = None
+
+
+def statistics_of(flights: Flights) -> Statistics:
+    """What an engine is doing and has done."""
+    counts, relay = flights.counts, flights.relay
+    return Statistics(
+        queued=flights.scheduler.queued,
+        in_flight=flights.scheduler.running,
+        hits=counts["hit"],
+        misses=counts["miss"],
+        stored=counts["stored"],
+        errors=counts["error"],
+        cancelled=counts["cancelled"],
+        joined=counts["joined"],
+        quarantined_bytes=flights.quarantined,
+        tiers=tuple(tier.statistics() for tier in flights.tiers),
+        relay=None if relay is None else relay.statistics(),
+    )
+
+
+_TIERS = (
+    ("kvgds_blocks", "blocks", "blocks that a load would find"),
+    ("kvgds_used_bytes", "bytes_used", "bytes of blocks, padding included"),
+    ("kvgds_capacity_bytes", "capacity_bytes", "limit on them; 0: there is none"),
+    ("kvgds_evictions", "evictions", "blocks dropped to make room"),
+    ("kvgds_dropped", "dropped", "those of them that the next tier lacked"),
+    ("kvgds_quarantined", "quarantined", "places out of use"),
+    ("kvgds_out", "out", "1: the tier does not answer and is left alone"),
+)
+_RELAY = (
+    ("kvgds_owed", "owed", "blocks that the next tier lacks"),
+    ("kvgds_uploaded", "uploaded", "blocks taken there"),
+    ("kvgds_upload_failures", "failed", "attempts at that which failed"),
+    ("kvgds_promoted", "promoted", "blocks taken back"),
+)
+_COUNTERS = ("evictions", "dropped", "uploaded", "failed", "promoted")
+
+
+def gauges_of(found: Statistics) -> list[Gauge]:
+    """The same for Prometheus, by tier where there may be several."""
+    gauges = [
+        Gauge("kvgds_queued", "blocks waiting to start", found.queued),
+        Gauge("kvgds_in_flight", "blocks under way", found.in_flight),
+        Gauge(
+            "kvgds_quarantined_bounce_bytes",
+            "bounce memory of late transfers",
+            found.quarantined_bytes,
+        ),
+    ]
+    for name, field, text in _TIERS:
+        values = {tier.name: _number(getattr(tier, field)) for tier in found.tiers}
+        gauges.append(Gauge(name, text, values, counter=field in _COUNTERS))
+    if found.relay is not None:
+        for name, field, text in _RELAY:
+            value = _number(getattr(found.relay, field))
+            gauges.append(Gauge(name, text, value, counter=field in _COUNTERS))
+    return gauges
+
+
+def _number(value: str | int) -> float:
+    return float(value != "" if isinstance(value, str) else value)
