@@ -60,6 +60,28 @@ number = ctypes.c_int(7)
 print(Simulator().cudart.cudaGetDeviceCount(ctypes.byref(number)), number.value)
 """
 
+# Copies scattered pages out of a GPU in reverse order, twice; prints by which calls, and if right.
+COPY = """
+import time
+from kvgds.memory import Arena
+from kvgds.memory.device import cuda
+from simulator import Simulator
+arena, gpu, runtime = Arena(64 << 12), Simulator(), cuda()
+runtime.pin(arena.span)
+vram, data = gpu.allocate(64 << 12), bytes(n % 251 for n in range(64 << 12))
+vram.write(data)
+for _ in range(2):
+    arena.bytes[:] = bytes(64 << 12)
+    ends = [((63 - i) << 12, i << 12) for i in range(64)]
+    copies = [(arena.span.address + to, vram.address + at, 1 << 12) for to, at in ends]
+    copying = runtime.copy(0, copies)
+    while not copying.done:
+        time.sleep(0)
+    pages = [data[i << 12 : (i + 1) << 12] for i in range(64)]
+    assert arena.bytes == b"".join(reversed(pages))
+print(gpu.counter("copy_batches"), gpu.counter("async_copies"))
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -103,6 +125,23 @@ def test_without_compatibility_mode_only_the_real_thing_opens(
 @pytest.mark.parametrize(("devices", "expected"), [(0, "100 0"), (3, "0 3")])
 def test_the_environment_says_how_many_devices(devices: int, expected: str) -> None:
     assert expected == run("-c", COUNT, devices=devices).strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "2 0"),
+        ({"runtime": 13000, "driver": 13000}, "2 0"),  # where the call has an argument less
+        ({"runtime": 12040}, "0 128"),
+        ({"driver": 12040}, "0 128"),
+        ({"copy_batch": 801}, "0 128"),
+        ({"copy_batch": 36}, "0 128"),
+    ],
+)
+def test_pieces_are_copied_by_one_call_where_cuda_has_it(
+    settings: dict[str, Any], expected: str
+) -> None:
+    assert expected == run("-c", COPY, **settings).strip()
 
 
 REFUSED = "GPUDirect Storage can't be had here"

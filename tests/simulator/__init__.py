@@ -11,7 +11,8 @@ What can be set from the environment, before the libraries are loaded:
 
 - ``SIMCUDA_DEVICES`` (1; 0 means none, at most 8), ``SIMCUDA_VRAM_BYTES`` (1 GiB for each),
   ``SIMCUDA_STRICT_PINNED`` (1: asynchronous copies refuse host memory that is not page-locked),
-  ``SIMCUDA_COPY_DELAY_US``.
+  ``SIMCUDA_COPY_DELAY_US``, ``SIMCUDA_RUNTIME`` and ``SIMCUDA_DRIVER`` (12090, both versions),
+  ``SIMCUDA_COPY_BATCH`` (an error that cudaMemcpyBatchAsync answers with).
 - ``SIMCUDA_PATH``: what cuFile claims to be, ``nvfs`` (the default), ``p2pdma`` or ``compat``.
   ``CUFILE_ALLOW_COMPAT_MODE`` and ``CUFILE_FORCE_COMPAT_MODE`` are obeyed.
 - ``SIMCUDA_DRIVER_OPEN`` (an error or ``hang``), ``SIMCUDA_HANDLE_REGISTER``,
