@@ -145,6 +145,8 @@ def test_pieces_are_copied_by_one_call_where_cuda_has_it(
 
 
 REFUSED = "GPUDirect Storage can't be had here"
+ONE_BY_ONE = "scattered blocks go a fragment at a time"
+TIME_UP = "then time was up (probe_timeout_s)"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,10 @@ REFUSED = "GPUDirect Storage can't be had here"
         ({"verify": "full"}, {"cupy": False}, "bounce", "gds: checksums on the GPU need CuPy"),
         ({"path": "bounce"}, {}, "bounce", "gds: path='bounce' was asked for"),
         ({"path": "gds"}, {}, "gds", "1,052,672 bytes went from a GPU to a file"),
+        ({"path": "gds"}, {"cupy": False}, "gds", f"{ONE_BY_ONE}: gathering needs CuPy"),
+        ({"path": "gds", "gather_bytes": 0}, {}, "gds", f"{ONE_BY_ONE}: gather_bytes=0 was"),
+        ({"path": "gds"}, {"write": "delay:1000"}, "gds", " bytes or less are gathered on the GPU"),
+        ({"path": "gds"}, {"write": "delay:300000"}, "gds", f"gathered: {TIME_UP}"),
         ({"path": "gds"}, {"path": "compat"}, "PathUnavailable", REFUSED),
         ({"path": "gds"}, {"buffer_register": 5036}, "PathUnavailable", "BAR is too small"),
         ({"path": "gds"}, {"devices": 0}, "PathUnavailable", "no CUDA runtime or no GPU"),
@@ -176,7 +182,8 @@ def test_how_gpu_memory_moves(
     settings: dict[str, object], machine: dict[str, Any], path: str, why: str
 ) -> None:
     """Whatever is wrong with GPUDirect Storage is found out at open, named, and never used."""
-    settings = {"probe_timeout_s": 3.0 if "within 3 s" in why else 20.0} | settings
+    timeouts_s = [3.0] * ("within 3 s" in why) + [4.0] * (TIME_UP in why) + [20.0]
+    settings = {"probe_timeout_s": timeouts_s[0]} | settings
     said, _, cufile = run("-c", PLAN, json.dumps(settings), **machine).strip().partition("\n")
     assert said.split(";")[0].split()[0] == path
     assert why in said

@@ -184,9 +184,10 @@ class Engine:
             allow_compat=self.config.allow_compat,
             direct_io=host.direct_io,
             checksums=tier.verify == "full",
+            gather_bytes=self.config.gather_bytes,
             timeout_s=self.config.probe_timeout_s,
         )
-        ways.choose(host, gds)
+        ways.choose(host, gds, self.config.gather_bytes)
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.

@@ -60,8 +60,8 @@ def _never_blocked() -> Iterator[None]:
 def config(root: Path, **changes: Any) -> EngineConfig:
     """A small engine."""
     tier = FileTier(root=root, capacity_bytes=64 * MIB, **changes.pop("tier", {}))
-    settings: dict[str, Any] = {"bounce_bytes": 16 * MIB, "path": "bounce"} | changes
-    return EngineConfig(namespace=NAMESPACE, tiers=(tier,), **settings)
+    settings: dict[str, Any] = {"bounce_bytes": 16 * MIB, "path": "bounce", "gather_bytes": 0}
+    return EngineConfig(namespace=NAMESPACE, tiers=(tier,), **settings | changes)
 
 
 def filled(gpu: Simulator, nbytes: int, name: object, device: int = 0) -> tuple[Vram, bytes]:

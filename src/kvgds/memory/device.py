@@ -100,9 +100,10 @@ class Cuda:
         """Take :meth:`pin` back."""
         self._call("cudaHostUnregister", ctypes.c_void_p(span.address))
 
-    def allocate(self, nbytes: int) -> int:
-        """Memory of the current GPU: its address. Blocks."""
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Memory of a GPU, which becomes the current one: its address. Blocks."""
         address = ctypes.c_void_p()
+        self._call("cudaSetDevice", device)
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
         return address.value or 0
 
@@ -200,8 +201,6 @@ class Cuda:
 class Copying:
     """What a stream was given, copies perhaps, until it has done it."""
 
-    checksum = NOTHING
-
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
         self._event: ctypes.c_void_p | None = event
@@ -223,7 +222,6 @@ class Copied:
     """Copies that ended before they could be asked for."""
 
     done = True
-    checksum = NOTHING
 
 
 COPIED = Copied()

@@ -20,7 +20,7 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kvgds import contention
 from kvgds.errors import PathUnavailable
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kvgds.memory import Span
+    from kvgds.transport.contract import Memory
 
     Descriptors = list[tuple[int, int, int]]
     """(address, bytes, device) in memory; (offset, bytes, descriptor) in a file."""
@@ -54,18 +55,6 @@ _STATUS = {
     -5: "no telemetry",
     -6: "not supported",
 }
-
-
-class Memory(Protocol):
-    """Ranges of one kind of memory: a region."""
-
-    @property
-    def spans(self) -> Sequence[Span]:
-        """The ranges."""
-
-    @property
-    def device(self) -> int | None:
-        """The GPU that they lie in; None: host memory."""
 
 
 class NixlError(Exception):
