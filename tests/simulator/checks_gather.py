@@ -210,6 +210,32 @@ async def test_who_waits_for_room_too_long(clean: Simulator, tmp_path: Path) -> 
         assert paged.layers[1].read(PAGE, 2 * PAGE) == paged.data[1][2 * PAGE :]
 
 
+async def test_loads_come_before_stores_that_wait_for_room(
+    clean: Simulator, tmp_path: Path
+) -> None:
+    paged = Paged(clean, "order", 4)
+    async with open_engine(gathering(tmp_path / "kv", gather_bytes=BLOCK)) as engine:
+        cache, held = paged.register(engine), clean.counter("held")
+        assert await engine.store(b"there", cache.block(0))
+        clean.fault("write", "hold", count=1)
+        clean.fault("write", "delay", 200_000)  # so that an end tells of the beginning
+        first = asyncio.create_task(engine.store(b"first", cache.block(0)))
+        await asyncio.to_thread(clean.wait_counter, "held", held + 1)
+        order: list[str] = []
+        begun = clean.counter("events_recorded") + 2
+        stores = [asyncio.create_task(engine.store(b"%d" % i, cache.block(i))) for i in (1, 2)]
+        for task in stores:
+            task.add_done_callback(lambda _: order.append("store"))
+        await asyncio.to_thread(clean.wait_counter, "events_recorded", begun)
+        assert await engine.store(b"host", bytes(PAGE))  # meanwhile they ask for room
+        loading = asyncio.create_task(engine.load(b"there", cache.block(3)))
+        loading.add_done_callback(lambda _: order.append("load"))
+        assert await engine.load(b"there", bytearray(BLOCK))
+        clean.release_io()
+        assert all(await asyncio.gather(first, *stores, loading))
+        assert order == ["load", "store", "store"]
+
+
 @pytest.mark.parametrize("direction", ["store", "load"])
 async def test_a_busy_stream_is_waited_for_and_takes_no_room(
     clean: Simulator, tmp_path: Path, direction: str

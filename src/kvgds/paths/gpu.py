@@ -5,14 +5,15 @@ small pieces goes as one, by way of a staging buffer on its GPU, and kernels cop
 Everything runs on one reactor, because GPU transfers go by one lane; but what takes long to make,
 kernels and staging memory, is made by threads of its own.
 
-Invariants: staging memory never grows; who waits for room waits in the order of arrival, and holds
-nothing meanwhile; room is held by nobody who waits for a caller's stream.
+Invariants: staging memory never grows; who waits for room holds nothing, and is overtaken only as
+the scheduler would let it be; who waits for a caller's stream holds no room.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from kvgds.blocks import NO_CHECKSUM, PAGE
 from kvgds.memory import Span, pairs
 from kvgds.memory.device import COPIED, NOTHING, cuda
 from kvgds.memory.kernels import Digests, Kernels
-from kvgds.schedule import Pages
+from kvgds.schedule import HANDICAP_S, Pages, Priority
 from kvgds.transport import LATER
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ class _Asked:
 
     @property
     def done(self) -> bool:
-        if not self._looked:  # others of this turn may ask yet, and share the launch
-            self._looked = True
-            return False
         if self.launched is None and self.error is None:
+            if not self._looked:  # others of this turn may ask yet, and share the launch
+                self._looked = True
+                return False
             self._gpu.launch()
         if self.error is not None:
             raise self.error
@@ -189,7 +190,7 @@ class _Staging:
         self._making = False
         self._nbytes = nbytes
         self._pages = Pages(nbytes)
-        self._waiting: deque[Move] = deque()
+        self._waiting: tuple[deque[_Turn], deque[_Turn]] = deque(), deque()  # loads, stores
         self._allocated = 0
         self._over = False
         self._lock = threading.Lock()
@@ -226,21 +227,24 @@ class _Staging:
         return self.failed or not self.closed
 
     def turn(self, move: Move) -> _Turn:
-        """Wait for room, behind those who do already."""
-        self._waiting.append(move)
-        return _Turn(self, move)
+        """Wait for room: first come first served, but loads before stores as in the scheduler."""
+        turn = _Turn(self, move)
+        self._waiting[move.write].append(turn)
+        return turn
 
-    def lend(self, move: Move) -> bool:
+    def lend(self, turn: _Turn) -> bool:
         """Give a move room, if it is its turn and there is some."""
-        waiting = self._waiting
-        while waiting[0] is not move and (waiting[0].abandoned or waiting[0].error is not None):
-            waiting.popleft()  # it never asks again
-        offset = self._pages.take(move.nbytes) if waiting[0] is move else None
+        for queue in self._waiting:
+            while queue and queue[0] is not turn and queue[0].gone:
+                queue.popleft()
+        first = min((queue[0] for queue in self._waiting if queue), key=lambda each: each.rank)
+        nbytes = turn.move.nbytes
+        offset = self._pages.take(nbytes) if first is turn else None
         if offset is None:
             return False
-        waiting.popleft()
-        nbytes = move.nbytes
-        move.room = Room(self.spans[0].address + offset, lambda: self._pages.give(offset, nbytes))
+        self._waiting[turn.move.write].popleft()
+        address = self.spans[0].address + offset
+        turn.move.room = Room(address, lambda: self._pages.give(offset, nbytes))
         return True
 
     def close(self) -> None:
@@ -260,11 +264,17 @@ class _Turn:
 
     def __init__(self, staging: _Staging, move: Move) -> None:
         self._staging = staging
-        self._move = move
+        self.move = move
+        self.rank = time.monotonic() + move.write * HANDICAP_S[Priority.BACKGROUND]
+
+    @property
+    def gone(self) -> bool:
+        """Whether it will not be asked for again."""
+        return self.move.abandoned or self.move.error is not None
 
     @property
     def done(self) -> bool:
-        return self._staging.lend(self._move)
+        return self._staging.lend(self)
 
 
 class GpuDirect:
