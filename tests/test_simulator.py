@@ -136,6 +136,7 @@ def test_the_environment_says_how_many_devices(devices: int, expected: str) -> N
         ({"driver": 12040}, "0 128"),
         ({"copy_batch": 801}, "0 128"),
         ({"copy_batch": 36}, "0 128"),
+        ({"copy_batch": 1}, "0 128"),  # whatever it is that it doesn't like
     ],
 )
 def test_pieces_are_copied_by_one_call_where_cuda_has_it(

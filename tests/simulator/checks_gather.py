@@ -295,6 +295,26 @@ async def test_past_its_deadline_while_a_kernel_uses_the_memory(
         assert paged.read() == paged.data
 
 
+async def test_past_its_deadline_while_its_checksum_is_made(
+    clean: Simulator, tmp_path: Path
+) -> None:
+    """Of the copy in the staging buffer: the memory is free, and soon the room as well."""
+    paged = Paged(clean, "summed", 1)
+    async with open_engine(gathering(tmp_path / "kv", gather_bytes=BLOCK)) as engine:
+        block = paged.register(engine).block(0)
+        assert await engine.store(b"there", block)
+        clean.copy_delay(0.2)  # two until it is gathered, then five
+        with pytest.raises(TransferTimeout) as caught:
+            await engine.store(b"k", block, timeout_s=0.9)
+        assert caught.value.settled is None
+        clean.copy_delay(0)
+        assert await engine.store(b"other", block)
+        assert await engine.prefix([b"k"]) == 0
+        paged.clear()
+        assert await engine.load(b"other", block)
+        assert paged.read() == paged.data
+
+
 @pytest.mark.parametrize("direction", ["store", "load"])
 async def test_past_its_deadline_while_storage_works(
     clean: Simulator, tmp_path: Path, direction: str

@@ -79,9 +79,7 @@ class Cuda:
         return said.value
 
     def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - ctypes converts
-        self._check(name, getattr(self._library, name)(*arguments))
-
-    def _check(self, name: str, code: int) -> None:
+        code = getattr(self._library, name)(*arguments)
         if code:
             raise CudaError(f"{name}: {self._library.cudaGetErrorString(code).decode()} ({code})")
 
@@ -142,7 +140,10 @@ class Cuda:
     def _copy_at_once(
         self, copies: Sequence[tuple[int, int, int]], stream: ctypes.c_void_p
     ) -> bool:
-        """Start copies with one call. False: it can't be used here, and nothing was started."""
+        """Start copies with one call. False: that can't be had; each of them is to be copied again.
+
+        Which of them it does not like, or that it is the call itself, they then tell one by one.
+        """
         if not self._batches:
             return False
         count = len(copies)
@@ -160,9 +161,7 @@ class Cuda:
             stream,
         )
         self._batches = code not in _NO_BATCHES
-        if self._batches:
-            self._check("cudaMemcpyBatchAsync", code)
-        return self._batches
+        return bool(code == 0)
 
     def copy_now(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy (to, from, bytes), and wait for it."""

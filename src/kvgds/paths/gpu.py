@@ -132,10 +132,13 @@ class _Gpu:
         return self._copies[-1]
 
     def launch(self) -> None:
-        """Start on all that was asked for; what goes wrong is each one's to tell."""
+        """Start on all that was asked for, copies first: sums may be of what they write.
+
+        What goes wrong is each one's to tell.
+        """
         if not self.kernels.done():
             return
-        for asked, start in ((self._sums, self._start_sums), (self._copies, self._start_copies)):
+        for asked, start in ((self._copies, self._start_copies), (self._sums, self._start_sums)):
             these = asked.copy()
             asked.clear()
             try:
@@ -396,13 +399,14 @@ class GpuGathered:
         if not move.enter():
             move.vacate()
             return
-        rows, checksum = move.view.rows(), NOTHING
-        gathering = gpu.copy(pairs(rows, move.in_room))
-        if move.algorithm != NO_CHECKSUM:
-            checksum = yield from _summed(gpu, rows)
-        yield gathering
+        gathering = gpu.copy(pairs(move.view.rows(), move.in_room))
+        full = move.algorithm != NO_CHECKSUM
+        summing = gpu.sum(move.in_room) if full else None
+        yield gathering  # first: should the sum fail, nothing writes into the room any more
         move.leave()
-        move.stamp(checksum)
+        if summing is not None:
+            yield summing
+        move.stamp(summing.checksum if summing is not None else NOTHING)
 
     def end(self, move: Move) -> Later | None:
         """See ``Path``."""

@@ -170,6 +170,7 @@ class Move:
         if self.abandoned:
             self.error = self.timeout()
             self.work = None
+            self.vacate()  # a kernel may still read what lies there, but none writes
             return None
         return self.path.begin(self)
 
