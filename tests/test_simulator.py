@@ -170,6 +170,8 @@ TIME_UP = "then time was up (probe_timeout_s)"
         ({"path": "gds"}, {"cupy": False}, "gds", f"{ONE_BY_ONE}: gathering needs CuPy"),
         ({"path": "gds", "gather_bytes": 0}, {}, "gds", f"{ONE_BY_ONE}: gather_bytes=0 was"),
         ({"path": "gds"}, {"write": "delay:1000"}, "gds", " bytes or less are gathered on the GPU"),
+        ({"path": "gds"}, {"bar_bytes": 4 << 20}, "gds", "not measured: cuFileBufRegister"),
+        ({"path": "gds"}, {"vram_bytes": 6 << 20}, "gds", "not measured: cudaMalloc"),
         ({"path": "gds"}, {"write": "delay:300000"}, "gds", f"gathered: {TIME_UP}"),
         ({"path": "gds"}, {"path": "compat"}, "PathUnavailable", REFUSED),
         ({"path": "gds"}, {"buffer_register": 5036}, "PathUnavailable", "BAR is too small"),

@@ -184,8 +184,10 @@ def _measure(agent: Agent, kernels: Kernels, fd: int, until: float) -> tuple[int
                 if gathered <= _WORTH_IT * direct:
                     most = nbytes
                     break
-    except (OSError, CudaError) as error:
-        seen.append(str(error))
+    except PathUnavailable:  # storage fails: that is no question of fragments
+        raise
+    except Exception as error:  # noqa: BLE001 - no room on the GPU, for one: CuPy has its own errors
+        seen.append(f"not measured: {error}")
     rule = "scattered blocks go a fragment at a time"
     if most:
         rule = f"blocks whose fragments are {most:,} bytes or less are gathered on the GPU"
