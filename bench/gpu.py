@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import deque
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +96,17 @@ async def open_engines(setup: Setup, stack: AsyncExitStack) -> None:
             setup.refused["gds-compat"] = str(error)
 
 
-async def _open(setup: Setup, stack: AsyncExitStack, path: str, *, compat: bool) -> None:
+async def _open(
+    setup: Setup, stack: AsyncExitStack, path: str, *, compat: bool, **more: int
+) -> None:
     root = Path(tempfile.mkdtemp(dir=setup.root))
     tier = kvgds.FileTier(root=root / "kv", capacity_bytes=4 << 30, verify=setup.verify)
     config = kvgds.EngineConfig(
-        namespace=kvgds.Namespace(model="bench"), tiers=(tier,), path=path, allow_compat=compat
+        namespace=kvgds.Namespace(model="bench"),
+        tiers=(tier,),
+        path=path,
+        allow_compat=compat,
+        **more,
     )
     engine = await stack.enter_async_context(kvgds.open_engine(config))
     memory = "gpu" if setup.on_gpu else "host"
@@ -262,8 +268,8 @@ class Copies:
 
         def land() -> None:
             started, copying = flying.popleft()
-            if copying is not None:
-                copying.wait()
+            while copying is not None and not copying.done:
+                time.sleep(0)
             sample.latencies.append(time.perf_counter() - started)
             sample.succeeded += 1
 
@@ -377,24 +383,44 @@ def pool_of(setup: Setup, block: int, count: int, threads: int) -> Iterator[Time
 
 
 async def fragments(setup: Setup) -> AsyncIterator[dict[str, object]]:
-    """2 MiB blocks in 64 fragments of 32 KiB against the same in one."""
+    """2 MiB blocks cut ever smaller against the same in one piece.
+
+    Where a path gathers fragments on the GPU, the same without that stands beside it; the plan of
+    the first says up to which size it does.
+    """
     block, count, in_flight = (256 * KIB, 4, 4) if setup.quick else (2 * MIB, 128, 16)
-    shapes = {"one piece": 1, "64 fragments": 64}
-    memories = {name: Memory(setup, count, block, cuts) for name, cuts in shapes.items()}
+    cuts = (1, 64) if setup.quick else (1, 16, 64, 512)
     async with AsyncExitStack() as stack:
+        plain = await stack.enter_async_context(without_gathering(setup))
         movers = {}
-        for name, memory in memories.items():
-            engines = await stack.enter_async_context(blocks_of(setup, memory, in_flight))
-            movers |= {f"{path}, {name}": mover for path, mover in engines.items()}
+        for n in cuts:
+            for setting in (setup, plain):  # cuFile knows memory once: each has its own
+                if setting.engines:
+                    memory = Memory(setup, count, block, n)
+                    engines = await stack.enter_async_context(blocks_of(setting, memory, in_flight))
+                    movers |= {f"{path}, {n} fragments": each for path, each in engines.items()}
         for store in (True, False):
             contenders = {name: partial(mover.run, store=store) for name, mover in movers.items()}
             runs = await alternate(contenders, setup.rounds)
             more = {"block": block, "in_flight": in_flight, "direction": direction_of(store=store)}
-            for path in setup.engines:
+            for path in (*setup.engines, *plain.engines):
                 ours = {name: runs[name] for name in runs if name.startswith(f"{path}, ")}
-                base = f"{path}, one piece"
+                base = f"{path}, 1 fragments"
                 for row in rows_of(setup, ours, base, scenario="fragments", **more):
                     yield row
+
+
+@asynccontextmanager
+async def without_gathering(setup: Setup) -> AsyncIterator[Setup]:
+    """The same for the paths of GPUDirect Storage alone, with fragments as they lie."""
+    other = replace(setup, engines={}, refused={})
+    async with AsyncExitStack() as stack:
+        for path in ("gds", "gds-compat"):
+            if path in setup.engines:
+                compat = path == "gds-compat"
+                await _open(other, stack, "gds", compat=compat, gather_bytes=0)
+        other.engines = {f"{path}, not gathered": each for path, each in other.engines.items()}
+        yield other
 
 
 def direction_of(*, store: bool) -> str:

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgds.memory.kernels import SHORTEST, Checksums
+from kvgds.memory.kernels import SHORTEST, Kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,13 +95,13 @@ class OnGpu:
     """On a GPU, real or simulated, with a copy of the memory."""
 
     def __init__(self, cupy: Any) -> None:
-        self.cupy, self.checksums = cupy, Checksums(0)
+        self.cupy, self.kernels = cupy, Kernels(0)
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def __call__(self, memory: Memory, /) -> Callable[[], list[bytes]]:
         with self.stream:
             copy = self.cupy.asarray(memory.bytes)
-        digests = self.checksums.launch(memory.gathers(copy.data.ptr), self.stream.ptr)
+        digests = self.kernels.checksums(memory.gathers(copy.data.ptr), self.stream.ptr)
 
         def read() -> list[bytes]:
             digests.event.synchronize()

@@ -78,6 +78,7 @@ def test_tiers_that_can_not_be(field: str, value: Any) -> None:
         ("tiers", TIER),
         ("path", "GDS"),
         ("bounce_bytes", 4096),
+        ("gather_bytes", -1),
         ("bounce_bytes", 1.5),
         ("bounce_bytes", 1 << 63),
         ("queue_ops", 1 << 63),

@@ -193,9 +193,19 @@ CACHES = {
     "K and V apart": ((6, *PAGES), 0, 4),
     "block first": ((6, 2, *PAGES), 0, 2),
     "block last but one": ((2, 4, 6, 2048), -2, 1),
+    "many layers": ((6, *PAGES), 0, 64),
+    "many layers, no pages": ((6, *SHREDS), 0, 64),
     "K and V in one, no pages": ((2, 6, *SHREDS), 1, 2),
     "K and V apart, no pages": ((6, *SHREDS), 0, 4),
 }
+
+
+async def test_the_plan_says_what_becomes_of_scattered_blocks(kind: Kind, tmp_path: Path) -> None:
+    async with kind.opened(tmp_path / "kv", verify="stamp") as engine:
+        plans = [plan for plan in engine.plan if plan.memory == kind.memory]
+        rules = ("are gathered on the GPU", "scattered blocks go a fragment at a time")
+        said = [line for plan in plans for line in plan.evidence if any(r in line for r in rules)]
+        assert len(said) == planned(engine, kind).startswith("gds")
 
 
 @pytest.mark.parametrize("verify", ["full", "stamp"])

@@ -22,14 +22,16 @@ import xxhash
 from checksums import KIB, MIB, ChecksumContract, Gather, Memory, OnGpu, aligned
 from kvgds.errors import BusyError, ConfigError
 from kvgds.memory.kernels import (
+    COPY_THREADS,
     DIGEST_BYTES,
     LANES,
     SOURCE,
     SPARE_ROWS,
     SUM_BYTES,
     THREADS,
-    Checksums,
+    Kernels,
     Plan,
+    copy_grids,
     plan_of,
 )
 from simulator.kernels import Launch, Range, compiled
@@ -56,6 +58,7 @@ class OnHost:
     def __init__(self) -> None:
         library = compiled(resources.files("kvgds.memory").joinpath(SOURCE).read_text())
         self._kernels = (library.run_kvgds_sums, library.run_kvgds_chain, library.run_kvgds_digest)
+        self._copy = library.run_kvgds_copy
         self.loads = self.bytes_alone = 0
 
     def __call__(self, memory: Memory, /) -> Callable[[], list[bytes]]:
@@ -96,6 +99,18 @@ class OnHost:
             self.loads += launch.loads
             self.bytes_alone += launch.bytes_alone
 
+    def copy(
+        self, table: NDArray[np.uint64], memory: Sequence[tuple[int, int]], *, backwards: bool
+    ) -> None:
+        """Copy as the table says, within this memory."""
+        ranges = _ranges([(table.ctypes.data, table.nbytes), *memory])
+        self.bytes_alone = 0
+        for first, grid in copy_grids(table):
+            arguments = (table.ctypes.data, first)
+            launch = Launch(ranges, len(ranges), arguments, grid, COPY_THREADS, backwards)
+            assert self._copy(ctypes.byref(launch)) == 0
+            self.bytes_alone += launch.bytes_alone
+
 
 def _ranges(given: Sequence[tuple[int, int]]) -> ctypes.Array[Range]:
     """What a launch was given, where it is: blocks may share memory, or lie side by side."""
@@ -134,6 +149,46 @@ def test_pages_take_the_wide_loads(on_host: OnHost) -> None:
     assert on_host.bytes_alone == 0
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("sizes", [[16], [4096] * 7, [16384, 16400, 48, 0, 65536, 16368]])
+def test_copies_write_what_they_should_and_nothing_else(
+    on_host: OnHost, sizes: list[int], *, backwards: bool
+) -> None:
+    source, target = Memory(5, [sizes]), Memory(6, [list(reversed(sizes))])
+    ends = [(memory.words.ctypes.data, memory.offsets[0]) for memory in (source, target)]
+    (start, offsets), (to, places) = ends
+    table = np.array(
+        [
+            (to + at, start + o, n)
+            for (o, n), (at, _) in zip(offsets, reversed(places), strict=True)
+        ],
+        np.uint64,
+    )
+    expected = target.bytes.copy()
+    for (o, n), (at, _) in zip(offsets, reversed(places), strict=True):
+        expected[at : at + n] = source.bytes[o : o + n]
+    on_host.copy(table, [(start, source.bytes.size), (to, target.bytes.size)], backwards=backwards)
+    assert (expected == target.bytes).all()
+    assert on_host.bytes_alone == 0
+
+
+def test_more_copies_than_a_grid_has_rows(on_host: OnHost) -> None:
+    count = 70_000
+    source, target = aligned(2 * count), aligned(2 * count)
+    source[:] = np.arange(2 * count)
+    start, to = source.ctypes.data, target.ctypes.data
+    table = np.array([(to + 16 * i, start + 16 * i, 16) for i in range(count)], np.uint64)
+    assert [first for first, _ in copy_grids(table)] == [0, 65535]
+    on_host.copy(table, [(start, source.nbytes), (to, target.nbytes)], backwards=False)
+    assert (source == target).all()
+
+
+@pytest.mark.parametrize("wrong", [(4096, 8192, 24), (4104, 8192, 16), (4096, 8193, 16)])
+def test_what_the_kernel_does_not_copy(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="copies"):
+        copy_grids(np.array([(4096, 8192, 16), wrong], np.uint64))
+
+
 @pytest.mark.parametrize("blocks", [[], [[(4096, 240)]], [[(4096, 4096)], []]])
 def test_what_the_host_has_to_hash(blocks: list[Gather]) -> None:
     with pytest.raises(ConfigError, match="blocks"):
@@ -156,7 +211,7 @@ def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores") == 3
+    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores") == 4
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +225,45 @@ def cupy() -> Iterator[Any]:
 
 @pytest.mark.gpu
 def test_unfinished_checksums_are_not_read(cupy: Any) -> None:
-    checksums, stream = Checksums(0), cupy.cuda.Stream(non_blocking=True)
+    kernels, stream = Kernels(0), cupy.cuda.Stream(non_blocking=True)
     memory = cupy.zeros(512 * MIB, np.uint8)
     cupy.cuda.Device(0).synchronize()
-    digests = checksums.launch([[(memory.data.ptr, memory.nbytes)]], stream.ptr)
+    digests = kernels.checksums([[(memory.data.ptr, memory.nbytes)]], stream.ptr)
     with pytest.raises(BusyError):  # 5 ms of chain lie before it
         digests.read()
     digests.event.synchronize()
     assert digests.read() == [xxhash.xxh3_128_digest(bytes(memory.nbytes))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fragment", [4 * KIB, 32 * KIB, 128 * KIB])
+def test_how_fast_copies_are(cupy: Any, capsys: pytest.CaptureFixture[str], fragment: int) -> None:
+    """Into one piece, the last fragment first; and right."""
+    kernels, stream = Kernels(0), cupy.cuda.Stream(non_blocking=True)
+    source = cupy.arange(16 * MIB // 8, dtype=np.uint64)
+    target, count = cupy.zeros_like(source), 16 * MIB // fragment
+    cupy.cuda.Device(0).synchronize()
+    ends = [target.data.ptr, source.data.ptr + 16 * MIB - fragment]
+    copies = [(ends[0] + i * fragment, ends[1] - i * fragment, fragment) for i in range(count)]
+    times, spin = [], cupy.RawKernel(SPIN, "spin")
+    for _ in range(12):
+        start = cupy.cuda.Event()
+        with stream:  # some 30 ms, in which Python launches all: its own time is not measured
+            spin((1,), (1,), (np.int64(50_000_000),))
+        start.record(stream)
+        kernels.copy(copies, stream.ptr)
+        stop = cupy.cuda.Event()
+        stop.record(stream)
+        stop.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, stop) * 1e3)
+    expected = np.flip(source.get().reshape(count, -1), 0).ravel()
+    assert (expected == target.get()).all()
+    median = sorted(times)[len(times) // 2]
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n16 MiB in pieces of {fragment >> 10} KiB: median {median:.0f} us, "
+            f"{16 * MIB / median / 1e3:.0f} GB/s\n"
+        )
 
 
 @pytest.mark.gpu
@@ -195,7 +281,7 @@ def test_unfinished_checksums_are_not_read(cupy: Any) -> None:
 def test_how_fast(
     cupy: Any, capsys: pytest.CaptureFixture[str], blocks: int, nbytes: int, fragment: int
 ) -> None:
-    checksums, stream = Checksums(0), cupy.cuda.Stream(non_blocking=True)
+    kernels, stream = Kernels(0), cupy.cuda.Stream(non_blocking=True)
     memory = cupy.zeros(blocks * nbytes, np.uint8)
     cupy.cuda.Device(0).synchronize()
     gathers = [
@@ -208,7 +294,7 @@ def test_how_fast(
         with stream:  # some 30 ms, in which Python launches all: its own time is not measured
             spin((1,), (1,), (np.int64(50_000_000),))
         start.record(stream)
-        digests = checksums.launch(gathers, stream.ptr)
+        digests = kernels.checksums(gathers, stream.ptr)
         stop.record(stream)
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop) * 1e3)

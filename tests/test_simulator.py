@@ -60,6 +60,28 @@ number = ctypes.c_int(7)
 print(Simulator().cudart.cudaGetDeviceCount(ctypes.byref(number)), number.value)
 """
 
+# Copies scattered pages out of a GPU in reverse order, twice; prints by which calls, and if right.
+COPY = """
+import time
+from kvgds.memory import Arena
+from kvgds.memory.device import cuda
+from simulator import Simulator
+arena, gpu, runtime = Arena(64 << 12), Simulator(), cuda()
+runtime.pin(arena.span)
+vram, data = gpu.allocate(64 << 12), bytes(n % 251 for n in range(64 << 12))
+vram.write(data)
+for _ in range(2):
+    arena.bytes[:] = bytes(64 << 12)
+    ends = [((63 - i) << 12, i << 12) for i in range(64)]
+    copies = [(arena.span.address + to, vram.address + at, 1 << 12) for to, at in ends]
+    copying = runtime.copy(0, copies)
+    while not copying.done:
+        time.sleep(0)
+    pages = [data[i << 12 : (i + 1) << 12] for i in range(64)]
+    assert arena.bytes == b"".join(reversed(pages))
+print(gpu.counter("copy_batches"), gpu.counter("async_copies"))
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -105,7 +127,27 @@ def test_the_environment_says_how_many_devices(devices: int, expected: str) -> N
     assert expected == run("-c", COUNT, devices=devices).strip()
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "2 0"),
+        ({"runtime": 13000, "driver": 13000}, "2 0"),  # where the call has an argument less
+        ({"runtime": 12040}, "0 128"),
+        ({"driver": 12040}, "0 128"),
+        ({"copy_batch": 801}, "0 128"),
+        ({"copy_batch": 36}, "0 128"),
+        ({"copy_batch": 1}, "0 128"),  # whatever it is that it doesn't like
+    ],
+)
+def test_pieces_are_copied_by_one_call_where_cuda_has_it(
+    settings: dict[str, Any], expected: str
+) -> None:
+    assert expected == run("-c", COPY, **settings).strip()
+
+
 REFUSED = "GPUDirect Storage can't be had here"
+ONE_BY_ONE = "scattered blocks go a fragment at a time"
+TIME_UP = "then time was up (probe_timeout_s)"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +167,12 @@ REFUSED = "GPUDirect Storage can't be had here"
         ({"verify": "full"}, {"cupy": False}, "bounce", "gds: checksums on the GPU need CuPy"),
         ({"path": "bounce"}, {}, "bounce", "gds: path='bounce' was asked for"),
         ({"path": "gds"}, {}, "gds", "1,052,672 bytes went from a GPU to a file"),
+        ({"path": "gds"}, {"cupy": False}, "gds", f"{ONE_BY_ONE}: gathering needs CuPy"),
+        ({"path": "gds", "gather_bytes": 0}, {}, "gds", f"{ONE_BY_ONE}: gather_bytes=0 was"),
+        ({"path": "gds"}, {"write": "delay:1000"}, "gds", " bytes or less are gathered on the GPU"),
+        ({"path": "gds"}, {"bar_bytes": 4 << 20}, "gds", "not measured: cuFileBufRegister"),
+        ({"path": "gds"}, {"vram_bytes": 6 << 20}, "gds", "not measured: cudaMalloc"),
+        ({"path": "gds"}, {"write": "delay:300000"}, "gds", f"gathered: {TIME_UP}"),
         ({"path": "gds"}, {"path": "compat"}, "PathUnavailable", REFUSED),
         ({"path": "gds"}, {"buffer_register": 5036}, "PathUnavailable", "BAR is too small"),
         ({"path": "gds"}, {"devices": 0}, "PathUnavailable", "no CUDA runtime or no GPU"),
@@ -137,7 +185,8 @@ def test_how_gpu_memory_moves(
     settings: dict[str, object], machine: dict[str, Any], path: str, why: str
 ) -> None:
     """Whatever is wrong with GPUDirect Storage is found out at open, named, and never used."""
-    settings = {"probe_timeout_s": 3.0 if "within 3 s" in why else 20.0} | settings
+    timeouts_s = [3.0] * ("within 3 s" in why) + [4.0] * (TIME_UP in why) + [20.0]
+    settings = {"probe_timeout_s": timeouts_s[0]} | settings
     said, _, cufile = run("-c", PLAN, json.dumps(settings), **machine).strip().partition("\n")
     assert said.split(";")[0].split()[0] == path
     assert why in said

@@ -198,6 +198,9 @@ class EngineConfig(_Settings):
             if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not.
         allow_compat: with ``path="gds"``: cuFile's compatibility mode will do, named gds-compat.
         bounce_bytes: budget of the bounce region, padding included.
+        gather_bytes: memory of each GPU that scattered blocks lie in, beside `bounce_bytes`: they
+            go through it where GPUDirect Storage is quicker with few large pieces. Taken when it
+            is first needed. 0: never.
         timeout_s: deadline of an operation that names none.
         drain_timeout_s: how long closing waits for what is in flight.
         probe_timeout_s: how long the trial of GPUDirect Storage may take, at open.
@@ -212,6 +215,7 @@ class EngineConfig(_Settings):
     path: Literal["auto", "gds", "bounce"] = "auto"
     allow_compat: bool = False
     bounce_bytes: Annotated[int, Field(ge=2 * PAGE, le=_MOST)] = 256 << 20
+    gather_bytes: Annotated[int, Field(ge=0, le=_MOST)] = 32 << 20
     timeout_s: Positive = 30.0
     drain_timeout_s: Positive = 60.0
     probe_timeout_s: Positive = 60.0

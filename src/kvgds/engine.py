@@ -180,9 +180,10 @@ class Engine:
                     allow_compat=self.config.allow_compat,
                     direct_io=bool(tier.plan.direct_io),
                     checksums=tier.checked,
+                    gather_bytes=self.config.gather_bytes,
                     timeout_s=self.config.probe_timeout_s,
                 )
-            ways.choose(tier.plan, gds)
+            ways.choose(tier.plan, gds, self.config.gather_bytes)
 
     async def aclose(self) -> None:
         """Finish what was asked for, then let go of everything. May be called again.

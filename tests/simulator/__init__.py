@@ -11,11 +11,13 @@ What can be set from the environment, before the libraries are loaded:
 
 - ``SIMCUDA_DEVICES`` (1; 0 means none, at most 8), ``SIMCUDA_VRAM_BYTES`` (1 GiB for each),
   ``SIMCUDA_STRICT_PINNED`` (1: asynchronous copies refuse host memory that is not page-locked),
-  ``SIMCUDA_COPY_DELAY_US``.
+  ``SIMCUDA_COPY_DELAY_US``, ``SIMCUDA_RUNTIME`` and ``SIMCUDA_DRIVER`` (12090, both versions),
+  ``SIMCUDA_COPY_BATCH`` (an error that cudaMemcpyBatchAsync answers with).
 - ``SIMCUDA_PATH``: what cuFile claims to be, ``nvfs`` (the default), ``p2pdma`` or ``compat``.
   ``CUFILE_ALLOW_COMPAT_MODE`` and ``CUFILE_FORCE_COMPAT_MODE`` are obeyed.
 - ``SIMCUDA_DRIVER_OPEN`` (an error or ``hang``), ``SIMCUDA_HANDLE_REGISTER``,
-  ``SIMCUDA_BUFFER_REGISTER`` (an error), ``SIMCUDA_BAR_BYTES`` (no more can be registered).
+  ``SIMCUDA_BUFFER_REGISTER`` (an error), ``SIMCUDA_BAR_BYTES`` (no more can be registered),
+  ``SIMCUDA_BUFFER_BYTES`` (no more of it at once).
 - ``SIMCUDA_READ``, ``SIMCUDA_WRITE``: ``what:value:skip:count`` as in `Simulator.fault`; several
   with commas.
 """
@@ -121,7 +123,8 @@ class Simulator:
             **_counters(self.cudart, "simcuda"),
             **_counters(self.cufile, "simcufile"),
         }
-        self._settings = {"driver_open": 0, "handle_register": 0, "buffer_register": 0, "bar": 0}
+        errors = dict.fromkeys(("driver_open", "handle_register", "buffer_register"), 0)
+        self._settings = {**errors, "buffer": 0, "bar": 0}
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of libcudart by name; raises CudaError for what is not success."""
@@ -202,10 +205,15 @@ class Simulator:
         """How much device memory may be registered at a time; beyond it error 5036. 0: all."""
         self._set("bar", nbytes)
 
+    def buffer(self, nbytes: int = 0) -> None:
+        """How much device memory one registration may have; beyond it error 5036. 0: all."""
+        self._set("buffer", nbytes)
+
     def _set(self, name: str, value: int) -> None:
         self._settings[name] = value
-        errors = [ctypes.c_int(self._settings[key]) for key in list(self._settings)[:-1]]
-        self.cufile.simcufile_set(*errors, ctypes.c_size_t(self._settings["bar"]))
+        *errors, buffer, bar = self._settings.values()
+        limits = ctypes.c_size_t(buffer), ctypes.c_size_t(bar)
+        self.cufile.simcufile_set(*map(ctypes.c_int, errors), *limits)
 
     def fault(
         self, operation: Operation, what: What, value: int = 0, *, skip: int = 0, count: int = -1

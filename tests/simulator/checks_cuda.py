@@ -137,6 +137,34 @@ def synchronize(gpu: Simulator, stream: int) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+def copy_batch(gpu: Simulator, copies: list[tuple[int, int, int]], stream: int) -> None:
+    columns = [(ctypes.c_uint64 * len(copies))(*column) for column in zip(*copies, strict=True)]
+    numbers, failed = (ctypes.c_int * 16)(1), ctypes.c_size_t(99)
+    first, count, one = ctypes.c_size_t(0), ctypes.c_size_t(len(copies)), ctypes.c_size_t(1)
+    ends = (*columns, count, numbers, ctypes.byref(first), one, ctypes.byref(failed))
+    try:
+        gpu.call("cudaMemcpyBatchAsync", *ends, ctypes.c_void_p(stream))
+    finally:
+        assert failed.value in {99, len(copies) - 2}
+
+
+def test_copies_of_a_batch_come_last_first(gpu: Simulator, pinned: Pinned, vram: Vram) -> None:
+    """And not on the default stream, nor past the end; what was begun before that runs."""
+    vram.write(bytes(range(200)))
+    copies = [(pinned.address, vram.address + i, 8) for i in (0, 50, 100)]
+    with streams(gpu, 1) as (stream,):
+        copy_batch(gpu, copies, stream)
+        gpu.call("cudaStreamSynchronize", ctypes.c_void_p(stream))
+        assert pinned.memory[:8] == bytes(range(8))
+        wrong = [copies[0], (pinned.address, vram.address + SIZE - 4, 8), copies[2]]
+        for refused, on in ((copies, 0), (wrong, stream)):
+            with pytest.raises(CudaError) as caught:
+                copy_batch(gpu, refused, on)
+            assert caught.value.code == INVALID_VALUE
+        gpu.call("cudaStreamSynchronize", ctypes.c_void_p(stream))
+        assert pinned.memory[:8] == bytes(range(100, 108))
+
+
 @pytest.mark.parametrize("how", ["read", "write"])
 def test_the_host_cannot_touch_device_memory(how: str) -> None:
     done = subprocess.run(

@@ -249,6 +249,65 @@ async def test_memory_that_cufile_refuses_is_an_error(
         assert await engine.store(b"k", region)
 
 
+@pytest.mark.parametrize("most", [16 * MIB, 39 * MIB])
+async def test_memory_that_cufile_takes_in_pieces_only(
+    gpu: Simulator, tmp_path: Path, most: int
+) -> None:
+    """Blocks may lie across the cuts, beside memory that is whole; all goes directly."""
+    size = 40 * MIB
+    big, data = filled(gpu, size, "big")
+    small, little = filled(gpu, 8 * PAGE, "small")
+    async with open_engine(direct(tmp_path / "kv", verify="stamp")) as engine:
+        gpu.buffer(most)
+        before, region, whole = gpu.counters(), engine.register(big), engine.register(small)
+        cut = -big.address % (16 * MIB)
+        places = [slice(0, PAGE), slice(size - PAGE, size), slice(cut - PAGE, cut)]
+        places += [slice(cut, cut + PAGE), slice(cut - PAGE, cut + PAGE), slice(PAGE, size - PAGE)]
+        items = [(b"%d" % i, region[place]) for i, place in enumerate(places)]
+        items.append((b"small", whole[:]))
+        assert {o.status for o in await engine.store_many(items)} == {"stored"}
+        for place, (key, view) in zip(places, items, strict=False):
+            big.write(bytes(size))
+            assert await engine.load(key, view)
+            around = bytes(place.start), bytes(size - place.stop)
+            assert big.read() == around[0] + data[place] + around[1]
+        small.write(bytes(8 * PAGE))
+        assert await engine.load(b"small", whole)
+        assert small.read() == little
+        assert gpu.counter("live_buffers") - before["live_buffers"] > 2
+        assert moved(gpu, before)["bounced"] == 0
+        await engine.deregister(region)
+        await engine.deregister(whole)
+        for name in ("live_buffers", "registered_bytes"):
+            assert gpu.counter(name) == before[name]
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [("buffer", 16 * MIB - PAGE), ("bar", 60 * MIB), ("bar", 36 * MIB)]
+)
+async def test_memory_that_cufile_takes_in_no_pieces_is_an_error(
+    gpu: Simulator, tmp_path: Path, limit: str, most: int
+) -> None:
+    """Not even small ones; each layer whole, but not all of them; each piece, but not all."""
+    layers = [filled(gpu, 40 * MIB, (most, i))[0] for i in range(2)]
+    other, data = filled(gpu, MIB, "other")
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        cache, region = engine.register_cache([Rows(vram, 40) for vram in layers]), None
+        gpu.bar(most) if limit == "bar" else gpu.buffer(most)
+        before = gpu.counters()
+        with pytest.raises(TransferError, match="5036"):
+            await engine.store(b"k", cache.block(1))
+        assert gpu.counter("live_buffers") == before["live_buffers"]
+        region = engine.register(other)
+        assert await engine.store(b"other", region)
+        gpu.clear()
+        assert await engine.store(b"k", cache.block(1))
+        assert moved(gpu, before)["bounced"] == 0
+        other.write(bytes(MIB))
+        assert await engine.load(b"other", region)
+        assert other.read() == data
+
+
 async def test_a_file_that_cufile_refuses_is_an_error(gpu: Simulator, tmp_path: Path) -> None:
     """A file for each block, registered when it is first used: no slab that is known already."""
     vram, _ = filled(gpu, 2 * PAGE, "file")

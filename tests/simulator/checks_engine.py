@@ -60,8 +60,8 @@ def _never_blocked() -> Iterator[None]:
 def config(root: Path, **changes: Any) -> EngineConfig:
     """A small engine."""
     tier = FileTier(root=root, capacity_bytes=64 * MIB, **changes.pop("tier", {}))
-    settings: dict[str, Any] = {"bounce_bytes": 16 * MIB, "path": "bounce"} | changes
-    return EngineConfig(namespace=NAMESPACE, tiers=(tier,), **settings)
+    settings: dict[str, Any] = {"bounce_bytes": 16 * MIB, "path": "bounce", "gather_bytes": 0}
+    return EngineConfig(namespace=NAMESPACE, tiers=(tier,), **settings | changes)
 
 
 def filled(gpu: Simulator, nbytes: int, name: object, device: int = 0) -> tuple[Vram, bytes]:
@@ -132,6 +132,41 @@ async def test_a_paged_cache(gpu: Simulator, tmp_path: Path) -> None:
         for vram, data in layers:
             rows = [data[i * 6000 : (i + 1) * 6000] for i in range(8)]
             assert vram.read() == b"".join(reversed(rows))
+
+
+async def test_a_scattered_block_is_copied_by_one_call(gpu: Simulator, tmp_path: Path) -> None:
+    layers = [filled(gpu, 2 * 6000, ("scattered", i)) for i in range(64)]
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        cache, before = engine.register_cache([Rows(vram, 2) for vram, _ in layers]), gpu.counters()
+        assert await engine.store(b"k", cache.block(1))
+        assert await engine.load(b"k", cache.block(0))
+        calls = {
+            name: gpu.counter(name) - before[name] for name in ("copy_batches", "async_copies")
+        }
+        assert calls == {"copy_batches": 2, "async_copies": 0}
+        for vram, data in layers:
+            assert vram.read() == 2 * data[6000:]
+
+
+async def test_a_layer_that_was_freed_is_an_error_of_that_block(
+    gpu: Simulator, tmp_path: Path
+) -> None:
+    """What was copied before it has ended when that is told; its neighbours arrive."""
+    layers = [filled(gpu, 2 * PAGE, ("layer", i)) for i in range(8)]
+    sound, data = filled(gpu, PAGE, "sound")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        cache = engine.register_cache([Rows(vram, 2) for vram, _ in layers])
+        region = engine.register(sound)
+        layers[3][0].free()
+        gpu.copy_delay(0.005)
+        with pytest.raises(TransferError):
+            await engine.store(b"a", cache.block(0))
+        assert not gpu.counter("pending")
+        items = [(b"a", cache.block(0)), (b"b", region)]
+        assert [o.ok for o in await engine.store_many(items)] == [False, True]
+        sound.write(bytes(PAGE))
+        assert await engine.load(b"b", region)
+        assert sound.read() == data
 
 
 async def test_many_who_want_one_block(gpu: Simulator, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cupy.cuda.runtime import CUDARuntimeError
 
 from checksums import ChecksumContract, OnGpu
 from kvgds.errors import BusyError, PathUnavailable
-from kvgds.memory.kernels import Checksums
+from kvgds.memory.kernels import Kernels
 from simulator import Simulator
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def filled(machine: Simulator) -> Iterator[Filled]:
 
 
 @pytest.fixture(scope="module")
-def checksums() -> Checksums:
-    return Checksums(0)
+def kernels() -> Kernels:
+    return Kernels(0)
 
 
 def too_early(gpu: Simulator) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def read(digests: Digests) -> list[bytes]:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_they_come_in_the_order_of_their_stream(
-    gpu: Simulator, filled: Filled, checksums: Checksums, *, own: bool
+    gpu: Simulator, filled: Filled, kernels: Kernels, *, own: bool
 ) -> None:
     """Of what copies before them have written, and those after them have not."""
     queue = new_stream() if own else cupy.cuda.ExternalStream(0)
@@ -125,18 +125,18 @@ def test_they_come_in_the_order_of_their_stream(
     target, new, newer = filled("old"), filled("new"), filled("newer")
     gpu.hold(stream)
     copy_async(gpu, target, new, stream)
-    digests = checksums.launch(block(target), stream)
+    digests = kernels.checksums(block(target), stream)
     copy_async(gpu, target, newer, stream)
     gpu.release(stream)
     assert read(digests) == digest("new")
 
 
 def test_what_a_held_stream_owes_is_not_read(
-    gpu: Simulator, filled: Filled, checksums: Checksums
+    gpu: Simulator, filled: Filled, kernels: Kernels
 ) -> None:
     held, free, vram = new_stream(), new_stream(), filled("held")
     gpu.hold(held.ptr)
-    late, early = (checksums.launch(block(vram), stream.ptr) for stream in (held, free))
+    late, early = (kernels.checksums(block(vram), stream.ptr) for stream in (held, free))
     assert read(early) == digest("held")
     assert not late.done
     with pytest.raises(BusyError):
@@ -146,31 +146,51 @@ def test_what_a_held_stream_owes_is_not_read(
 
 
 def test_kernels_of_several_streams_run_beside_each_other(
-    gpu: Simulator, filled: Filled, checksums: Checksums
+    gpu: Simulator, filled: Filled, kernels: Kernels
 ) -> None:
     streams, names = [new_stream() for _ in range(3)], [str(i) for i in range(30)]
     blocks = [block(filled(name, nbytes=BIG)) for name in names]
     gpu.hold()
-    launched = [checksums.launch(one, streams[i % 3].ptr) for i, one in enumerate(blocks)]
+    launched = [kernels.checksums(one, streams[i % 3].ptr) for i, one in enumerate(blocks)]
     gpu.release()
     assert [read(digests) for digests in launched] == [digest(name, BIG) for name in names]
 
 
-def test_kernels_take_their_time(gpu: Simulator, filled: Filled, checksums: Checksums) -> None:
+def test_kernels_take_their_time(gpu: Simulator, filled: Filled, kernels: Kernels) -> None:
     """Three of them between two copies, each with a delay."""
     vram, before = filled("slow"), gpu.counter("launches")
     gpu.copy_delay(0.01)
     began = time.monotonic()
-    assert read(checksums.launch(block(vram), 0)) == digest("slow")
+    assert read(kernels.checksums(block(vram), 0)) == digest("slow")
     assert time.monotonic() - began >= 5 * 0.01
     assert before + 3 == gpu.counter("launches")
 
 
-def test_each_device_has_its_own(gpu: Simulator, filled: Filled, checksums: Checksums) -> None:
+def test_copies_come_in_the_order_of_their_stream(
+    gpu: Simulator, filled: Filled, kernels: Kernels
+) -> None:
+    """Many at once, each with its own place; then checksums of what they have written."""
+    source, target, queue = filled("s", nbytes=BIG), filled("t", nbytes=BIG), new_stream()
+    newer = filled("newer")
+    pages = range(0, 96 * 1024, 4096)
+    gpu.hold(queue.ptr)
+    copy_async(gpu, source, newer, queue.ptr)
+    copies = [(target.address + at, source.address + at, 4096) for at in reversed(pages)]
+    launch = kernels.copy(copies, queue.ptr)
+    digests = kernels.checksums([[(target.address, 4096)]], queue.ptr)
+    early = launch.done
+    gpu.release(queue.ptr)
+    assert read(digests) == [xxhash.xxh3_128_digest(content("newer")[:4096])]
+    assert (early, launch.done) == (False, True)
+    whole = content("newer") + content("s", BIG)[SIZE : 96 * 1024] + content("t", BIG)[96 * 1024 :]
+    assert target.read() == whole
+
+
+def test_each_device_has_its_own(gpu: Simulator, filled: Filled, kernels: Kernels) -> None:
     held, free = new_stream(0), new_stream(1)
     gpu.hold(held.ptr)
-    here = checksums.launch(block(filled("here")), held.ptr)
-    there = Checksums(1).launch(block(filled("there", 1)), free.ptr)
+    here = kernels.checksums(block(filled("here")), held.ptr)
+    there = Kernels(1).checksums(block(filled("there", 1)), free.ptr)
     assert read(there) == digest("there")
     assert not here.done
     gpu.release(held.ptr)
@@ -179,7 +199,7 @@ def test_each_device_has_its_own(gpu: Simulator, filled: Filled, checksums: Chec
 
 @pytest.mark.parametrize("wrong", ["freed", "past the end", "another GPU's", "the host's"])
 def test_memory_that_is_not_its_own_breaks_a_device(
-    gpu: Simulator, filled: Filled, checksums: Checksums, wrong: str
+    gpu: Simulator, filled: Filled, kernels: Kernels, wrong: str
 ) -> None:
     here, there, freed, host = filled("here"), filled("there", 1), filled("freed"), bytearray(SIZE)
     address = {
@@ -191,7 +211,7 @@ def test_memory_that_is_not_its_own_breaks_a_device(
     freed.free()
     stream = new_stream()
     gpu.hold(stream.ptr)
-    digests = checksums.launch([[(address, SIZE)]], stream.ptr)
+    digests = kernels.checksums([[(address, SIZE)]], stream.ptr)
     copy_async(gpu, here, filled("never"), stream.ptr)
     gpu.release(stream.ptr)
     with pytest.raises(CUDARuntimeError, match="IllegalAddress"):
@@ -199,21 +219,21 @@ def test_memory_that_is_not_its_own_breaks_a_device(
     with pytest.raises(PathUnavailable, match="CUDA error 700"):
         digests.read()
     with pytest.raises(CUDARuntimeError, match="IllegalAddress"):
-        checksums.launch(block(here), 0)
+        kernels.checksums(block(here), 0)
     assert there.read() == content("there")  # the other device is well
     gpu.clear()
-    assert read(checksums.launch(block(here), 0)) == digest("here")
+    assert read(kernels.checksums(block(here), 0)) == digest("here")
 
 
 def test_a_launch_keeps_its_memory_whoever_lets_go(
-    gpu: Simulator, filled: Filled, checksums: Checksums
+    gpu: Simulator, filled: Filled, kernels: Kernels
 ) -> None:
     """The fixture sees whether any went too early; here, that it goes at all."""
     stream, vram, live = new_stream(), filled("kept"), []
     for _ in range(3):
         gpu.hold(stream.ptr)
         for _ in range(3):
-            digests = checksums.launch(block(vram), stream.ptr)
+            digests = kernels.checksums(block(vram), stream.ptr)
             gc.collect()
         gpu.release(stream.ptr)
         assert read(digests) == digest("kept")
@@ -224,9 +244,9 @@ def test_a_launch_keeps_its_memory_whoever_lets_go(
 def test_what_goes_too_early_is_told(machine: Simulator, filled: Filled) -> None:
     """What kernels are given, and the host's side of two copies."""
     freed, unpinned = too_early(machine)
-    gone, stream, vram = Checksums(0), new_stream(), filled("gone")
+    gone, stream, vram = Kernels(0), new_stream(), filled("gone")
     machine.hold(stream.ptr)
-    event = gone.launch(block(vram), stream.ptr).event
+    event = gone.checksums(block(vram), stream.ptr).event
     del gone
     gc.collect()
     machine.release(stream.ptr)

@@ -67,7 +67,7 @@ static const struct {
 };
 
 enum { CUFILE_BAD_POINTER = 5012, CUFILE_BAD_RANGE = 5014 };
-enum { MAX_DEVICES = 8, VERSION = 12090, NONBLOCKING = 1, LEGACY = 1, PER_THREAD = 2 };
+enum { MAX_DEVICES = 8, VERSION = 12090, CUDA_13 = 13000, NONBLOCKING = 1, LEGACY = 1, PER_THREAD = 2 };
 enum { GARBAGE = 0xA5 };
 enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3, BY_ADDRESS = 4 };
 
@@ -140,6 +140,7 @@ static struct pinned *pins;
 static struct stream *streams, *legacy[MAX_DEVICES];
 static struct event *events;
 static bool strict_pinned, all_held;
+static int runtime_version = VERSION, driver_version = VERSION, batch_answer;
 static long copy_delay_us;
 static int failure[MAX_DEVICES]; /* of a kernel: what the device answers from then on */
 
@@ -147,7 +148,7 @@ static __thread int current, last_error;
 static __thread struct stream *per_thread[MAX_DEVICES];
 
 #define COUNTERS(C) \
-    C(copies) C(async_copies) C(launches) C(unpinned_copies) C(refused_copies) \
+    C(copies) C(async_copies) C(batched_copies) C(copy_batches) C(launches) C(unpinned_copies) C(refused_copies) \
     C(events_recorded) C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) \
     C(live_streams) C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
 #define FIELD(name) int64_t name;
@@ -180,6 +181,9 @@ __attribute__((constructor)) static void start(void) {
     capacity = (size_t)setting("SIMCUDA_VRAM_BYTES", 1 << 30);
     strict_pinned = setting("SIMCUDA_STRICT_PINNED", 0);
     copy_delay_us = setting("SIMCUDA_COPY_DELAY_US", 0);
+    runtime_version = (int)setting("SIMCUDA_RUNTIME", VERSION);
+    driver_version = (int)setting("SIMCUDA_DRIVER", VERSION);
+    batch_answer = (int)setting("SIMCUDA_COPY_BATCH", 0);
     for (int device = 0; device < devices; device++) {
         arena[device] =
             mmap(NULL, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -695,7 +699,8 @@ static size_t span(size_t pitch, size_t width, size_t height) { return pitch * (
 
 /* Fill in, check and submit one copy; waits for it if it is not really asynchronous. */
 static int copy_locked(struct operation *op, const void *to, const void *from, int kind,
-                       struct stream *stream, bool async) {
+                       struct stream *stream, int64_t *counter) {
+    bool async = counter != &count.copies;
     int error = resolve(to, span(op->to_pitch, op->width, op->height), &op->to, &op->memory[0],
                         &op->host[0]);
     if (!error)
@@ -716,7 +721,7 @@ static int copy_locked(struct operation *op, const void *to, const void *from, i
         if (op->memory[i]) op->memory[i]->users++;
         if (op->host[i]) op->host[i]->users++;
     }
-    *(async ? &count.async_copies : &count.copies) += 1;
+    *counter += 1;
     struct mark mark = submit(stream, op, (struct mark){0});
     if (!async || pageable) wait_for(mark); /* a GPU can't reach memory that may move */
     return SUCCESS;
@@ -733,7 +738,8 @@ static int copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, 
     pthread_mutex_lock(&lock);
     struct stream *stream = stream_of(handle);
     int error = stream ? answer(stream->device, SUCCESS) : INVALID_HANDLE;
-    if (!error) error = copy_locked(op, to, from, kind, stream, async);
+    int64_t *counter = async ? &count.async_copies : &count.copies;
+    if (!error) error = copy_locked(op, to, from, kind, stream, counter);
     if (error) free(op);
     return unlock_and_give(error ? error : answer(stream->device, SUCCESS));
 }
@@ -749,6 +755,30 @@ int cudaMemcpyAsync(void *to, const void *from, size_t nbytes, int kind, void *s
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                       size_t height, int kind, void *stream) {
     return copy(to, to_pitch, from, from_pitch, width, height, kind, stream, true);
+}
+
+/* The last first: within a batch there is no order. CUDA 13 has no `failed`, but the stream there. */
+int cudaMemcpyBatchAsync(void **to, void **from, size_t *sizes, size_t number, const int *attributes,
+                         const size_t *first, size_t kinds, void *failed, void *handle) {
+    if (runtime_version >= CUDA_13) handle = failed;
+    if (!devices) return give(NO_DEVICE);
+    if (batch_answer) return give(batch_answer);
+    if (!number || kinds != 1 || *first || *attributes != 1 || (uintptr_t)handle <= LEGACY)
+        return give(INVALID_VALUE);
+    pthread_mutex_lock(&lock);
+    struct stream *stream = stream_of(handle);
+    int error = stream ? answer(stream->device, SUCCESS) : INVALID_HANDLE;
+    count.copy_batches += !error;
+    for (size_t i = number; i-- > 0 && !error;) {
+        struct operation *op = calloc(1, sizeof *op);
+        *op = (struct operation){
+            .to_pitch = sizes[i], .from_pitch = sizes[i], .width = sizes[i], .height = 1};
+        error = sizes[i] ? copy_locked(op, to[i], from[i], BY_ADDRESS, stream, &count.batched_copies)
+                         : INVALID_VALUE;
+        if (error) free(op);
+        if (error && runtime_version < CUDA_13) *(size_t *)failed = i;
+    }
+    return unlock_and_give(error);
 }
 
 /* --- kernels ----------------------------------------------------------------------------------- */
@@ -801,11 +831,15 @@ int cudaDeviceGetPCIBusId(char *text, int length, int device) {
 
 int cudaDriverGetVersion(int *version) {
     if (!version) return give(INVALID_VALUE);
-    *version = VERSION;
+    *version = driver_version;
     return SUCCESS;
 }
 
-int cudaRuntimeGetVersion(int *version) { return cudaDriverGetVersion(version); }
+int cudaRuntimeGetVersion(int *version) {
+    if (!version) return give(INVALID_VALUE);
+    *version = runtime_version;
+    return SUCCESS;
+}
 
 static size_t error_index(int code) {
     size_t known = sizeof ERRORS / sizeof *ERRORS;

@@ -131,6 +131,7 @@ static long use_count;
 
 static struct {
     int driver_open, handle_register, buffer_register; /* error to answer with; 0: none */
+    size_t buffer_bytes; /* no more of it in one registration; 0: no limit */
     size_t bar_bytes; /* more device memory than this can't be registered at a time; 0: no limit */
     enum { NVFS, P2PDMA, COMPAT } path;
 } settings;
@@ -202,6 +203,7 @@ __attribute__((constructor)) static void start(void) {
     settings.handle_register = (int)setting("SIMCUDA_HANDLE_REGISTER", 0);
     settings.buffer_register = (int)setting("SIMCUDA_BUFFER_REGISTER", 0);
     settings.bar_bytes = (size_t)setting("SIMCUDA_BAR_BYTES", 0);
+    settings.buffer_bytes = (size_t)setting("SIMCUDA_BUFFER_BYTES", 0);
     settings.path = is("SIMCUDA_PATH", "compat") ? COMPAT
                     : is("SIMCUDA_PATH", "p2pdma") ? P2PDMA
                                                    : NVFS;
@@ -419,6 +421,7 @@ static int check_buffer(const void *address, size_t nbytes, bool *on_device) {
     simcuda_unuse(&range);
     if (range.device != simcuda_current()) return CONTEXT_MISMATCH;
     size_t taken = (size_t)count.registered_bytes;
+    if (settings.buffer_bytes && nbytes > settings.buffer_bytes) return PINNING_FAILED;
     if (settings.bar_bytes && nbytes + taken > settings.bar_bytes) return PINNING_FAILED;
     return SUCCESS;
 }
@@ -697,11 +700,13 @@ void cuFileBatchIODestroy(void *handle) {
 /* --- control ----------------------------------------------------------------------------------- */
 
 /* Error codes to answer with, 0 for none; a driver that opens with -1 hangs until that changes. */
-void simcufile_set(int driver_open, int handle_register, int buffer_register, size_t bar_bytes) {
+void simcufile_set(int driver_open, int handle_register, int buffer_register,
+                   size_t buffer_bytes, size_t bar_bytes) {
     pthread_mutex_lock(&lock);
     settings.driver_open = driver_open;
     settings.handle_register = handle_register;
     settings.buffer_register = buffer_register;
+    settings.buffer_bytes = buffer_bytes;
     settings.bar_bytes = bar_bytes;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);

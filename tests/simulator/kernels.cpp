@@ -107,3 +107,4 @@ static int run_grid(void (*kernel)(T...), launch* launch) {
 extern "C" int run_kvgds_sums(launch* launch) { return run_grid(kvgds_sums, launch); }
 extern "C" int run_kvgds_chain(launch* launch) { return run_grid(kvgds_chain, launch); }
 extern "C" int run_kvgds_digest(launch* launch) { return run_grid(kvgds_digest, launch); }
+extern "C" int run_kvgds_copy(launch* launch) { return run_grid(kvgds_copy, launch); }

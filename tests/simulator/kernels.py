@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -42,17 +44,30 @@ class Launch(ctypes.Structure):
 
 @functools.cache
 def compiled(code: str) -> ctypes.CDLL:
-    """The kernels of a CUDA source, each a function ``run_`` and its name. Takes a second, once."""
+    """The kernels of a CUDA source, each a function ``run_`` and its name.
+
+    Takes seconds; once for all processes that share the simulator.
+    """
+    shared = os.environ.get("SIMCUDA_FOLDER")
+    if shared is None:
+        with tempfile.TemporaryDirectory(prefix="kernels-") as name:
+            return ctypes.CDLL(str(_compile(code, Path(name))))
+    library = Path(shared) / f"kernels-{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=shared) as name:
+            _compile(code, Path(name)).rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(code: str, folder: Path) -> Path:
     gcc = shutil.which("g++")
     if gcc is None:
         raise RuntimeError("kernels for the host need g++")
-    with tempfile.TemporaryDirectory(prefix="kernels-") as name:
-        folder = Path(name)
-        (folder / "kernels.cu").write_text(code, encoding="utf-8")
-        library = folder / "kernels.so"
-        build = (f'-DKERNELS="{folder / "kernels.cu"}"', "-shared", "-fPIC", "-o", str(library))
-        command = [gcc, *FLAGS, *build, str(SOURCE / "kernels.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the kernels can't be compiled:\n{done.stderr}")
-        return ctypes.CDLL(str(library))
+    (folder / "kernels.cu").write_text(code, encoding="utf-8")
+    library = folder / "kernels.so"
+    build = (f'-DKERNELS="{folder / "kernels.cu"}"', "-shared", "-fPIC", "-o", str(library))
+    command = [gcc, *FLAGS, *build, str(SOURCE / "kernels.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the kernels can't be compiled:\n{done.stderr}")
+    return library

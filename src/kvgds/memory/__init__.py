@@ -334,6 +334,9 @@ class _Gather(Protocol):
     @property
     def alignment(self) -> int: ...
 
+    @property
+    def fragments(self) -> int: ...
+
 
 class View:
     """One block's memory: a gather list over a region. Cheap; made anew for each call."""
@@ -360,6 +363,11 @@ class View:
         """Largest power of two, up to a page, that divides every address and length."""
         return self._gather.alignment
 
+    @property
+    def fragments(self) -> int:
+        """How many extents it has."""
+        return self._gather.fragments
+
     def claim(self, *, write: bool) -> None:
         """Mark the memory as used by a transfer; raise BusyError if it already is."""
         self.region.claims.add(self.start, self.stop, write=write)
@@ -375,6 +383,7 @@ class _Flat:
     """A gather list of one extent."""
 
     __slots__ = ("_region", "_start", "_stop")
+    fragments = 1
 
     def __init__(self, region: Region, start: int, stop: int) -> None:
         self._region = region
@@ -470,6 +479,10 @@ class _Paged:
     @property
     def alignment(self) -> int:
         return self._cache.alignment
+
+    @property
+    def fragments(self) -> int:
+        return len(self._cache._bases)  # noqa: SLF001 - see pieces
 
 
 class Territory:

@@ -105,13 +105,21 @@ class Cufile:
 
     def registered(self, span: Span) -> None:
         """Raise CufileError unless this memory is registered: who asks again is told so."""
+        code = self._try(span)
+        if code != _ALREADY_REGISTERED:
+            raise CufileError("cuFileBufRegister", code)
+
+    def takes(self, span: Span) -> bool:
+        """Whether this memory could be registered."""
+        return self._try(span) == 0
+
+    def _try(self, span: Span) -> int:
+        """What cuFile says of a registration, which is taken back."""
         address = ctypes.c_void_p(span.address)
         status = self._library.cuFileBufRegister(address, ctypes.c_size_t(span.nbytes), 0)
-        if status.code == _ALREADY_REGISTERED:
-            return
-        if status.code == 0:  # it can be had now, but whoever was to have it has not
+        if status.code == 0:
             self._call("BufDeregister", address)
-        raise CufileError("cuFileBufRegister", status.code)
+        return int(status.code)
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, f"cuFile{name}")(*arguments)

@@ -30,6 +30,9 @@ _NON_BLOCKING = 1
 _NO_TIMING = 2
 _DEFAULT_KIND = 4  # the runtime tells host from device by the address
 _DEVICE_MEMORY = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
+_BATCHES_FROM = 12080  # the first CUDA, runtime and driver, with cudaMemcpyBatchAsync
+_NO_BATCHES = (36, 801)  # cudaErrorCallRequiresNewerDriver, cudaErrorNotSupported
+_IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
 
 
 class CudaError(Exception):
@@ -46,6 +49,10 @@ class _Attributes(ctypes.Structure):
     )
 
 
+class _CopyAttributes(ctypes.Structure):
+    _fields_ = (("order", ctypes.c_int), ("hints_and_flags", ctypes.c_int * 15))  # and more behind
+
+
 class Cuda:
     """One CUDA runtime. Any thread may call any method."""
 
@@ -55,15 +62,21 @@ class Cuda:
         count = ctypes.c_int()
         self._call("cudaGetDeviceCount", ctypes.byref(count))
         self.devices = count.value
+        self._runtime = self._number("cudaRuntimeGetVersion")
+        known = min(self._runtime, self._number("cudaDriverGetVersion"))
+        self._batches = known >= _BATCHES_FROM and hasattr(library, "cudaMemcpyBatchAsync")
         self._streams: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
 
     @property
     def version(self) -> int:
         """Major version of the runtime: 12, 13."""
+        return self._runtime // 1000
+
+    def _number(self, name: str) -> int:
         said = ctypes.c_int()
-        self._call("cudaRuntimeGetVersion", ctypes.byref(said))
-        return said.value // 1000
+        self._call(name, ctypes.byref(said))
+        return said.value
 
     def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - ctypes converts
         code = getattr(self._library, name)(*arguments)
@@ -85,9 +98,10 @@ class Cuda:
         """Take :meth:`pin` back."""
         self._call("cudaHostUnregister", ctypes.c_void_p(span.address))
 
-    def allocate(self, nbytes: int) -> int:
-        """Memory of the current GPU: its address. Blocks."""
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Memory of a GPU, which becomes the current one: its address. Blocks."""
         address = ctypes.c_void_p()
+        self._call("cudaSetDevice", device)
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
         return address.value or 0
 
@@ -103,18 +117,51 @@ class Cuda:
         return Copying(self, event)
 
     def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
-        """Start copies (to, from, bytes)."""
+        """Start copies (to, from, bytes) that don't depend on each other.
+
+        Those of a scattered block are one call where CUDA has it: each call gives up the
+        interpreter lock, and costs the driver as much as a small copy itself.
+        """
         ours = ctypes.c_void_p(self.stream(device))
         after = self._event()
         try:
-            for to, source, nbytes in copies:
-                arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
-                self._call("cudaMemcpyAsync", *arguments, _DEFAULT_KIND, ours)
+            if len(copies) == 1 or not self._copy_at_once(copies, ours):
+                for to, source, nbytes in copies:
+                    ends = ctypes.c_void_p(to), ctypes.c_void_p(source)
+                    size = ctypes.c_size_t(nbytes)
+                    self._call("cudaMemcpyAsync", *ends, size, _DEFAULT_KIND, ours)
             self._call("cudaEventRecord", after, ours)
         except CudaError:  # those before it must not go on in memory that is given back
             self._call("cudaStreamSynchronize", ours)
+            self.forget(after)
             raise
         return Copying(self, after)
+
+    def _copy_at_once(
+        self, copies: Sequence[tuple[int, int, int]], stream: ctypes.c_void_p
+    ) -> bool:
+        """Start copies with one call. False: that can't be had; each of them is to be copied again.
+
+        Which of them it does not like, or that it is the call itself, they then tell one by one.
+        """
+        if not self._batches:
+            return False
+        count = len(copies)
+        columns = [(ctypes.c_uint64 * count)(*column) for column in zip(*copies, strict=True)]
+        attributes, from_first = _CopyAttributes(order=_IN_STREAM_ORDER), ctypes.c_size_t(0)
+        # From CUDA 13 on it doesn't tell which copy was wrong.
+        told = (ctypes.byref(ctypes.c_size_t()),) if self.version < 13 else ()  # noqa: PLR2004
+        code = self._library.cudaMemcpyBatchAsync(
+            *columns,
+            ctypes.c_size_t(count),
+            ctypes.byref(attributes),
+            ctypes.byref(from_first),
+            ctypes.c_size_t(1),
+            *told,
+            stream,
+        )
+        self._batches = code not in _NO_BATCHES
+        return bool(code == 0)
 
     def copy_now(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy (to, from, bytes), and wait for it."""
@@ -153,8 +200,6 @@ class Cuda:
 class Copying:
     """What a stream was given, copies perhaps, until it has done it."""
 
-    checksum = NOTHING
-
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
         self._event: ctypes.c_void_p | None = event
@@ -176,7 +221,6 @@ class Copied:
     """Copies that ended before they could be asked for."""
 
     done = True
-    checksum = NOTHING
 
 
 COPIED = Copied()

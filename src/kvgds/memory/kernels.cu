@@ -1,4 +1,8 @@
-// XXH3-128 (seed 0, default secret) of blocks scattered over GPU memory: three kernels in a row.
+// What a GPU does for blocks that are scattered over its memory: checksums and copies.
+//
+//   kvgds_copy    copies many pieces at once
+//
+// XXH3-128 (seed 0, default secret) is made by three kernels in a row.
 //
 //   kvgds_sums    adds up the stripes of every KiB, which is all the reading of payload there is
 //   kvgds_chain   runs each block's eight lanes through its sums, one scramble a KiB
@@ -35,6 +39,8 @@ typedef unsigned int u32;
 #define STRIPES 16
 #define AHEAD 32
 #define HEADER 4
+#define COPY_THREADS 128
+#define COPY_LOADS 8
 #define SECRET_BYTES 192
 
 #define P32_1 0x9E3779B1u
@@ -229,5 +235,27 @@ extern "C" __global__ void __launch_bounds__(32)
     for (u32 i = 0; i < 8; i++) {
         __stwb(mine + i, (unsigned char)(high >> (56 - 8 * i)));
         __stwb(mine + 8 + i, (unsigned char)(low >> (56 - 8 * i)));
+    }
+}
+
+// `table`, in 64-bit words: for each copy [to, from, bytes], all multiples of 16. blockIdx.y is the
+// copy, counted from `first`; blockIdx.x which 16 KiB of it. All loads of a thread are in flight at
+// once. Each byte is read once, so it need not stay in the caches.
+extern "C" __global__ void __launch_bounds__(COPY_THREADS)
+    kvgds_copy(const u64* table, u32 first) {
+    const u64* copy = table + 3 * ((u64)first + blockIdx.y);
+    u64 nbytes = __ldg(copy + 2);
+    u64 start = ((u64)blockIdx.x * COPY_LOADS * COPY_THREADS + threadIdx.x) * 16;
+    u64 to = __ldg(copy) + start, from = __ldg(copy + 1) + start;
+    ulonglong2 loaded[COPY_LOADS];
+#pragma unroll
+    for (u32 i = 0; i < COPY_LOADS; i++) {
+        u32 at = i * COPY_THREADS * 16;
+        if (start + at < nbytes) loaded[i] = __ldcs(reinterpret_cast<const ulonglong2*>(from + at));
+    }
+#pragma unroll
+    for (u32 i = 0; i < COPY_LOADS; i++) {
+        u32 at = i * COPY_THREADS * 16;
+        if (start + at < nbytes) __stwb(reinterpret_cast<ulonglong2*>(to + at), loaded[i]);
     }
 }

@@ -1,8 +1,8 @@
-"""Checksums of blocks in GPU memory, made there: the same xxh3-128 as the host's.
+"""Blocks in GPU memory: their checksums, the same xxh3-128 as the host's, and copies of pieces.
 
 Owns the compiled kernels (``kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
-is for so long. Making :class:`Checksums` reads a file, compiles and waits, a second or so; a launch
+is for so long. Making :class:`Kernels` reads a file, compiles and waits, a second or so; a launch
 waits for nothing but its own memory, which comes from CuPy's pools. One thread at a time.
 """
 
@@ -12,7 +12,7 @@ import itertools
 import warnings
 from collections import deque
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -37,6 +37,12 @@ _SUMS_THREADS = 64  # as in the kernels' launch bounds
 _SUMS_ROWS = _SUMS_THREADS // 4
 _DIGEST_THREADS = 32
 _MOST_BLOCKS = 65535  # CUDA's limit on a grid's second axis
+COPY_THREADS = 128
+COPY_BYTES = 16 * _KIB  # of one thread block
+COPY_UNIT = 16  # what addresses and sizes of copies are multiples of
+
+
+T = TypeVar("T", bound="Launch")
 
 
 class Plan(NamedTuple):
@@ -93,38 +99,47 @@ def plan_of(blocks: Sequence[Sequence[tuple[int, int]]]) -> Plan:
     return Plan(table, len(blocks), int(rows.sum()), int(rows.max()))
 
 
-class Digests:
-    """The checksums of one launch: there once its event has completed.
+def copy_grids(copies: NDArray[np.uint64]) -> list[tuple[int, tuple[int, int]]]:
+    """The launches that a table of copies (to, from, bytes) takes: the first copy, and the grid.
+
+    Raises:
+        ConfigError: something is no multiple of :data:`COPY_UNIT`.
+    """
+    if (copies % np.uint64(COPY_UNIT)).any():
+        raise ConfigError("copies", copies.tolist()[:3], f"must be multiples of {COPY_UNIT}")
+    parts = [(i, copies[i : i + _MOST_BLOCKS, 2]) for i in range(0, len(copies), _MOST_BLOCKS)]
+    return [(i, (-(-max(int(sizes.max()), 1) // COPY_BYTES), len(sizes))) for i, sizes in parts]
+
+
+class Launch:
+    """Kernels under way.
 
     Attributes:
         event: CuPy's event (``event.ptr`` for other libraries), recorded behind the kernels.
     """
 
-    def __init__(
-        self,
-        event: Any,  # noqa: ANN401 - CuPy has no types
-        host: NDArray[np.uint8],
-        memory: tuple[Any, ...],
-        query: Callable[[int], int],
-    ) -> None:
+    def __init__(self, event: Any, memory: tuple[Any, ...], query: Callable[[int], int]) -> None:  # noqa: ANN401 - CuPy has no types
         self.event = event
         self._query = query  # Event.done takes an error for an event that is yet to come
-        self._host = host
         self._memory = memory
 
     @property
     def done(self) -> bool:
-        """Whether they can be read. Doesn't wait.
+        """Whether they have run. Doesn't wait.
 
         Raises:
-            PathUnavailable: the GPU failed; they will never be there.
+            PathUnavailable: the GPU failed; they never will.
         """
         status = self._query(self.event.ptr)
         if status not in {0, NOT_READY}:
-            raise PathUnavailable(
-                f"the GPU failed before it had the checksums: CUDA error {status}"
-            )
+            raise PathUnavailable(f"the GPU failed before its kernels ran: CUDA error {status}")
         return bool(status == 0)
+
+
+class Digests(Launch):
+    """The checksums of one launch, there once it is done."""
+
+    host: NDArray[np.uint8]
 
     def read(self) -> list[bytes]:
         """What ``xxhash.xxh3_128_digest`` says of each block, in the order of the launch.
@@ -135,18 +150,18 @@ class Digests:
         """
         if not self.done:
             raise BusyError("these checksums are still being made; wait for their event first")
-        whole = self._host.tobytes()
+        whole = self.host.tobytes()
         return [whole[i : i + DIGEST_BYTES] for i in range(0, len(whole), DIGEST_BYTES)]
 
 
-class Checksums:
-    """Makes checksums on one GPU. Needs CuPy.
+class Kernels:
+    """Makes checksums and copies on one GPU. Needs CuPy.
 
     Sums take a 16th of the blocks' size in GPU memory until a launch is done.
 
     Raises:
         ImportError: there is no CuPy.
-        PathUnavailable: a first checksum came out wrong.
+        PathUnavailable: a first checksum or copy came out wrong.
         Exception: CuPy's own, where the device or the compiler can't be had.
     """
 
@@ -155,27 +170,55 @@ class Checksums:
 
         self.device = device
         self._cupy = cupy
-        self._launched: deque[Digests] = deque()
+        self._launched: deque[Launch] = deque()
         self._streams: dict[int, Any] = {}
         source = resources.files(__package__).joinpath(SOURCE).read_text()
         with cupy.cuda.Device(device):
             module = cupy.RawModule(code=source, options=("-std=c++14",))
             names = ("kvgds_sums", "kvgds_chain", "kvgds_digest")
-            self._kernels = [module.get_function(name) for name in names]
+            self._sums = [module.get_function(name) for name in names]
+            self._copy = module.get_function("kvgds_copy")
             self._prove()
 
     def _prove(self) -> None:
-        """Make a checksum and compare. It loads the kernels too, which else a launch waits for."""
+        """Copy, make checksums and compare.
+
+        It loads the kernels too, which else a launch waits for.
+        """
         data = np.arange(5 * _KIB, dtype=np.uint16).view(np.uint8)
         stream = self._cupy.cuda.Stream(non_blocking=True)
         with stream:
-            copy = self._cupy.asarray(data)
-        digests = self.launch([[(copy.data.ptr, 4096), (copy.data.ptr + 4096, 6128)]], stream.ptr)
+            there = self._cupy.asarray(data)
+            turned = self._cupy.empty(data.size, np.uint8)
+        start, to = there.data.ptr, turned.data.ptr
+        self.copy([(to, start + 4096, 6144), (to + 6144, start, 4096)], stream.ptr)
+        blocks = [[(start, 4096), (start + 4096, 6128)], [(to + 6144, 4096), (to, 6128)]]
+        digests = self.checksums(blocks, stream.ptr)
         digests.event.synchronize()
-        if digests.read() != [xxhash.xxh3_128_digest(data.tobytes()[: 4096 + 6128])]:
+        first, copied = digests.read()
+        if first != xxhash.xxh3_128_digest(data.tobytes()[: 4096 + 6128]):
             raise PathUnavailable(f"GPU {self.device} makes checksums that are not xxhash's")
+        if copied != first:
+            raise PathUnavailable(f"GPU {self.device} copies other bytes than there are")
 
-    def launch(self, blocks: Sequence[Sequence[tuple[int, int]]], stream: int) -> Digests:
+    def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> Launch:
+        """Start copies (to, from, bytes), which don't depend on each other, behind `stream`.
+
+        Raises:
+            ConfigError: something is no multiple of :data:`COPY_UNIT`.
+        """
+        table = np.array(copies, np.uint64).reshape(-1, 3)
+        grids, cupy = copy_grids(table), self._cupy
+        with cupy.cuda.Device(self.device), self._stream(stream) as queue:
+            said, there = self._table(table, queue)
+            for first, grid in grids:
+                self._copy(grid, (COPY_THREADS,), (there, np.uint32(first)))
+            event = cupy.cuda.Event(disable_timing=True)
+            return self._under_way(
+                Launch(event, (said, there), cupy.cuda.runtime.eventQuery), queue
+            )
+
+    def checksums(self, blocks: Sequence[Sequence[tuple[int, int]]], stream: int) -> Digests:
         """Start on blocks given as gather lists of (address, bytes), behind what is on `stream`.
 
         Args:
@@ -187,37 +230,43 @@ class Checksums:
         """
         plan = plan_of(blocks)
         with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
-            digests = self._enqueue(plan, queue)
-        while self._launched and self._launched[0].done:
-            self._launched.popleft()
-        self._launched.append(digests)
-        return digests
+            return self._under_way(self._enqueue(plan, queue), queue)
 
     def _enqueue(self, plan: Plan, queue: Any) -> Digests:  # noqa: ANN401 - CuPy has no types
         cupy = self._cupy
-        said, answer = self._pinned(plan.table.nbytes), self._pinned(DIGEST_BYTES * plan.blocks)
-        np.frombuffer(said, np.uint64, plan.table.size)[:] = plan.table
-        host = np.frombuffer(answer, np.uint8, DIGEST_BYTES * plan.blocks)
-        table = cupy.empty(plan.table.size, np.uint64)
+        answer = self._pinned(DIGEST_BYTES * plan.blocks)
+        said, table = self._table(plan.table, queue)
         sums = cupy.empty((plan.rows + SPARE_ROWS) * SUM_BYTES, np.uint8)
         lanes = cupy.empty(plan.blocks * LANES, np.uint64)
-        out = cupy.empty(host.nbytes, np.uint8)
-        digests = Digests(
-            cupy.cuda.Event(disable_timing=True),
-            host,
-            (said, answer, table, sums, lanes, out),
-            cupy.cuda.runtime.eventQuery,
-        )
-        table.data.copy_from_host_async(said.ptr, plan.table.nbytes, queue)
+        out = cupy.empty(DIGEST_BYTES * plan.blocks, np.uint8)
+        memory = (said, answer, table, sums, lanes, out)
+        event = cupy.cuda.Event(disable_timing=True)
+        digests = Digests(event, memory, cupy.cuda.runtime.eventQuery)
+        digests.host = np.frombuffer(answer, np.uint8, out.nbytes)
         count = np.uint32(plan.blocks)
         arguments = (table, count, sums), (table, sums, lanes), (table, count, lanes, out)
         for kernel, grid, threads, given in zip(
-            self._kernels, plan.grids, THREADS, arguments, strict=True
+            self._sums, plan.grids, THREADS, arguments, strict=True
         ):
             kernel(grid, (threads,), given)
-        out.data.copy_to_host_async(answer.ptr, host.nbytes, queue)
-        digests.event.record(queue)
+        out.data.copy_to_host_async(answer.ptr, out.nbytes, queue)
         return digests
+
+    def _table(self, table: NDArray[np.uint64], queue: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see above
+        """A table on its way to the GPU: where it comes from, and where it will be."""
+        said = self._pinned(table.nbytes)
+        np.frombuffer(said, np.uint64, table.size)[:] = table.ravel()
+        there = self._cupy.empty(table.size, np.uint64)
+        there.data.copy_from_host_async(said.ptr, table.nbytes, queue)
+        return said, there
+
+    def _under_way(self, launch: T, queue: Any) -> T:  # noqa: ANN401 - see above
+        """Keep a launch's memory until all that is queued now has run."""
+        launch.event.record(queue)
+        while self._launched and self._launched[0].done:
+            self._launched.popleft()
+        self._launched.append(launch)
+        return launch
 
     def _stream(self, stream: int) -> Any:  # noqa: ANN401 - CuPy has no types
         if stream not in self._streams:

@@ -34,12 +34,15 @@ class Gds:
     Attributes:
         path: ``"gds"``, ``"gds-compat"``, or "": neither.
         plugin: NIXL's plugin for it.
+        gather: a block whose fragments are no longer than this on average moves as one piece; 0:
+            none does.
         evidence: what was seen to work.
         refused: why something better was not chosen.
     """
 
     path: str = ""
     plugin: str = ""
+    gather: int = 0
     evidence: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
@@ -52,6 +55,7 @@ def settle_gds(
     allow_compat: bool,
     direct_io: bool,
     checksums: bool,
+    gather_bytes: int,
     timeout_s: float,
 ) -> Gds:
     """Decide how GPU memory moves to files below ``root``, and open what that takes. Blocks.
@@ -63,23 +67,29 @@ def settle_gds(
         return Gds(refused=("gds: path='bounce' was asked for",))
     ways = [("gds", False), ("gds-compat", True)] if allow_compat else [("gds", False)]
     refused: tuple[str, ...] = ()
-    job = {"root": os.fspath(root), "direct_io": direct_io, "checksums": checksums}
+    job = {
+        "root": os.fspath(root),
+        "direct_io": direct_io,
+        "checksums": checksums,
+        "gather_bytes": gather_bytes,
+        "measure_s": timeout_s / 4,
+    }
     for name, compat in ways:
         try:
-            evidence = _prove({**job, "compat": compat, "plugin": PLUGIN}, timeout_s)
+            gather, evidence = _prove({**job, "compat": compat, "plugin": PLUGIN}, timeout_s)
             _open_here(transport, compat=compat)
         except PathUnavailable as error:
             refused += tuple(f"{name}: {line}" for line in str(error).splitlines())
         else:
-            return Gds(name, PLUGIN, evidence, refused)
+            return Gds(name, PLUGIN, gather, evidence, refused)
     if wanted == "gds":
         text = "GPUDirect Storage can't be had here; mend what is named, or use path='auto'"
         raise PathUnavailable(text, refused)
     return Gds(refused=refused)
 
 
-def _prove(job: dict[str, Any], timeout_s: float) -> tuple[str, ...]:
-    """Look, then let a child try; what it saw."""
+def _prove(job: dict[str, Any], timeout_s: float) -> tuple[int, tuple[str, ...]]:
+    """Look, then let a child try; up to which size it is quicker to gather, and what it saw."""
     cuda()  # says what is missing, where something is
     cufile()
     if job["checksums"] and importlib.util.find_spec("cupy") is None:
@@ -93,7 +103,7 @@ def _prove(job: dict[str, Any], timeout_s: float) -> tuple[str, ...]:
             os.unlink(path)
     if said["refused"]:
         raise PathUnavailable(said["refused"])
-    return tuple(said["evidence"])
+    return said["gather"], tuple(said["evidence"])
 
 
 def _ask_child(job: str, timeout_s: float) -> dict[str, Any]:

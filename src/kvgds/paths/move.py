@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvgds.blocks import BlockKey
-    from kvgds.memory import Region, View
+    from kvgds.memory import View
+    from kvgds.paths.gpu import Room
     from kvgds.paths.ways import Ways
     from kvgds.transport import File, Later
-    from kvgds.transport.contract import Rows
+    from kvgds.transport.contract import Memory, Rows
 
 _NO_ROWS: Rows = []
 
@@ -62,6 +63,7 @@ class Move:
         "path",
         "place",
         "regions",
+        "room",
         "slot",
         "status",
         "stream",
@@ -99,7 +101,8 @@ class Move:
         self.mirrored = False
         self.lease: memoryview = memoryview(b"")
         self.lease_address = 0
-        self.regions: Sequence[Region] = ()
+        self.regions: Sequence[Memory] = ()
+        self.room: Room | None = None  # of a staging buffer
         self.file: File = None  # type: ignore[assignment]  # the tier sets it before submitting
         self.offset = 0
         self.device = view.region.device or 0
@@ -122,7 +125,23 @@ class Move:
         self.ways = ways
         self.lease = ways.arena.bytes[offset : offset + nbytes]
         self.lease_address = ways.arena.span.address + offset
-        self.regions = (ways.region, self.view.region) if self.path.holds else (ways.region,)
+        self.regions = (ways.region, *self.path.regions(self))
+
+    def go_by(self, path: Path) -> None:
+        """Reactor: take another way to the same place, with the lease that there is."""
+        self.path = path
+        self.regions = (self.ways.region, *path.regions(self))
+
+    @property
+    def in_room(self) -> list[tuple[int, int]]:
+        """Where the payload lies in the staging buffer."""
+        return [(self.room.address, self.nbytes)] if self.room is not None else []
+
+    def vacate(self) -> None:
+        """Reactor: give back room that nothing touches any more."""
+        if self.room is not None:
+            self.room.give()
+            self.room = None
 
     def abandon(self) -> bool:
         """Take the caller's memory away from the transfer. False: it is being used just now."""
@@ -154,6 +173,8 @@ class Move:
         """Stage what is to be stored; see ``transport.Transfer``."""
         if self.abandoned:
             self.error = self.timeout()
+            self.work = None
+            self.vacate()  # a kernel may still read what lies there, but none writes
             return None
         return self.path.begin(self)
 
@@ -163,6 +184,7 @@ class Move:
 
     def fail(self, error: Exception) -> None:
         """Record why the bytes did not move; see ``transport.Transfer``."""
+        self.vacate()
         if isinstance(error, TransferError | BlockCorrupt):
             self.error = error
             return
@@ -226,10 +248,6 @@ class Work(Protocol):
     def done(self) -> bool:
         """Whether it has ended. Raises what went wrong."""
 
-    @property
-    def checksum(self) -> bytes:
-        """The payload's, once done, if that was the work."""
-
 
 class Path(Protocol):
     """One way between a view and an image. Both methods run on a reactor thread.
@@ -243,6 +261,9 @@ class Path(Protocol):
 
     def lease_bytes(self, nbytes: int) -> int:
         """Bytes of the bounce region that a block of ``nbytes`` needs, whole pages."""
+
+    def regions(self, move: Move) -> tuple[Memory, ...]:
+        """What storage uses beside the bounce region."""
 
     def begin(self, move: Move) -> Rows | Later | None:
         """Make ready what is to be stored; the rows to move, or None if it was abandoned."""

@@ -11,19 +11,22 @@ and only there.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import fcntl
 import functools
+import itertools
 import os
 import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kvgds import contention
 from kvgds.errors import PathUnavailable
+from kvgds.memory import Span
 from kvgds.memory.cufile import CufileError, cufile
 from kvgds.memory.device import cuda
 from kvgds.transport.contract import File
@@ -31,7 +34,7 @@ from kvgds.transport.contract import File
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvgds.memory import Span
+    from kvgds.transport.contract import Memory
 
     Descriptors = list[tuple[int, int, int]]
     """(address, bytes, device) in memory; (offset, bytes, descriptor) in a file."""
@@ -42,6 +45,7 @@ some of it has begun then, and goes on in memory that is taken to be free."""
 
 _LIBRARY = "libnixl_capi.so"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
+_LEAST_PIECE = 16 << 20  # of GPU memory; what cuFile moves at a time
 _GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
 _DRAM, _VRAM, _FILE = 0, 1, 4
 _READ, _WRITE = 0, 1
@@ -54,18 +58,6 @@ _STATUS = {
     -5: "no telemetry",
     -6: "not supported",
 }
-
-
-class Memory(Protocol):
-    """Ranges of one kind of memory: a region."""
-
-    @property
-    def spans(self) -> Sequence[Span]:
-        """The ranges."""
-
-    @property
-    def device(self) -> int | None:
-        """The GPU that they lie in; None: host memory."""
 
 
 class NixlError(Exception):
@@ -202,6 +194,47 @@ def _disclaim(thing: Memory | File, agent: Agent) -> None:
                 del _claims[span.address]
 
 
+def _pieces(spans: Sequence[Span]) -> list[Span]:
+    """The largest pieces that cuFile takes of the longest of them; the spans, if none is smaller.
+
+    Cut where all the GPU's pages end, so that no two pieces need one. What cuFile refuses although
+    it would take the longest alone is too much together; then pieces are no help.
+    """
+    longest = max(spans, key=lambda span: span.nbytes)
+    most = 1 << longest.nbytes.bit_length()
+    alone = cufile().takes(longest)
+    while most > _LEAST_PIECE and not alone:
+        most //= 2
+        if cufile().takes(Span(longest.address, min(most, longest.nbytes))):
+            return [piece for span in spans for piece in _cut(span, most)]
+    return list(spans)
+
+
+def _cut(span: Span, nbytes: int) -> Iterator[Span]:
+    """Pieces that end at multiples of so many bytes."""
+    address, end = span.address, span.address + span.nbytes
+    while address < end:
+        stop = min(end, (address // nbytes + 1) * nbytes)
+        yield Span(address, stop - address)
+        address = stop
+
+
+def _split(
+    local: Descriptors, remote: Descriptors, cuts: Sequence[int]
+) -> tuple[Descriptors, Descriptors]:
+    """The same, with no part of it across a cut in memory."""
+    here: Descriptors = []
+    there: Descriptors = []
+    for (address, nbytes, device), (offset, _, fd) in zip(local, remote, strict=True):
+        inner = cuts[
+            bisect.bisect_right(cuts, address) : bisect.bisect_left(cuts, address + nbytes)
+        ]
+        for start, stop in itertools.pairwise([address, *inner, address + nbytes]):
+            here.append((start, stop - start, device))
+            there.append((offset + start - address, stop - start, fd))
+    return here, there
+
+
 _making_ring = threading.Lock()
 
 
@@ -253,6 +286,7 @@ class Agent:
         self.ring: int | None = None
         self._registered: dict[tuple[Memory | File, bool], tuple[Any, Any]] = {}
         self._direct: set[int] = set()  # descriptors with O_DIRECT
+        self._cuts: dict[Memory, list[int]] = {}  # where GPU memory was cut to be registered
         self._agent, posix, self.backend = self._make(queues)
         self._posix = _Lists(self._nixl, _DRAM, posix)
         self._gpu: _Lists | None = None
@@ -296,19 +330,19 @@ class Agent:
         """
         if (thing, far) in self._registered:
             return
-        lists = self._gpu if far else self._posix
-        if lists is None:
-            raise NixlError("register_mem: no backend for GPU memory", -6)
         if isinstance(thing, File):
-            kind, entries = _FILE, [(0, _FILE_BYTES, thing.fd)]
             if fcntl.fcntl(thing.fd, fcntl.F_GETFL) & os.O_DIRECT:
                 self._direct.add(thing.fd)
+            self._tell(thing, _FILE, [(0, _FILE_BYTES, thing.fd)], far=far)
+        elif not far:
+            self._tell(thing, _DRAM, [(*span, 0) for span in thing.spans], far=far)
         else:
-            kind = _VRAM if far else _DRAM
-            entries = [(span.address, span.nbytes, thing.device or 0) for span in thing.spans]
-        if kind == _VRAM:
-            _claim(thing, self)
-        library = self._nixl
+            self._register_gpu(thing)
+
+    def _tell(self, thing: Memory | File, kind: int, entries: Descriptors, *, far: bool) -> None:
+        lists, library = self._gpu if far else self._posix, self._nixl
+        if lists is None:
+            raise NixlError("register_mem: no backend for GPU memory", -6)
         listed = library.make("reg_dlist", kind)
         for entry in entries:
             library.call("reg_dlist_add_desc", listed, *entry, None, 0)
@@ -316,25 +350,42 @@ class Agent:
             library.call("register_mem", self._agent, listed, lists.options)
         except NixlError:
             library.call("destroy_reg_dlist", listed)
-            _disclaim(thing, self)
             raise
         self._registered[thing, far] = listed, lists.options
-        if kind == _VRAM:
-            self._insist(thing)
 
-    def _insist(self, thing: Memory | File) -> None:
-        """NIXL goes on when cuFile refuses memory, and its transfers then take another path."""
+    def _register_gpu(self, memory: Memory) -> None:
+        """Whole if cuFile takes it so, else in pieces."""
+        _claim(memory, self)
+        spans = memory.spans
         try:
-            for span in _spans(thing):
-                cufile().registered(span)
-        except CufileError:
-            self.forget(thing)
+            try:
+                self._insist(memory, spans)
+            except CufileError:
+                self.forget(memory)
+                pieces = _pieces(spans)
+                if len(pieces) == len(spans):
+                    raise
+                _claim(memory, self)
+                self._insist(memory, pieces)
+                starts = {span.address for span in spans}
+                self._cuts[memory] = [each.address for each in pieces if each.address not in starts]
+        except (NixlError, CufileError):
+            self.forget(memory)
             raise
+
+    def _insist(self, memory: Memory, pieces: Sequence[Span]) -> None:
+        """NIXL goes on when cuFile refuses memory, and its transfers then take another path."""
+        device = memory.device or 0
+        self._tell(memory, _VRAM, [(*piece, device) for piece in pieces], far=True)
+        for piece in pieces:
+            cufile().registered(piece)
 
     def forget(self, thing: Memory | File) -> None:
         """Deregister, if it was ever registered."""
         if isinstance(thing, File):
             self._direct.discard(thing.fd)
+        else:
+            self._cuts.pop(thing, None)
         _disclaim(thing, self)
         for far in (False, True):
             listed, options = self._registered.pop((thing, far), (None, None))
@@ -345,6 +396,8 @@ class Agent:
     def post(self, local: Descriptors, remote: Descriptors, *, write: bool, far: bool) -> Request:
         """Start moving between memory (``far``: a GPU's) and files, pair by pair."""
         lists = self._gpu if far else self._posix
+        if far and self._cuts:
+            local, remote = _split(local, remote, sorted(itertools.chain(*self._cuts.values())))
         request = Request(direct=not far and all(fd in self._direct for _, _, fd in remote))
         held = self._nixl.held
         try:

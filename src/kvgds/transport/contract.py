@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from kvgds.memory import Region
+    from kvgds.memory import Region, Span
     from kvgds.schedule import Row
 
     Rows = list[Row]
@@ -22,6 +22,22 @@ class File:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+
+
+class Memory(Protocol):
+    """Ranges of one kind of memory: a region, or a buffer of our own."""
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The ranges."""
+
+    @property
+    def device(self) -> int | None:
+        """The GPU that they lie in; None: host memory."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it may not be registered, because it is wanted no more, or not there yet."""
 
 
 class Later(enum.Enum):
@@ -43,13 +59,16 @@ class Transfer(Protocol):
     write: bool  # from memory to the file or object
     file: File
     place: str  # for objects: the object's name; else, words for where it lies
-    regions: Sequence[Region]
     nbytes: int
     device: int  # whose memory device_rows name
 
     @property
     def abandoned(self) -> bool:
         """Whether nobody waits for it any more."""
+
+    @property
+    def regions(self) -> Sequence[Memory]:
+        """What its rows lie in."""
 
     @property
     def device_rows(self) -> Rows:

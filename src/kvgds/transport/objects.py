@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from kvgds.config import ObjectTier
     from kvgds.memory import Region
-    from kvgds.transport.contract import File, Transfer
+    from kvgds.transport.contract import File, Memory, Transfer
 
     Deliver = Callable[[list[Any]], None]
 
@@ -67,10 +67,10 @@ class _Client(Protocol):
     def check(self, request: Any) -> bool:  # noqa: ANN401 - what post gave
         """Whether it has ended; raises NixlError or NotMoved if badly, once."""
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         """Memory that will be moved."""
 
-    def forget(self, region: Region) -> None:
+    def forget(self, region: Memory) -> None:
         """Memory that will not."""
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class _Nixl:
         self._prefix = settings.prefix
         self._library = nixl()
         self._ids = itertools.count(1)  # never again: the plugin knows each once
-        self._registered: dict[Region, ctypes.c_void_p] = {}
+        self._registered: dict[Memory, ctypes.c_void_p] = {}
         self._agent = new_agent(self._name)
         try:
             with _environment(_SDK if settings.access_key is None else _SDK | _SDK_KEYS):
@@ -99,7 +99,7 @@ class _Nixl:
         self._local = self._library.make("xfer_dlist", _DRAM)
         self._remote = self._library.make("xfer_dlist", _OBJ)
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         if region in self._registered or region.device is not None:
             return
         listed = self._library.make("reg_dlist", _DRAM)
@@ -108,7 +108,7 @@ class _Nixl:
         self._library.call("register_mem", self._agent, listed, self._options)
         self._registered[region] = listed
 
-    def forget(self, region: Region) -> None:
+    def forget(self, region: Memory) -> None:
         listed = self._registered.pop(region, None)
         if listed is not None:
             self._deregister(listed)
@@ -232,10 +232,10 @@ class _Obstore:
         request.result()
         return True
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         """Any memory will do."""
 
-    def forget(self, region: Region) -> None:
+    def forget(self, region: Memory) -> None:
         """See register."""
 
     def close(self) -> None:

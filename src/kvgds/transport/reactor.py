@@ -38,10 +38,9 @@ from kvgds.transport.inbox import Inbox
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kvgds.memory import Region
     from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors, Request
-    from kvgds.transport.contract import File, Rows, Transfer
+    from kvgds.transport.contract import File, Memory, Rows, Transfer
 
     Deliver = Callable[[list[Any]], None]
 
@@ -348,7 +347,7 @@ class Lane:
             side.staged.append(member)
             side.staged_bytes += transfer.nbytes
 
-    def _register(self, region: Region, file: File) -> None:
+    def _register(self, region: Memory, file: File) -> None:
         far = region.device is not None
         self._agent.register(region, far=far)
         if far:
