@@ -48,14 +48,20 @@ class Place:
         self.wire = wire
         self.bucket = server.make_bucket()
 
-    def opened(self, write: Write = "back", root: Path | None = None, **changes: Any) -> Any:
+    def opened(
+        self,
+        write: Write = "back",
+        root: Path | None = None,
+        patience_s: float = 0.5,
+        **changes: Any,
+    ) -> Any:
         far = settings(
             self.server,
             self.bucket,
             endpoint=self.wire.endpoint,
             write=write,
-            connect_timeout_s=0.5,
-            request_timeout_s=0.5,
+            connect_timeout_s=patience_s,
+            request_timeout_s=patience_s,
             retries=0,
         )
         given = {"timeout_s": 20.0, "drain_timeout_s": 20.0, **changes}
@@ -349,6 +355,54 @@ async def test_a_hanging_upload_keeps_a_through_store_no_longer_than_its_deadlin
             await storing
         place.wire.ok()
         place.wire.drop()
+
+
+async def test_deleted_while_a_through_store_waits_for_its_turn(place: Place) -> None:
+    """Its store ends, with an error that says so."""
+    async with place.opened("through", patience_s=20) as engine:
+        place.wire.hold(method="PUT")
+        storing = [
+            asyncio.ensure_future(engine.store(b"%d" % n, content(b"%d" % n, SIZE)))
+            for n in range(20)  # more than there are connections
+        ]
+        await asyncio.to_thread(place.wire.wait_held, 16)
+        await until(lambda: relay(engine)[0] == 20)
+        assert await engine.delete(b"19")
+        place.wire.ok()
+        ended = await asyncio.gather(*storing, return_exceptions=True)
+        assert ended[:19] == [True] * 19
+        assert isinstance(ended[19], TransferError)
+        assert "deleted" in str(ended[19])
+
+
+async def test_closing_makes_room_for_stores_that_wait(place: Place) -> None:
+    """A directory for two blocks, ten stores, and then it is closed: all are kept."""
+    async with place.opened("demote", tier={"capacity_bytes": 2 * SLOT}) as engine:
+        stores = [engine.store_nowait(key, content(key, SIZE)) for key in KEYS]
+        closing = asyncio.ensure_future(engine.aclose())
+        assert [await store for store in stores] == [True] * 10
+        await closing
+    async with place.opened("demote", tier={"capacity_bytes": 2 * SLOT}) as engine:
+        assert await engine.prefix(KEYS) == 10
+
+
+async def test_a_request_that_hangs_holds_up_the_backlog_no_longer_than_itself(
+    place: Place,
+) -> None:
+    """A load that nobody answers: then nothing is uploaded, until it has ended."""
+    async with place.opened("back") as engine:
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[0] == 0)
+        await asyncio.to_thread(place.server.put, place.bucket, name_of(b"far"), b"nothing")
+        place.wire.drip(20, method="GET")
+        loading = asyncio.ensure_future(load(engine, b"far"))
+        await until(lambda: engine.statistics().tiers[1].out != "")
+        await fill(engine, *KEYS)
+        assert relay(engine)[0] == 10
+        place.wire.ok()
+        place.wire.drop()
+        await asyncio.gather(loading, return_exceptions=True)
+        await until(lambda: relay(engine)[0] == 0)
 
 
 async def test_a_damaged_block_is_healed_from_the_bucket(place: Place) -> None:

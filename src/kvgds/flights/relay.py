@@ -138,14 +138,11 @@ class Relay:
         self._go_on()
 
     def close(self) -> None:
-        """Begin nothing that nobody waits for; the first tier remembers what is owed."""
+        """Begin nothing but what somebody waits for; the first tier remembers what is owed."""
         self._closing = True
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        for upload in list(self._carrying.values()):
-            if upload.key not in self._waiting and self.home.scheduler.cancel(upload.ticket):
-                del self._carrying[upload.key]
         self._go_on()
 
     @property
@@ -168,14 +165,14 @@ class Relay:
     def hasten(self, keys: Sequence[BlockKey]) -> None:
         """See ``tiers.Backlog``."""
         hopeless = [key for key in keys if key in self._hopeless]
-        if hopeless:  # later, because the tier is just about to wait for them
+        if hopeless:
             self._loop.call_soon(self.near.look_again, hopeless)
         for key in keys:
             if key in self._owed:
                 self._urgent[key] = None
             elif key not in self._carrying:  # the tier has it, but its store has not been settled
                 self._early.add(key)
-        self._go_on()
+        self._loop.call_soon(self._go_on)  # not now: the tier is in the middle of something
 
     # --- what the stack tells ---------------------------------------------------------
 
@@ -220,7 +217,8 @@ class Relay:
         What is being carried comes there first; nothing of the key is carried meanwhile.
         """
         self._owed.pop(key, None)
-        self._urgent.pop(key, None)
+        if key not in self._carrying:
+            self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
         waiting = self._deleting.setdefault(key, [])
         waiting.append(done)
         if len(waiting) == 1:
@@ -275,7 +273,7 @@ class Relay:
     def _next(self) -> BlockKey | None:
         while self._urgent:
             key = self._urgent.popitem(last=False)[0]
-            if self._may_go(key) and (not self._closing or key in self._waiting):
+            if self._may_go(key):
                 return key
         if self._closing or self._mode == "demote":
             return None

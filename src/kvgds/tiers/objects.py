@@ -92,6 +92,7 @@ class Objects:
             PathUnavailable: it does not answer, or not as it should.
         """
         transport, evidence = self._transport, ""
+        transport.watch(partial(self._services.post, self._tell))
         try:
             transport.bucket.check()
             evidence = self._round_trip()

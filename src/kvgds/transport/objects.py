@@ -266,12 +266,15 @@ class ObjectTransport:
     Attributes:
         name: ``"OBJ"`` or ``"obstore"``, once started.
         refused: why not the other, if that was tried.
+        stuck: whether a request has gone unanswered for longer than it may.
         bucket: for all that is no transfer; blocks.
     """
 
     def __init__(self, settings: ObjectTier) -> None:
         self.name = ""
         self.refused: tuple[str, ...] = ()
+        self.stuck = False
+        self._tell: Callable[[], None] = _nothing
         self.bucket: Bucket
         self._settings = settings
         self._inbox = Inbox()
@@ -284,7 +287,6 @@ class ObjectTransport:
         self._landing: deque[_Member] = deque()
         self._ended: list[_Member] = []
         self._swept_at = 0.0
-        self._stuck = False
         self._closing = self._closed = False
         self._ready: Future[None] = Future()
         self._stopped: Future[None] = Future()
@@ -315,10 +317,9 @@ class ObjectTransport:
         """Run what asks the bucket something, on a thread of those for that."""
         return self._pool.submit(function)
 
-    @property
-    def stuck(self) -> bool:
-        """Whether a request has gone unanswered for longer than it may."""
-        return self._stuck
+    def watch(self, tell: Callable[[], None]) -> None:
+        """Be told, on the transport's thread, when ``stuck`` changes."""
+        self._tell = tell
 
     def add_gpu(self, plugin: str) -> None:
         """See ``Transport``: there is none."""
@@ -414,7 +415,7 @@ class ObjectTransport:
         if self._flying and self.name == _Nixl.name:
             young = now - self._flying[-1].since < _YOUNG_S
             pauses.append(_PAUSE_S[0] if young else _PAUSE_S[1])
-        elif self._flying or self._waiting:
+        elif self._flying or self._waiting or self.stuck:
             pauses.append(_SWEEP_S)
         return min(pauses, default=None)
 
@@ -483,7 +484,10 @@ class ObjectTransport:
     def _sweep(self, now: float) -> None:
         """See whether something hangs, and let go of what nobody waits for."""
         longest = self._settings.request_timeout_s
-        self._stuck = any(now - member.since > longest for member in self._flying)
+        stuck = any(now - member.since > longest for member in self._flying)
+        if stuck != self.stuck:
+            self.stuck = stuck
+            self._tell()
         gone = [member for member in self._waiting if member.transfer.abandoned]
         late = [entry for entry in self._pausing if entry[2].transfer.abandoned]
         if gone or late:
@@ -551,4 +555,4 @@ class ObjectTransport:
 
 
 def _nothing() -> None:
-    """What is put to wake the thread."""
+    """Only wakes the thread that is asked for it."""
