@@ -1,0 +1,99 @@
+"""GPU memory and a bucket: by the bounce region, whatever way the directory in front has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+import buckets
+from kvgds import EngineConfig, FileTier, Namespace, RelayStatistics, open_engine
+from s3 import JuiceServer
+from simulator import Simulator
+from simulator.checks_engine import SIZES, filled
+from support import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PAGE, MIB = 4096, 1 << 20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JuiceServer]:
+    with JuiceServer(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(server: JuiceServer) -> str:
+    return server.make_bucket()
+
+
+@pytest.fixture
+def gpu() -> Simulator:
+    simulator = Simulator()
+    simulator.clear()
+    simulator.strict_pinned(strict=True)
+    return simulator
+
+
+@pytest.fixture(autouse=True)
+def _never_blocked() -> Iterator[None]:
+    with blockbuster_ctx():
+        yield
+
+
+def config(*tiers: Any, **changes: Any) -> EngineConfig:
+    given = {"namespace": Namespace(model="m"), "bounce_bytes": 16 * MIB, **changes}
+    return EngineConfig(tiers=tiers, **given)
+
+
+@pytest.mark.parametrize("backend", ["nixl", "obstore"])
+async def test_a_bucket_alone(
+    gpu: Simulator, server: JuiceServer, bucket: str, backend: str
+) -> None:
+    settings = config(buckets.settings(server, bucket, backend=backend))
+    blocks = {b"%d" % size: filled(gpu, size, size) for size in SIZES}
+    async with open_engine(settings) as engine:
+        assert [(plan.memory, plan.path) for plan in engine.plan] == [
+            ("host", "bounce"),
+            ("gpu", "bounce"),
+        ]
+        for key, (vram, _) in blocks.items():
+            assert await engine.store(key, engine.register(vram))
+    async with open_engine(settings) as engine:
+        for key, (vram, data) in blocks.items():
+            vram.write(bytes(vram.nbytes))
+            assert await engine.load(key, engine.register(vram))
+            assert vram.read() == data
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_behind_a_directory(
+    gpu: Simulator, server: JuiceServer, bucket: str, tmp_path: Path, path: str
+) -> None:
+    """Another machine loads it from the bucket into its GPU, and once more from its directory."""
+
+    def machine(name: str) -> EngineConfig:
+        near = FileTier(root=tmp_path / name, capacity_bytes=64 * MIB)
+        return config(near, buckets.settings(server, bucket, write="through"), path=path)
+
+    vram, data = filled(gpu, 6 * PAGE, path)
+    async with open_engine(machine("one")) as engine:
+        assert [(plan.memory, plan.path) for plan in engine.plan] == [
+            ("host", "direct"),
+            ("gpu", path),
+            ("host", "bounce"),
+            ("gpu", "bounce"),
+        ]
+        assert await engine.store(b"key", engine.register(vram))
+    async with open_engine(machine("other")) as engine:
+        region = engine.register(vram)
+        for _ in range(2):
+            vram.write(bytes(6 * PAGE))
+            assert await engine.load(b"key", region)
+            assert vram.read() == data
+            await until(lambda: engine.statistics().relay == RelayStatistics(0, 0, 0, 1))
