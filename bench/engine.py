@@ -441,7 +441,7 @@ def make_index(root: Path, namespace: kvgds.Namespace, blocks: int) -> list[byte
     number = index.namespace(namespace.digest, namespace.text)
     keys = [hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(blocks)]
     index.apply(Changes(add_slab=[(0, slot_bytes, blocks)]))
-    rows = [(i, number, key, i, 4 * KIB, XXH3_128, i) for i, key in enumerate(keys)]
+    rows = [(i, number, key, i, 4 * KIB, XXH3_128, i, 0) for i, key in enumerate(keys)]
     index.apply(Changes(put=rows))
     index.close()
     return keys
