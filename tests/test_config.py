@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from kvgds import ConfigError, EngineConfig, FileTier, Namespace, load_config
+from kvgds import ConfigError, EngineConfig, FileTier, Namespace, ObjectTier, load_config
 
 TIER = FileTier(root=Path("kv"), capacity_bytes=1 << 20)
 BASE: dict[str, Any] = {"namespace": Namespace(model="m"), "tiers": (TIER,)}
@@ -381,3 +382,296 @@ def test_the_library_reads_no_environment_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KVGDS_TIMEOUT_S", "1")
     assert EngineConfig(**BASE).timeout_s == 30
     assert os.environ["KVGDS_TIMEOUT_S"] == "1"
+
+
+# --- object tiers -----------------------------------------------------------------------------
+
+SECRET = "SeCrEt/of+nobody"  # noqa: S105 - of nothing
+FAR = ObjectTier(bucket="kvgds")
+BUCKET_RULE = "must be a bucket's name: 3 to 63 of a-z, 0-9, '.' and '-'"
+ENDPOINT_RULE = "must be http:// or https://, a host and perhaps a port, no more"
+PREFIX_RULE = "must be names of letters, digits and !_.*'()=@- with / in between, none with a '.' "
+KEY_RULE = "must be neither empty nor with spaces or ends of lines in it"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"bucket": ""}, f"bucket='': {BUCKET_RULE}"),
+        ({"bucket": 7}, "bucket=7: must be a valid string"),
+        ({"bucket": "KV"}, f"bucket='KV': {BUCKET_RULE}"),
+        ({"bucket": "kvgds\n"}, f"bucket='kvgds\\n': {BUCKET_RULE}"),
+        ({"bucket": "kv..gds"}, f"bucket='kv..gds': {BUCKET_RULE}"),
+        ({"bucket": "10.0.0.1"}, f"bucket='10.0.0.1': {BUCKET_RULE}"),
+        ({"endpoint": ""}, f"endpoint='': {ENDPOINT_RULE}"),
+        ({"endpoint": "localhost:9000"}, f"endpoint='localhost:9000': {ENDPOINT_RULE}"),
+        ({"endpoint": "http://h/path"}, f"endpoint='http://h/path': {ENDPOINT_RULE}"),
+        ({"endpoint": "http://h:65536"}, f"endpoint='http://h:65536': {ENDPOINT_RULE}"),
+        ({"endpoint": "http://h\n"}, f"endpoint='http://h\\n': {ENDPOINT_RULE}"),
+        ({"endpoint": f"http://me:{SECRET}@h"}, f"endpoint: {ENDPOINT_RULE}"),
+        ({"region": ""}, "region='': must be a region's name: letters, digits and '-'"),
+        ({"region": "us east"}, "region='us east': must be a region's name: letters, digits and"),
+        ({"prefix": "a b"}, f"prefix='a b': {PREFIX_RULE}"),
+        ({"prefix": "a//b"}, f"prefix='a//b': {PREFIX_RULE}"),
+        ({"prefix": "../up"}, f"prefix='../up': {PREFIX_RULE}"),
+        ({"prefix": "long" * 200}, f"prefix='{'long' * 200}': {PREFIX_RULE}"),
+        ({"access_key": SECRET}, "secret_key: give both keys, or none of them"),
+        ({"secret_key": SECRET}, "secret_key: give both keys, or none of them"),
+        ({"session_token": SECRET}, "session_token: belongs to keys; give those too"),
+        ({"access_key": "", "secret_key": SECRET}, f"access_key: {KEY_RULE}"),
+        ({"access_key": "me", "secret_key": f"{SECRET}\n"}, f"secret_key: {KEY_RULE}"),
+        ({"access_key": "me", "secret_key": 7}, "secret_key: must be a valid string"),
+        ({"access_key": [SECRET], "secret_key": SECRET}, "access_key: must be a valid string"),
+        ({"secret": SECRET}, "secret: is no setting; those are bucket, endpoint, region, prefix,"),
+        ({"root": "/kv"}, "root='/kv': is no setting; those are bucket, endpoint, region, prefix,"),
+        ({"addressing": "dns"}, "addressing='dns': must be 'auto', 'path' or 'virtual'"),
+        (
+            {"addressing": "virtual", "endpoint": "http://127.0.0.1:9000"},
+            "addressing='virtual': needs an endpoint with a name, not a number; use 'path'",
+        ),
+        (
+            {"addressing": "virtual", "endpoint": "http://[::1]:9000"},
+            "addressing='virtual': needs an endpoint with a name, not a number; use 'path'",
+        ),
+        ({"ca_bundle": ""}, "ca_bundle='': must be the path of a PEM file"),
+        ({"ca_bundle": 7}, "ca_bundle=7: must be the path of a PEM file"),
+        ({"ca_bundle": "/ca\0"}, "ca_bundle='/ca\\x00': must be the path of a PEM file, without a"),
+        (
+            {"ca_bundle": "/ca.pem", "endpoint": "http://h"},
+            "ca_bundle='/ca.pem': is of use with https only; change the endpoint",
+        ),
+        ({"checksums": "none"}, "checksums='none': must be 'required' or 'supported'"),
+        ({"backend": "boto3"}, "backend='boto3': must be 'auto', 'nixl' or 'obstore'"),
+        ({"write": "sync"}, "write='sync': must be 'back', 'through' or 'demote'"),
+        ({"connections": 0}, "connections=0: must be greater than or equal to 1"),
+        ({"connections": 257}, "connections=257: must be less than or equal to 256"),
+        ({"connections": True}, "connections=True: must be a valid integer"),
+        ({"retries": -1}, "retries=-1: must be greater than or equal to 0"),
+        ({"connect_timeout_s": 0.0}, "connect_timeout_s=0.0: must be greater than 0"),
+        ({"request_timeout_s": 1e300}, "request_timeout_s=1e+300: must be less than or equal to"),
+        ({"request_timeout_s": float("nan")}, "request_timeout_s=nan: must be "),
+    ],
+)
+def test_object_tiers_that_can_not_be(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ObjectTier(**{"bucket": "kvgds", **values})
+    assert str(caught.value).startswith(f"ObjectTier.{says}")
+    assert "\n" not in str(caught.value)
+    assert SECRET not in str(caught.value) + repr(caught.value.value)
+
+
+def test_what_an_object_tier_makes_of_its_settings() -> None:
+    given: dict[str, Any] = {"endpoint": "https://[::1]:9000/", "prefix": "/a/b", "ca_bundle": "ca"}
+    tier = ObjectTier(bucket="kvgds", **given)
+    assert (tier.endpoint, tier.prefix, tier.ca_bundle) == (
+        "https://[::1]:9000",
+        "a/b/",
+        Path("ca"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "in_host"),
+    [
+        ({}, True),
+        ({"bucket": "with.dots"}, False),  # no certificate of `*.host` is for such a name
+        ({"endpoint": "https://host"}, False),
+        ({"endpoint": "https://host", "addressing": "virtual"}, True),
+        ({"addressing": "path"}, False),
+    ],
+)
+def test_how_a_bucket_is_named(values: dict[str, Any], in_host: bool) -> None:  # noqa: FBT001 - a parameter of pytest's
+    assert ObjectTier(**{"bucket": "kvgds", **values}).in_host == in_host
+
+
+@pytest.mark.parametrize(
+    ("tiers", "says"),
+    [
+        ((FAR, TIER), r"tiers=\['ObjectTier', 'FileTier'\]: must be a FileTier, an ObjectTier, or"),
+        (
+            (FAR, FAR),
+            r"tiers=\['ObjectTier', 'ObjectTier'\]: must be a FileTier, an ObjectTier, or",
+        ),
+        ((TIER, FAR, FAR), r"tiers=\['FileTier', 'ObjectTier', 'ObjectTier'\]: must be"),
+    ],
+)
+def test_stacks_that_can_not_be(tiers: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        EngineConfig(**{**BASE, "tiers": tiers})
+
+
+def test_objects_go_by_the_bounce_region() -> None:
+    with pytest.raises(ConfigError, match=r"path='gds': objects go by the bounce region; use "):
+        EngineConfig(**{**BASE, "tiers": (FAR,), "path": "gds"})
+    assert EngineConfig(**{**BASE, "tiers": (TIER, FAR), "path": "gds"}).path == "gds"
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+
+def test_no_secret_is_shown() -> None:
+    key = SecretStr(SECRET)
+    tier = ObjectTier(bucket="kvgds", access_key=key, secret_key=key, session_token=key)
+    config = EngineConfig(**{**BASE, "tiers": (TIER, tier)})
+    for each in (tier, config):
+        shown = (
+            repr(each),
+            str(each),
+            f"{each}",
+            str(each.model_dump()),
+            str(each.model_dump(mode="json")),
+            each.model_dump_json(),
+        )
+        assert not [text for text in shown if SECRET in text]
+    assert tier.secret_key is not None
+    assert tier.secret_key.get_secret_value() == SECRET
+
+
+TWO_TIERS = f"""
+[namespace]
+model = "m"
+
+[[tiers]]
+root = "/nvme/kv"
+capacity_bytes = 1_048_576
+
+[[tiers]]
+bucket = "kvgds"
+endpoint = "https://minio.internal:9000"
+prefix = "team"
+access_key = "me"
+secret_key = "{SECRET}"
+ca_bundle = "/etc/ca.pem"
+write = "through"
+"""
+
+
+def far_of(config: EngineConfig) -> ObjectTier:
+    tier = config.tiers[-1]
+    assert isinstance(tier, ObjectTier)
+    return tier
+
+
+def secret_of(config: EngineConfig) -> str | None:
+    key = far_of(config).secret_key
+    return None if key is None else key.get_secret_value()
+
+
+def test_a_file_of_two_tiers(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, TWO_TIERS), {})
+    near, far = config.tiers
+    assert near == FileTier(root=Path("/nvme/kv"), capacity_bytes=1 << 20)
+    assert far == ObjectTier(
+        bucket="kvgds",
+        endpoint="https://minio.internal:9000",
+        prefix="team/",
+        access_key=SecretStr("me"),
+        secret_key=SecretStr(SECRET),
+        ca_bundle=Path("/etc/ca.pem"),
+        write="through",
+    )
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+@pytest.mark.parametrize("secret", [SECRET, "2024", "0x10", "true", "1979-05-27", "a#b", "=="])
+def test_secrets_may_come_by_variables(tmp_path: Path, secret: str, quote: str) -> None:
+    environ = {
+        "KVGDS_TIERS__1__SECRET_KEY": f"{quote}{secret}{quote}",
+        "KVGDS_TIERS__1__SESSION_TOKEN": f"{quote}{secret}{quote}",
+        "KVGDS_TIERS__1__CA_BUNDLE": f"{quote}/ca/2024{quote}",
+        "KVGDS_TIERS__1__CONNECTIONS": "4",
+    }
+    config = load_config(written(tmp_path, TWO_TIERS), environ)
+    assert secret_of(config) == secret
+    assert (far_of(config).connections, far_of(config).ca_bundle) == (4, Path("/ca/2024"))
+
+
+def test_variables_alone_make_a_stack() -> None:
+    environ = {"KVGDS_TIERS__1__BUCKET": "kvgds", "KVGDS_TIERS__1__WRITE": "demote"}
+    config = load_config(None, VARIABLES | environ)
+    assert [type(tier) for tier in config.tiers] == [FileTier, ObjectTier]
+    alone = {"KVGDS_NAMESPACE__MODEL": "m", "KVGDS_TIERS__0__BUCKET": "kvgds"}
+    assert load_config(None, alone).tiers == (FAR,)
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"KVGDS_TIERS__1__SECRET_KEY": SECRET}, "ObjectTier.bucket: must be given"),
+        ({"KVGDS_TIERS__0__SECRET_KEY": SECRET}, "KVGDS_TIERS__0__SECRET_KEY: is no setting; th"),
+        ({"KVGDS_TIERS__1__SECRT_KEY": SECRET}, "KVGDS_TIERS__1__SECRT_KEY='***': names no sett"),
+        ({"KVGDS_TIERS__2__SECRET_KEY": SECRET}, "KVGDS_TIERS__2__SECRET_KEY='***': tiers are "),
+        ({"KVGDS_ACCESS_KEY": SECRET}, "KVGDS_ACCESS_KEY='***': names no setting; those are "),
+        ({"KVGDS_TIERS__0__SECRET_KEY__X": SECRET}, "KVGDS_TIERS__0__SECRET_KEY__X='***': names"),
+        (
+            {"KVGDS_TIERS__1__BUCKET": "kvgds", "KVGDS_TIERS__1__SECRET_KEY": SECRET},
+            "KVGDS_TIERS__1__SECRET_KEY: give both keys, or none of them",
+        ),
+        (
+            {"KVGDS_TIERS__1__BUCKET": "kvgds", "KVGDS_TIERS__1__SECRET_KEY": f"{SECRET} "},
+            f"KVGDS_TIERS__1__SECRET_KEY: {KEY_RULE}",
+        ),
+        (
+            {
+                "KVGDS_TIERS__1__BUCKET": "kvgds",
+                "KVGDS_TIERS__1__ENDPOINT": f"http://me:{SECRET}@host",
+            },
+            f"KVGDS_TIERS__1__ENDPOINT: {ENDPOINT_RULE}",
+        ),
+        ({"KVGDS_TIERS__1": SECRET}, "tiers=['dict', 'str']: must be an array of one or two"),
+        (
+            {"KVGDS_TIERS__1": "'x'", "KVGDS_TIERS__1__SECRET_KEY": SECRET},
+            "KVGDS_TIERS__1__SECRET_KEY: lies in what is set to be no table",
+        ),
+        (
+            {"KVGDS_TIERS__1": f"{{bucket = 'kvgds', secret_key = '{SECRET}'}}"},
+            "KVGDS_TIERS__1.secret_key: give both keys, or none of them",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_bucket_s_variables(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, VARIABLES | environ)
+    assert str(caught.value).startswith(says)
+    assert SECRET not in str(caught.value) + repr(caught.value.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"[{{bucket = 'kvgds', secret_key = '{SECRET}'}}]", "KVGDS_TIERS.0.secret_key: give both"),
+        (
+            f"{{bucket = 'kvgds', secret_key = '{SECRET}'}}",
+            "KVGDS_TIERS={'bucket': 'kvgds', 'secret_key': '***'}: must be an array of one or two",
+        ),
+    ],
+)
+def test_a_variable_that_holds_all_tiers_is_told_by_its_name(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"KVGDS_NAMESPACE__MODEL": "m", "KVGDS_TIERS": text})
+    assert str(caught.value).startswith(says)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO_TIERS.replace('access_key = "me"\n', ""),
+        TWO_TIERS.replace('"me"', "7"),
+        TWO_TIERS.replace('bucket = "kvgds"\n', ""),
+        TWO_TIERS + "nothing = 1",
+        f"secret_key = '{SECRET}'" + TWO_TIERS,
+        TWO_TIERS.replace("[namespace]", f"[namespace]\nsecret_key = '{SECRET}'"),
+        f"namespace.model = {{secret_key = '{SECRET}'}}\n[[tiers]]\nbucket = 'kvgds'",
+        f"[[namespace]]\nmodel = 'm'\nsecret_key = '{SECRET}'\n[[tiers]]\nbucket = 'kvgds'",
+        f"timeout_s = {{secret_key = '{SECRET}'}}" + TWO_TIERS,
+        f"[namespace]\nmodel = 'm'\n[tiers]\nbucket = 'kvgds'\nsecret_key = '{SECRET}'",
+        TWO_TIERS.replace('"kvgds"', f"{{secret_key = '{SECRET}'}}"),
+        TWO_TIERS.replace(f'"{SECRET}"', f'"{SECRET}'),
+    ],
+)
+def test_an_error_of_a_file_shows_no_secret(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, text), {})
+    assert SECRET not in str(caught.value) + repr(caught.value.value)
+    assert "\n" not in str(caught.value)

@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+UpToAnHour = Annotated[float, Field(gt=0, le=3600)]
 _MOST = (1 << 63) - 1  # bytes of a file, and what TOML takes for an integer
 _SECRET_NAME = re.compile("key|secret|token|password", re.IGNORECASE)
-_ENDPOINT = re.compile(
-    r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9A-Fa-f:]+\](:[0-9]{1,5})?"
-)
+_ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
+_HOST_NUMBER = re.compile(r"(\[.*|[0-9.]+)(:[0-9]+)?")
+_BUCKET = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_KEY = re.compile(r"[!-~]+")
 _PREFIX_BYTES = 512
+_LAST_PORT = 65535
 _PREFIX = re.compile(r"([A-Za-z0-9!_.*'()=@-]+/)*")
 _OF_THE_TESTS = ("KVGDS_REQUIRE_GPU", "KVGDS_TRACE")  # of the test suite: no settings
 
@@ -90,12 +93,16 @@ class FileTier(_Settings):
     @field_validator("root", mode="before")
     @classmethod
     def _path(cls, root: object) -> object:
-        path = os.fspath(root) if isinstance(root, str | os.PathLike) else None
-        if not isinstance(path, str) or not path:
-            raise ValueError("must be the path of a directory")
-        if "\0" in path:
-            raise ValueError("must be the path of a directory, without a NUL in it")
-        return Path(path)
+        return _path_of(root, "a directory")
+
+
+def _path_of(given: object, what: str) -> Path:
+    path = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"must be the path of {what}")
+    if "\0" in path:
+        raise ValueError(f"must be the path of {what}, without a NUL in it")
+    return Path(path)
 
 
 class ObjectTier(_Settings):
@@ -109,7 +116,7 @@ class ObjectTier(_Settings):
         access_key: with ``secret_key`` and perhaps ``session_token``; None: AWS's usual chain, see
             docs/objects.md.
         addressing: whether the bucket is named in the ``"path"`` or in the host (``"virtual"``);
-            ``"auto"``: in the host at AWS, in the path elsewhere.
+            ``"auto"``: in the host at AWS unless it has dots, in the path elsewhere.
         ca_bundle: PEM file of the authorities that the server's certificate may come from.
         checksums: whether the server gets checksums with requests only where they are
             ``"required"``, which every server understands, or wherever they are ``"supported"``.
@@ -126,7 +133,7 @@ class ObjectTier(_Settings):
 
     bucket: str
     endpoint: str | None = None
-    region: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = "us-east-1"
+    region: str = "us-east-1"
     prefix: str = ""
     access_key: SecretStr | None = None
     secret_key: SecretStr | None = None
@@ -137,36 +144,54 @@ class ObjectTier(_Settings):
     backend: Literal["auto", "nixl", "obstore"] = "auto"
     write: Literal["back", "through", "demote"] = "back"
     connections: Annotated[int, Field(ge=1, le=256)] = 16
-    connect_timeout_s: Positive = 3.0
-    request_timeout_s: Positive = 10.0
+    connect_timeout_s: UpToAnHour = 3.0
+    request_timeout_s: UpToAnHour = 10.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
 
     @field_validator("bucket")
     @classmethod
     def _bucket(cls, bucket: str) -> str:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+        if not _BUCKET.fullmatch(bucket) or _HOST_NUMBER.fullmatch(bucket):
             raise ValueError("must be a bucket's name: 3 to 63 of a-z, 0-9, '.' and '-'")
         return bucket
 
     @field_validator("endpoint")
     @classmethod
     def _endpoint(cls, endpoint: str | None) -> str | None:
-        if endpoint is not None and not _ENDPOINT.fullmatch(endpoint.rstrip("/")):
+        if endpoint is None:
+            return None
+        found = _ENDPOINT.fullmatch(endpoint.rstrip("/"))
+        if found is None or int(found[1] or 0) > _LAST_PORT:
             raise ValueError("must be http:// or https://, a host and perhaps a port, no more")
-        return endpoint and endpoint.rstrip("/")
+        return endpoint.rstrip("/")
+
+    @field_validator("region")
+    @classmethod
+    def _region(cls, region: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9-]+", region):
+            raise ValueError("must be a region's name: letters, digits and '-'")
+        return region
+
+    @field_validator("access_key", "secret_key", "session_token")
+    @classmethod
+    def _key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not _KEY.fullmatch(key.get_secret_value()):
+            raise ValueError("must be neither empty nor with spaces or ends of lines in it")
+        return key
 
     @field_validator("prefix")
     @classmethod
     def _prefix(cls, prefix: str) -> str:
         prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         if not _PREFIX.fullmatch(prefix) or len(prefix) > _PREFIX_BYTES or "./" in prefix:
-            raise ValueError("must be names of letters, digits and !_.*'()=@- with / in between")
+            rule = "must be names of letters, digits and !_.*'()=@- with / in between, none with"
+            raise ValueError(f"{rule} a '.' at its end, of {_PREFIX_BYTES} bytes at most")
         return prefix
 
     @field_validator("ca_bundle", mode="before")
     @classmethod
     def _ca_bundle(cls, path: object) -> object:
-        return Path(path) if isinstance(path, str) else path
+        return None if path is None else _path_of(path, "a PEM file")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -177,13 +202,17 @@ class ObjectTier(_Settings):
         if self.ca_bundle is not None and (self.endpoint or "https").startswith("http://"):
             rule = "is of use with https only; change the endpoint"
             raise ConfigError("ObjectTier.ca_bundle", str(self.ca_bundle), rule)
+        host = (self.endpoint or "").rpartition("://")[2]
+        if self.addressing == "virtual" and _HOST_NUMBER.fullmatch(host):
+            rule = "needs an endpoint with a name, not a number; use 'path'"
+            raise ConfigError("ObjectTier.addressing", "virtual", rule)
         return self
 
     @property
     def in_host(self) -> bool:
         """Whether requests name the bucket in the host."""
         if self.addressing == "auto":
-            return self.endpoint is None
+            return self.endpoint is None and "." not in self.bucket  # see certificates: *.host
         return self.addressing == "virtual"
 
 
@@ -259,8 +288,11 @@ _TIERS_RULE = "must be a FileTier, an ObjectTier, or a FileTier and then an Obje
 
 
 def _tier(table: dict[str, Any]) -> FileTier | ObjectTier:
-    """A tier from its settings: those of an ObjectTier name a bucket."""
-    return ObjectTier(**table) if "bucket" in table else FileTier(**table)
+    """A tier from its settings: those of an ObjectTier name a bucket, or should."""
+    only_of_objects = ObjectTier.model_fields.keys() & table.keys()
+    if "bucket" in table or ("root" not in table and only_of_objects):
+        return ObjectTier(**table)
+    return FileTier(**table)
 
 
 _SETTINGS: dict[tuple[str, ...], object] = {
@@ -297,10 +329,12 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
             steps = _steps(name, text)
             _set(tree, steps, _value(steps, text), name)
             given[steps] = name
+    tiers = tree.get("tiers")
+    last = len(tiers) - 1 if isinstance(tiers, list) else 0
     try:
         return _from_tree(tree)
     except ConfigError as error:
-        raise _by_variable(error, given) from None
+        raise _by_variable(error, given, last) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -367,7 +401,7 @@ def _set(tree: dict[str, Any], steps: tuple[str, ...], value: object, name: str)
     node: Any = tree
     for step, following in zip(steps, (*steps[1:], ""), strict=True):
         if not isinstance(node, dict | list):
-            raise ConfigError(name, value, "lies in what is set to be no table")
+            raise ConfigError(name, _shown(value, name), "lies in what is set to be no table")
         index: Any = step
         if isinstance(node, list):
             index = int(step)
@@ -382,32 +416,44 @@ def _set(tree: dict[str, Any], steps: tuple[str, ...], value: object, name: str)
 def _from_tree(tree: dict[str, Any]) -> EngineConfig:
     namespace, tiers = tree.pop("namespace", None), tree.pop("tiers", None)
     if not isinstance(namespace, dict):
-        raise ConfigError("namespace", namespace, "must be a table with at least `model`")
+        raise ConfigError("namespace", _shown(namespace), "must be a table with at least `model`")
     if not isinstance(tiers, list) or {type(tier) for tier in tiers} != {dict}:
         rule = "must be an array of one or two tables, with `root` or `bucket`"
-        raise ConfigError("tiers", _shown(tiers), rule)
+        raise ConfigError("tiers", _kinds(tiers), rule)
     return EngineConfig(namespace=_namespace(namespace), tiers=tuple(tiers), **tree)
+
+
+def _kinds(tiers: object) -> object:
+    """What to say of what are no tiers: what is in them may be secret."""
+    if isinstance(tiers, list):
+        return [type(tier).__name__ for tier in tiers]
+    return _shown(tiers)
 
 
 def _namespace(table: dict[str, Any]) -> Namespace:
     names = [field.name for field in fields(Namespace)]
     for name in (name for name in table if name not in names):
         rule = f"is no setting; those are {', '.join(names)}"
-        raise ConfigError(f"namespace.{name}", table[name], rule)
+        raise ConfigError(f"namespace.{name}", _shown(table[name], name), rule)
+    for name, value in table.items():
+        if isinstance(value, dict | list):
+            raise ConfigError(f"namespace.{name}", _shown(value), "must be no table, nor an array")
     if "model" not in table:
         raise ConfigError("namespace.model", ..., "must be given")
     return Namespace(**table)
 
 
-def _by_variable(error: ConfigError, given: Mapping[tuple[str, ...], str]) -> ConfigError:
+def _by_variable(
+    error: ConfigError, given: Mapping[tuple[str, ...], str], last: int
+) -> ConfigError:
     """The error by the name of the variable that the value came from, if it came from one."""
-    field = error.field.replace("FileTier", "tiers.0").removeprefix("EngineConfig.")
-    for tier in ("tiers.1", "tiers.0"):
-        steps = tuple(field.replace("ObjectTier", tier).split("."))
-        for n in range(len(steps), 0, -1):  # a variable may hold the whole table that it is in
-            if steps[:n] in given:
-                within = ".".join((given[steps[:n]], *steps[n:]))
-                return ConfigError(within, error.value, error.rule)
+    field = error.field.removeprefix("EngineConfig.")
+    field = field.replace("FileTier", "tiers.0").replace("ObjectTier", f"tiers.{last}")
+    steps = tuple(field.split("."))
+    for n in range(len(steps), 0, -1):  # a variable may hold the whole table that it is in
+        if steps[:n] in given:
+            within = ".".join((given[steps[:n]], *steps[n:]))
+            return ConfigError(within, error.value, error.rule)
     return error
 
 
@@ -445,7 +491,8 @@ def _shown(value: object, field: str = "") -> object:
     if isinstance(value, int) and value.bit_length() > _MOST.bit_length() + 1:
         return f"an integer of {value.bit_length():,} bits"
     if isinstance(value, dict):
-        return {name: _shown(each, name) for name, each in value.items()}
+        shown = {name: _shown(each, name) for name, each in value.items()}
+        return {name: "***" if each is ... else each for name, each in shown.items()}
     if isinstance(value, list | tuple):
         return type(value)(_shown(each) for each in value)
     return value

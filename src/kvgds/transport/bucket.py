@@ -34,16 +34,27 @@ _ERRNOS = (
     ("status code: 403", errno.EACCES),
     ("status code: 401", errno.EACCES),
     ("NoSuchBucket", errno.ENODEV),
-    ("timed out", errno.ETIMEDOUT),
-    ("timeout", errno.ETIMEDOUT),
-    ("error sending request", errno.ECONNREFUSED),
-    ("connection", errno.ECONNRESET),
+    ("kind: Timeout", errno.ETIMEDOUT),  # of obstore's own words about an error
+    ("kind: ConnectionRefused", errno.ECONNREFUSED),
+    ("kind: Connect,", errno.EHOSTUNREACH),
+    ("error sending request", errno.ECONNRESET),
+    ("body error", errno.ECONNRESET),
+)
+# What is wrong, where the first line only says that the request could not be sent.
+_CAUSE = re.compile(
+    r'(?:message|error): "([^"\\]+)"|(?:InvalidCertificate|InvalidMessage)\(\s*(\w+)'
 )
 _OF_THE_ENVIRONMENT = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+_OTHER_ENDPOINTS = (
+    "AWS_ENDPOINT",
+    "AWS_ENDPOINT_OVERRIDE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
 )
 
 
@@ -84,9 +95,11 @@ class Bucket:
         """Make a small object. Raises NotMoved."""
         self._ask(lambda: self._store.put(name, data, use_multipart=False))
 
-    def read(self, name: str) -> bytes:
-        """A whole object. Raises NotMoved."""
-        return bytes(self._ask(lambda: self._store.get(name).bytes()))
+    def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes:
+        """An object, or so many bytes of it, or those that there are. Raises NotMoved."""
+        if nbytes is None:
+            return bytes(self._ask(lambda: self._store.get(name).bytes()))
+        return bytes(self._ask(lambda: self._store.get_range(name, start=start, length=nbytes)))
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None: there is none. Raises NotMoved."""
@@ -128,11 +141,16 @@ class Bucket:
 
 
 def _told(error: Exception) -> NotMoved:
-    """What went wrong, in one line: the first, without the server's XML, but with its code."""
+    """What went wrong, in one line: the first, without what the server wrote, but with its code.
+
+    Servers repeat tokens in what they write.
+    """
     whole = str(error)
-    text = whole.partition("\n")[0].partition("<?xml")[0].strip(" :")
+    text = whole.partition("\n")[0].partition("<")[0].strip(" :")
     if code := _CODE.search(whole):
         text = f"{text} ({code[1]})"
+    elif "HTTP error" in text and (cause := _CAUSE.search(whole)):
+        text = f"{text} ({cause[1] or cause[2]})"
     if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in whole:
         return NotMoved(errno.ENOENT, text)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
@@ -143,15 +161,19 @@ def _told(error: Exception) -> NotMoved:
 
 def _open(settings: ObjectTier) -> S3Store:
     endpoint = settings.endpoint
-    if endpoint is not None and settings.in_host:
+    if endpoint is None:
+        _check_environment()
+    elif settings.in_host:
         endpoint = endpoint.replace("://", f"://{settings.bucket}.", 1)
     configured: S3Config = {
         "region": settings.region,
         "virtual_hosted_style_request": settings.in_host,
         "disable_bulk_delete": True,  # not every server answers that as AWS does
+        "skip_signature": False,
     }
     if endpoint is not None:
         configured["endpoint"] = endpoint
+        configured["aws_endpoint_url_s3"] = endpoint  # else the variable goes before the settings
     client: ClientConfig = {
         "allow_http": (endpoint or "").startswith("http://"),
         "connect_timeout": timedelta(seconds=settings.connect_timeout_s),
@@ -174,6 +196,12 @@ def _open(settings: ObjectTier) -> S3Store:
     except (BaseError, ValueError, OSError) as error:
         rule = f"the bucket can't be used so: {str(error).partition(chr(10))[0]}"
         raise ConfigError("bucket", settings.bucket, rule) from None
+
+
+def _check_environment() -> None:
+    """Refuse variables that name another server than the settings: not all heed the same ones."""
+    for name in filter(os.environ.get, _OTHER_ENDPOINTS):
+        raise ConfigError("endpoint", ..., f"must be given where {name} is set; or unset that")
 
 
 def _authorities(path: Path) -> bytes:
