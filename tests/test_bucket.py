@@ -69,6 +69,7 @@ def test_a_part_of_an_object(s3: JuiceServer) -> None:
     assert bucket.read("a/b") == b"0123456789"
     assert bucket.read("a/b", 2, 3) == b"234"
     assert bucket.read("a/b", 8, 100) == b"89"
+    assert bucket.read("a/b", 10, 100) == b""
 
 
 # --- what went wrong ----------------------------------------------------------------------------

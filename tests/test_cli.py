@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from faults import read_only
 from kvgds import EngineConfig, FileTier, Namespace, __version__, open_engine
-from kvgds.cli import app, parse_age, parse_size, size_text
+from kvgds.arguments import parse_age, parse_size
+from kvgds.cli import app, size_text
 from kvgds.replay import key_of, namespace
 from support import content, places, spoil, write_at
 
@@ -422,7 +423,7 @@ def test_doctor_tells_how_bytes_move_and_leaves_nothing(tmp_path: Path, layout: 
     fill(root, 3, layout)
     files = sorted(path.name for path in root.rglob("*") if path.name != "tmp")
     answer = found("doctor", "--root", root)
-    assert set(answer) == {"ok", "versions", "nixl", "huge_pages", "gpu", "roots"}
+    assert set(answer) == {"ok", "versions", "nixl", "huge_pages", "gpu", "roots", "buckets"}
     assert answer["ok"] is True
     assert set(answer["versions"]) == {"kvgds", "nixl", "python", "kernel"}
     assert answer["versions"]["kernel"] == os.uname().release
@@ -741,7 +742,7 @@ def test_gc_prints_what_went(tmp_path: Path, layout: str) -> None:
     answer = found("gc", root, "--keep-bytes", "16K", "--dry-run")
     assert set(answer) == {
         "root", "layout", "dry_run", "blocks", "nbytes", "files", "freed_bytes", "kept_blocks",
-        "kept_bytes",
+        "kept_bytes", "failed", "errors",
     }  # fmt: skip
     assert (answer["blocks"], answer["kept_bytes"], answer["dry_run"]) == (2, 16384, True)
     assert (
@@ -771,7 +772,7 @@ def test_an_option_that_does_not_fit_the_directory_is_a_wrong_call(tmp_path: Pat
     fill(root, 1, "files")
     result = call("fsck", root, "--rebuild")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "--rebuild: this layout has no index" in words_of(result.stderr)
+    assert "--rebuild: there is no index" in words_of(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -869,8 +870,8 @@ def test_help_says_what_a_trace_is_and_how_sizes_are_meant() -> None:
     for words in ('{"hash_ids": [0, 1, 2]}', "--in-flight 1", "64K (64 KiB)"):
         assert words in text
     assert "(64K)]" not in text
-    assert "blocks beyond this size. 100G is 100 GiB" in words_of(call("gc", "--help").stdout)
-    assert "Only with layout files" in words_of(call("gc", "--help").stdout)
+    assert "those stored first. 100G is 100 GiB" in words_of(call("gc", "--help").stdout)
+    assert "Not of slabs" in words_of(call("gc", "--help").stdout)
     assert "not with layout files" in words_of(call("fsck", "--help").stdout)
 
 

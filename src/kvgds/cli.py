@@ -12,14 +12,11 @@ import asyncio
 import dataclasses
 import io
 import json
-import os
 import re
-import reprlib
 import signal
 import sqlite3
 import sys
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,24 +28,19 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from kvgds._starting import INTERRUPTED, end_at_once, end_in_order
+from kvgds.arguments import MOST, UNITS, configured, parse_age, parse_size, place
 from kvgds.errors import ConfigError, KvgdsError
 from kvgds.upkeep.records import counted
-from kvgds.upkeep.retention import LONGEST_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvgds.config import FileTier
+    from kvgds.config import FileTier, ObjectTier
     from kvgds.doctor import Diagnosis, Part
     from kvgds.replay import Latency, Result
     from kvgds.upkeep import Listing, Report, Retention
 
 _SHOWN = 50  # problems printed one by one; --json has all
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B?)", re.IGNORECASE)
-_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_UNITS = "KMGTP"
-_MOST = (1 << 63) - 1  # bytes, or things to count
 
 
 class _Group(TyperGroup):
@@ -96,52 +88,27 @@ def main() -> None:
 # --- arguments ----------------------------------------------------------------------------
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes from 4096, 64K, 1.5G, 1Ti or 10MB; all units are powers of 1,024.
-
-    Raises:
-        typer.BadParameter: it is no size.
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None:
-        shown = reprlib.repr(text)
-        raise typer.BadParameter(f"{shown} is no size; give bytes, or for example 64K, 1.5G, 1Ti")
-    unit = match[2].upper()
-    nbytes = Decimal(match[1]) * 1024 ** (_UNITS.index(unit) + 1 if unit else 0)
-    if nbytes > _MOST:
-        raise typer.BadParameter(f"{reprlib.repr(text)} is too much; less than 8192P can be")
-    return int(nbytes)
-
-
-def parse_age(text: str) -> float:
-    """Seconds from 90s, 30m, 12h, 7d or 2w.
-
-    Raises:
-        typer.BadParameter: it is no duration.
-    """
-    match = _AGE.fullmatch(text.strip())
-    shown = reprlib.repr(text)
-    if match is None:
-        raise typer.BadParameter(f"{shown} is no duration; give for example 90s, 30m, 12h or 7d")
-    seconds = float(match[1]) * _SECONDS[match[2].lower()]
-    if seconds > LONGEST_S:
-        raise typer.BadParameter(f"{shown} is too long; at most {LONGEST_S} seconds can be")
-    return seconds
-
-
 @contextmanager
 def _options(**names: str) -> Iterator[None]:
     """Tell a wrong setting that an option gave as a wrong call, by the option's name."""
     try:
         yield
     except ConfigError as error:
-        option = names.get(error.field.removeprefix("FileTier."))
+        option = names.get(re.sub("^(File|Object)Tier[.]", "", error.field))
         if option is None:
             raise
         raise typer.BadParameter(error.rule, param_hint=option) from None
 
 
-Root = Annotated[Path, typer.Argument(help="Directory of blocks.", show_default=False)]
+Where = Annotated[
+    str, typer.Argument(help="Directory of blocks, or s3://BUCKET/PREFIX.", show_default=False)
+]
+Config = Annotated[
+    Path | None, typer.Option(help="TOML file with the bucket's settings; KVGDS_* count too.")
+]
+Endpoint = Annotated[str | None, typer.Option(help="The bucket's server, if it is not AWS.")]
+Region = Annotated[str | None, typer.Option(help="The bucket's region.")]
+CaBundle = Annotated[Path | None, typer.Option(help="PEM file of authorities to trust.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Named = Annotated[
     str | None,
@@ -177,10 +144,10 @@ def _common(
 
 def size_text(nbytes: int) -> str:
     """A size for people."""
-    power = min((int(nbytes).bit_length() - 1) // 10, len(_UNITS)) if nbytes else 0
+    power = min((int(nbytes).bit_length() - 1) // 10, len(UNITS)) if nbytes else 0
     if not power:
         return f"{nbytes:,} B"
-    return f"{nbytes / (1 << 10 * power):,.1f} {_UNITS[power - 1]}iB"
+    return f"{nbytes / (1 << 10 * power):,.1f} {UNITS[power - 1]}iB"
 
 
 def _print_json(found: object) -> None:
@@ -240,13 +207,22 @@ def doctor(
     raise typer.Exit(0 if found.ok else 1)
 
 
-def _tiers(root: Path | None, config: Path | None) -> list[FileTier]:
-    from kvgds.config import FileTier, load_config
+def _place(
+    where: str,
+    config: Path | None,
+    endpoint: str | None,
+    region: str | None,
+    ca_bundle: Path | None,
+) -> Path | ObjectTier:
+    names = {"bucket": "WHERE", "prefix": "WHERE", "endpoint": "--endpoint", "region": "--region"}
+    with _options(**names, ca_bundle="--ca-bundle"):
+        return place(where, config, endpoint, region, ca_bundle)
 
-    tiers: list[FileTier] = []
-    if config is not None or any(name.startswith("KVGDS_TIERS") for name in os.environ):
-        found = load_config(config, os.environ).tiers
-        tiers += [tier for tier in found if isinstance(tier, FileTier)]
+
+def _tiers(root: Path | None, config: Path | None) -> list[FileTier | ObjectTier]:
+    from kvgds.config import FileTier
+
+    tiers = list(configured(config))
     if root is not None:
         tiers.append(FileTier(root=root, capacity_bytes=1 << 30))
     return tiers
@@ -261,6 +237,7 @@ def _print_diagnosis(found: Diagnosis) -> None:
         ("huge pages", found.huge_pages),
         ("GPU", found.gpu),
         *((root.root, root) for root in found.roots),
+        *((bucket.bucket, bucket) for bucket in found.buckets),
     ):
         table.add_row(escape(name), _state(part), escape(_part_text(part)))
     _console().print(table)
@@ -288,18 +265,24 @@ def _part_text(part: Part) -> str:
 
 @app.command("ls")
 def list_blocks(
-    root: Root,
+    where: Where,
     *,
     as_json: AsJson = False,
     limit: Annotated[
-        int, typer.Option(min=0, max=_MOST, help="Also list so many blocks, latest used first.")
+        int, typer.Option(min=0, max=MOST, help="Also list so many blocks, latest used first.")
     ] = 0,
     namespace: Named = None,
+    config: Config = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    ca_bundle: CaBundle = None,
 ) -> None:
-    """List what a directory holds; also beside a running engine."""
+    """List what a directory or bucket holds; also beside running engines."""
     from kvgds.upkeep import listing
 
-    found = listing(root, namespace=namespace, limit=limit)
+    root = _place(where, config, endpoint, region, ca_bundle)
+    with _progress() as told:
+        found = listing(root, namespace=namespace, limit=limit, progress=told)
     if as_json:
         _print_json(dataclasses.asdict(found))
     elif namespace is not None and not found.namespaces:
@@ -345,9 +328,12 @@ def _named(fields: dict[str, object]) -> str:
 
 @app.command()
 def fsck(
-    root: Root,
+    where: Where,
     *,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is wrong.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Drop what is wrong; in a bucket, put it into quarantine/."),
+    ] = False,
     rebuild: Annotated[
         bool,
         typer.Option(
@@ -357,13 +343,22 @@ def fsck(
             "nothing has overwritten them yet.",
         ),
     ] = False,
+    stamps_only: Annotated[
+        bool, typer.Option("--stamps-only", help="Of a bucket: read no payloads.")
+    ] = False,
     as_json: AsJson = False,
+    config: Config = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    ca_bundle: CaBundle = None,
 ) -> None:
-    """Read every block and check it. No engine may have the directory, unless it is of files."""
+    """Read every block and check it. No engine may have a directory of slabs meanwhile."""
     from kvgds.upkeep import fsck as check
 
-    with _options(rebuild="--rebuild"), _progress() as told:
-        report = check(root, repair=repair, rebuild=rebuild, progress=told)
+    root = _place(where, config, endpoint, region, ca_bundle)
+    names = {"rebuild": "--rebuild", "stamps_only": "--stamps-only"}
+    with _options(**names), _progress() as told:
+        report = check(root, repair=repair, rebuild=rebuild, stamps_only=stamps_only, progress=told)
     if as_json:
         _print_json({**dataclasses.asdict(report), "clean": report.clean})
     else:
@@ -393,15 +388,15 @@ def _print_report(report: Report, *, rebuilt: bool) -> None:
 
 @app.command()
 def gc(
-    root: Root,
+    where: Where,
     *,
     older_than: Annotated[
         float | None,
         typer.Option(
             parser=parse_age,
             metavar="AGE",
-            help="Drop what was not used for this long, for example 12h or 7d. Only with layout "
-            "files: slabs know no times.",
+            help="Drop what was not used for this long, for example 12h or 7d; of a bucket, what "
+            "was stored before that. Not of slabs, which know no times.",
         ),
     ] = None,
     keep_bytes: Annotated[
@@ -409,39 +404,52 @@ def gc(
         typer.Option(
             parser=parse_size,
             metavar="SIZE",
-            help="Drop the least recently used blocks beyond this size. 100G is 100 GiB.",
+            help="Drop the least recently used blocks beyond this size, of a bucket those stored "
+            "first. 100G is 100 GiB.",
         ),
     ] = None,
     namespace: Named = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: AsJson = False,
+    config: Config = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    ca_bundle: CaBundle = None,
 ) -> None:
     """Drop blocks: old ones, those beyond a size, or whole namespaces."""
     from kvgds.upkeep import gc as collect
 
     if older_than is None and keep_bytes is None and namespace is None:
         raise typer.BadParameter("say what goes: --keep-bytes, --older-than or --namespace")
-    with _options(older_than="--older-than"):
+    root = _place(where, config, endpoint, region, ca_bundle)
+    with _options(older_than="--older-than"), _progress() as told:
         done = collect(
             root,
             keep_bytes=keep_bytes,
             older_than_s=older_than,
             namespace=namespace,
             dry_run=dry_run,
+            progress=told,
         )
     if as_json:
         _print_json(dataclasses.asdict(done))
     else:
         _print_retention(done)
+    for message in done.errors:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1 if done.failed else 0)
 
 
 def _print_retention(done: Retention) -> None:
+    what = "object" if done.layout == "objects" else "file"
     verb = "would drop" if done.dry_run else "dropped"
     typer.echo(
         f"{verb} {counted(done.blocks, 'block')} ({size_text(done.nbytes)}), "
-        f"{counted(done.files, 'file')} ({size_text(done.freed_bytes)} given back); "
+        f"{counted(done.files, what)} ({size_text(done.freed_bytes)} given back); "
         f"left: {counted(done.kept_blocks, 'block')} ({size_text(done.kept_bytes)})"
     )
+    if done.failed:
+        typer.echo(f"could not be dropped: {counted(done.failed, 'block')}")
     if done.layout == "slabs" and done.blocks:
         typer.echo("a slab keeps its file while it holds a block; new blocks use its free slots")
 
@@ -455,7 +463,7 @@ def replay(
     *,
     root: Annotated[Path, typer.Option(help="Directory for the blocks.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Only the first so many requests.")
+        int | None, typer.Option(min=1, max=MOST, help="Only the first so many requests.")
     ] = None,
     block_bytes: Annotated[
         int,
@@ -475,7 +483,7 @@ def replay(
             help="Most bytes of blocks kept; 2G (2 GiB) if not given.",
         ),
     ] = 2 << 30,
-    in_flight: Annotated[int, typer.Option(min=1, max=_MOST, help="Requests at a time.")] = 8,
+    in_flight: Annotated[int, typer.Option(min=1, max=MOST, help="Requests at a time.")] = 8,
     layout: Annotated[str, typer.Option(help="slabs or files.")] = "slabs",
     as_json: AsJson = False,
 ) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import PAGE, Namespace
-from kvgds.config import EngineConfig, FileTier
+from kvgds.config import EngineConfig, FileTier, ObjectTier
 from kvgds.engine import open_engine
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.memory import Arena
@@ -27,8 +27,10 @@ from kvgds.memory.cufile import GPU_PACKAGES
 from kvgds.memory.device import cuda
 from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import owner_of
-from kvgds.transport import NixlTransport
+from kvgds.transport import NixlTransport, NotMoved
+from kvgds.transport.bucket import Bucket
 from kvgds.upkeep import layout_of, listing
+from kvgds.upkeep.objects import fix_of, root_of
 from kvgds.upkeep.records import counted
 
 if TYPE_CHECKING:
@@ -123,6 +125,19 @@ class RootPart(Part):
     free_bytes: int = 0
 
 
+@dataclass(slots=True)
+class BucketPart(Part):
+    """A bucket for blocks.
+
+    Attributes:
+        bucket: the bucket, and where in it.
+        backend: what moved blocks there and back; "": nothing did.
+    """
+
+    bucket: str = ""
+    backend: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """All that was found."""
@@ -133,14 +148,16 @@ class Diagnosis:
     huge_pages: Part
     gpu: Part
     roots: tuple[RootPart, ...]
+    buckets: tuple[BucketPart, ...] = ()
 
 
-def diagnose(tiers: Sequence[FileTier]) -> Diagnosis:
-    """Look at this machine and at the directories of these tiers."""
+def diagnose(tiers: Sequence[FileTier | ObjectTier]) -> Diagnosis:
+    """Look at this machine, and at the directories and buckets of these tiers."""
     nixl = _nixl()
-    roots = tuple(_root(tier, works=nixl.ok) for tier in tiers)
-    ok = nixl.ok and all(root.ok for root in roots)
-    return Diagnosis(ok, versions(), nixl, _huge_pages(), _gpu(), roots)
+    roots = tuple(_root(tier, works=nixl.ok) for tier in tiers if isinstance(tier, FileTier))
+    buckets = tuple(_bucket(tier) for tier in tiers if isinstance(tier, ObjectTier))
+    ok = nixl.ok and all(part.ok for part in (*roots, *buckets))
+    return Diagnosis(ok, versions(), nixl, _huge_pages(), _gpu(), roots, buckets)
 
 
 def versions() -> dict[str, str]:
@@ -351,6 +368,30 @@ def _tell_gpu(plan: PathPlan, part: RootPart, folder: str) -> None:
         part.refused.append(Refusal(what, why.replace(folder, part.root), fix))
 
 
+def _bucket(tier: ObjectTier) -> BucketPart:
+    """Store and load with an engine in a namespace of its own, and remove what that leaves."""
+    part = BucketPart(bucket=root_of(tier))
+    namespace = Namespace("kvgds-doctor", revision=secrets.token_hex(8))
+    config = EngineConfig(namespace=namespace, tiers=(tier,), bounce_bytes=4 << 20, timeout_s=15)
+    try:
+        plan, *_ = asyncio.run(_round_trips(config))
+        Bucket(tier).delete(f"{namespace.digest.hex()}/namespace.json")
+    except (KvgdsError, NotMoved) as error:
+        report = error.report if isinstance(error, PathUnavailable) else ()
+        told = "; ".join((str(error).partition("\n")[0], *report))
+        part.fail("bucket", told, fix_of(NotMoved(None, told)))
+        return part
+    part.backend = plan.backend
+    part.summary = str(plan).partition("\n")[0].partition(": ")[2]
+    part.evidence += plan.evidence
+    sizes = ", ".join(f"{nbytes:,}" for nbytes in (*_TRIAL_BYTES, _BOUNCED_BYTES))
+    part.evidence.append(f"blocks of {sizes} bytes went there and back")
+    for line in plan.refused:
+        what, _, why = line.partition(": ")
+        part.refused.append(Refusal(what, why, "pip install nixl-cu12, or leave it at that"))
+    return part
+
+
 async def _round_trips(config: EngineConfig) -> tuple[PathPlan, ...]:
     async with open_engine(config) as engine:
         for nbytes in _TRIAL_BYTES:
@@ -370,6 +411,7 @@ async def _round_trip(engine: Engine, source: object, target: object) -> None:
     await engine.store(key, source)
     if not await engine.load(key, target):
         raise PathUnavailable("a block was not there after it had been stored")
+    await engine.delete(key)
 
 
 def _compare(sent: bytes | memoryview, got: bytearray | memoryview) -> None:

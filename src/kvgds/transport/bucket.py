@@ -33,6 +33,7 @@ _CODE = re.compile(r"<Code>(\w+)</Code>")
 _ERRNOS = (
     ("status code: 403", errno.EACCES),
     ("status code: 401", errno.EACCES),
+    ("status code: 416", errno.ERANGE),
     ("NoSuchBucket", errno.ENODEV),
     ("kind: Timeout", errno.ETIMEDOUT),  # of obstore's own words about an error
     ("kind: ConnectionRefused", errno.ECONNREFUSED),
@@ -99,7 +100,12 @@ class Bucket:
         """An object, or so many bytes of it, or those that there are. Raises NotMoved."""
         if nbytes is None:
             return bytes(self._ask(lambda: self._store.get(name).bytes()))
-        return bytes(self._ask(lambda: self._store.get_range(name, start=start, length=nbytes)))
+        try:
+            return bytes(self._ask(lambda: self._store.get_range(name, start=start, length=nbytes)))
+        except NotMoved as error:
+            if error.errno == errno.ERANGE:  # it ends before that
+                return b""
+            raise
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None: there is none. Raises NotMoved."""

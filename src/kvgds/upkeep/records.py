@@ -122,11 +122,12 @@ class BlockEntry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a directory holds.
+    """What a directory or a bucket holds.
 
     Attributes:
         namespaces: those asked for, largest first.
-        entries: blocks of those, most recently used first, as many as were asked for.
+        entries: blocks of those, most recently used first (in a bucket: stored), as many as were
+            asked for.
         allocated_bytes: what all its files of blocks take, free slots included.
         quarantined: places out of use, of all namespaces.
     """
@@ -144,8 +145,8 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``"corrupt"``, ``"quarantined"``, ``"duplicate"``, ``"truncated"``, ``"orphan"``
-            or ``"index"``.
+        kind: ``"corrupt"``, ``"quarantined"``, ``"duplicate"``, ``"truncated"``, ``"orphan"``,
+            ``"index"``, or ``"unread"``: the server did not give it, which proves nothing.
         place: where.
         text: what.
         repaired: whether it is no more.
@@ -197,11 +198,13 @@ class Retention:
     Attributes:
         blocks: blocks dropped.
         nbytes: what they took, stamps and padding included.
-        files: files removed.
-        freed_bytes: bytes given back to the file system. In slabs the rest of ``nbytes``
-            becomes room for new blocks.
+        files: files, or objects, removed.
+        freed_bytes: bytes given back to the file system, or bucket. In slabs the rest of
+            ``nbytes`` becomes room for new blocks.
         kept_blocks: blocks that stay, of the namespaces asked for.
         kept_bytes: what those take.
+        failed: objects of a bucket that could not be deleted.
+        errors: of some of those, which and why.
     """
 
     root: str
@@ -213,3 +216,5 @@ class Retention:
     freed_bytes: int = 0
     kept_blocks: int = 0
     kept_bytes: int = 0
+    failed: int = 0
+    errors: list[str] = field(default_factory=list)

@@ -23,8 +23,10 @@ class Rule(NamedTuple):
     """What may stay.
 
     Attributes:
-        keep_bytes: most bytes, stamps and padding included; the least recently used go.
-        older_than_s: blocks not used for this long go (layout "files" only).
+        keep_bytes: most bytes, stamps and padding included; the least recently used go, or of
+            a bucket those stored first.
+        older_than_s: blocks not used for this long go (layout "files"), or stored before that
+            (a bucket).
         namespace: only look at these namespaces; alone, all of their blocks go.
     """
 
