@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OTHER = Namespace(model="other")
 
 
-def words(text: str) -> str:
+def flat(text: str) -> str:
     """Without the lines of boxes and tables."""
     return " ".join(text.replace("│", " ").split())
 
@@ -147,7 +147,7 @@ def test_keys_that_are_wrong(shell: Shell, command: str, keys: Any, says: str) -
     more = ["--keep-bytes", "0"] if command == "gc" else []
     result = shell.run(command, *where, "--config", str(shell.file), *more, env=keys)
     assert result.exit_code == 1
-    assert says in words(result.output)
+    assert says in flat(result.output)
     if command != "doctor":
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
@@ -176,7 +176,7 @@ def test_nobody_there(s3: JuiceServer, tmp_path: Path) -> None:
 def test_wrong_calls(shell: Shell, words: tuple[str, ...], says: str) -> None:
     result = shell.run(*words, env=dict.fromkeys(shell.keys))
     assert result.exit_code == 2
-    assert says in words(result.stderr)
+    assert says in flat(result.stderr)
 
 
 def test_a_bucket_that_the_settings_do_not_name(shell: Shell) -> None:

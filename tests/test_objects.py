@@ -367,6 +367,19 @@ async def test_no_answer_costs_no_more_than_the_deadline(far: Far, fault: str) -
         assert memory == bytes(SIZE)
 
 
+async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
+    """Who asks first, as servers do, pays for one look, not for two."""
+    async with far.engine() as engine:
+        assert await engine.prefix([b"asked", b"more"]) == 0
+        assert not await engine.load(b"loaded", bytearray(SIZE))
+        before = far.wire.requests["HEAD"]
+        for key in (b"asked", b"loaded"):
+            assert await engine.store(key, content(key, SIZE))
+        assert far.wire.requests["HEAD"] == before
+        assert await engine.store(b"new", content(b"new", SIZE))
+        assert far.wire.requests["HEAD"] == before + 1
+
+
 async def test_a_missing_block_is_no_failure(far: Far) -> None:
     """However many there are, the breaker stays closed."""
     async with far.engine() as engine:
@@ -433,7 +446,7 @@ async def test_a_hanging_server_is_left_alone(far: Far) -> None:
         assert isinstance(outcome.error, TransferError)
         far.wire.ok()
         far.wire.drop()
-        assert {type(ended) for ended in await loading} <= {TransferError, bool}
+        assert {type(ended) for ended in await loading} <= {TransferError, ConfigError, bool}
 
 
 # --- opening ------------------------------------------------------------------------------------

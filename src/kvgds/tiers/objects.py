@@ -16,6 +16,7 @@ import asyncio
 import errno
 import logging
 import secrets
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from functools import partial
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kvgds.transport.objects import ObjectTransport
 
 _REMEMBERED = 1 << 16  # blocks that were seen there
+_LATELY_S = 10.0
 _WRONG = (errno.EACCES, errno.ENODEV)  # settings, not weather
 _log = logging.getLogger("kvgds")
 
@@ -77,6 +79,7 @@ class Objects:
         self._breaker = Breaker()
         self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
         self._seen_bytes = 0
+        self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
         self._under_way = 0
         self._quarantined = 0
         self._trial: asyncio.TimerHandle | None = None
@@ -189,6 +192,8 @@ class Objects:
             for place, size in zip(places, sizes, strict=True):
                 if size is not None:
                     self._note(place, size)
+                elif not self.out:
+                    self._miss(place)
             there = next((n for n, size in enumerate(sizes) if size is None), len(sizes))
             if there < len(sizes):
                 done(start + there)
@@ -230,6 +235,17 @@ class Objects:
 
     def _place(self, key: BlockKey) -> str:
         return place_of(self._space, key)
+
+    def _miss(self, place: str) -> None:
+        """It was not there just now, so a store that follows soon need not look again."""
+        self._forget(place)
+        self._missed[place] = time.monotonic()
+        self._missed.move_to_end(place)
+        if len(self._missed) > _REMEMBERED:
+            self._missed.popitem(last=False)
+
+    def _missed_lately(self, place: str) -> bool:
+        return time.monotonic() - self._missed.pop(place, -_LATELY_S) < _LATELY_S
 
     def _note(self, place: str, nbytes: int) -> None:
         self._forget(place)
@@ -318,7 +334,7 @@ class Objects:
             self._breaker.success()
         elif isinstance(error, TransferError) and error.errno == errno.ENOENT:
             move.error, move.status = None, "miss"
-            self._forget(move.place)
+            self._miss(move.place)
             self._breaker.success()
         elif not move.abandoned:
             self._count_failure(error)
@@ -370,16 +386,20 @@ class Objects:
         if self._turned_away(moves):
             return
         self._under_way += len(moves)
-        present = []
+        present, new = [], []
         for move in moves:
             move.place = self._place(move.key)
             if self._seen.get(move.place) == image_bytes(move.nbytes):
                 move.status = "present"
                 present.append(move)
+            elif self._missed_lately(move.place):
+                new.append(move)
             else:
                 self._ask(
                     partial(self._transport.bucket.size, move.place), partial(self._asked, move)
                 )
+        if new:
+            self._services.transport.submit(new, partial(self._services.post, self._written))
         self._end(present)
 
     def _asked(self, move: Move, ended: Future[int | None]) -> None:

@@ -176,6 +176,7 @@ def _open(settings: ObjectTier) -> S3Store:
         "virtual_hosted_style_request": settings.in_host,
         "disable_bulk_delete": True,  # not every server answers that as AWS does
         "skip_signature": False,
+        "unsigned_payload": not (endpoint or "").startswith("http://"),  # TLS vouches for it
     }
     if endpoint is not None:
         configured["endpoint"] = endpoint
