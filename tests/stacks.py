@@ -46,19 +46,21 @@ class _Marking:
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.marked: set[bytes] = set()
+        self.marked: set[bytes] = set()  # what the next tier has
+        self.taken: set[bytes] = set()  # what is loaded for it
 
     def load(self, moves: Sequence[Move]) -> None:
-        self._mark(moves)
+        self._mark(moves, self.taken)
         cast("Any", super()).load(moves)
 
     def store(self, moves: Sequence[Move]) -> None:
-        self._mark(moves)
+        self._mark(moves, self.marked)
         cast("Any", super()).store(moves)
 
-    def _mark(self, moves: Iterable[Move]) -> None:
+    @staticmethod
+    def _mark(moves: Iterable[Move], keys: set[bytes]) -> None:
         for move in moves:
-            move.mirrored = move.key in self.marked
+            move.mirrored = move.key in keys
 
 
 class MarkingSlabs(_Marking, Slabs):
@@ -101,11 +103,11 @@ class Stacked(Watched):
 
     async def bring(self, key: bytes, nbytes: int = SIZE) -> Move:
         """Load a block for the next tier: the move that brought it."""
-        self.tier.marked.add(key)
+        self.tier.taken.add(key)
         memory = bytearray(nbytes)
         assert await self.load(key, memory)
         assert memory == content(key, nbytes)
-        self.tier.marked.discard(key)
+        self.tier.taken.discard(key)
         return self._loads[key]
 
     async def upload(self, *keys: bytes, nbytes: int = SIZE) -> None:

@@ -142,18 +142,18 @@ async def test_what_the_next_tier_has_goes_first(tmp_path: Path) -> None:
 
 
 async def test_a_marker_goes_with_its_block(tmp_path: Path) -> None:
-    """Deleted, replaced by what the next tier has, or corrupt; replaced by another, it stays."""
+    """Deleted or corrupt; replaced by another, it stays, and a promotion replaces nothing."""
     root = tmp_path / "kv"
     async with stacked(root) as engine:
         await engine.fill(A, B, C, D)
         assert await engine.delete(A)
         engine.tier.marked.add(B)
-        assert await engine.store(B, content(B, SIZE - 5))
+        assert not await engine.store(B, content(B, SIZE - 5))
         assert await engine.store(C, content(C, SIZE - 5))
         flip(path_of(root, D), PAGE)
         with pytest.raises(BlockCorrupt):
             await engine.load(D, bytearray(SIZE))
-        assert marked(root, A, B, C, D) == [C]
+        assert marked(root, A, B, C, D) == [B, C]
 
 
 async def test_a_promotion_that_is_replaced_is_owed(tmp_path: Path) -> None:

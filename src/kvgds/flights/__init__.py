@@ -304,9 +304,18 @@ class Flights:
         if self.relay is None:
             self.tiers[0].delete(key, done)
             return
+
+        def ended(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
+            self._unlasting(key)
+            done(there, error)
+
+        self._unlasting(key)
+        self.relay.delete(key, ended)
+
+    def _unlasting(self, key: BlockKey) -> None:
+        """What is loaded just now may have been deleted meanwhile: it is not to be kept."""
         if (loading := self._flights.get((key, False))) is not None:
             loading.lasting = False
-        self.relay.delete(key, done)
 
     # --- pumping ----------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvgds.schedule import Scheduler, Ticket
     from kvgds.tiers import Tier
 
+_REFUSALS = 3  # uploads that fail in a row: then the first tier waits for none
 _PAUSE_S = 1.0  # after a failure, before anything is carried on
 _log = logging.getLogger("kvgds")
 
@@ -120,6 +121,7 @@ class Relay:
         self._waiting: dict[BlockKey, list[Flight]] = {}
         self._pause: asyncio.TimerHandle | None = None
         self._closing = False
+        self._refusals = 0  # uploads that failed since one went well
         self._uploaded = self._failed = self._promoted = 0
 
     def recover(self) -> None:
@@ -159,8 +161,8 @@ class Relay:
 
     @property
     def out(self) -> bool:
-        """See ``tiers.Backlog``."""
-        return bool(self.far.out)
+        """See ``tiers.Backlog``: it answers nothing, or takes nothing."""
+        return bool(self.far.out) or self._refusals >= _REFUSALS
 
     def hasten(self, keys: Sequence[BlockKey]) -> None:
         """See ``tiers.Backlog``."""
@@ -184,6 +186,9 @@ class Relay:
         if key in self._early:
             self._early.discard(key)
             self._urgent[key] = None
+        if len(self._owed) > 2 * self.near.statistics().blocks:  # the rest was evicted
+            there = [each for each in self._owed.items() if self.near.contains(each[0])]
+            self._owed = OrderedDict(there)
         self._go_on()
 
     def keeps(self, flight: Flight) -> bool:
@@ -193,7 +198,7 @@ class Relay:
             return False
         self._waiting.setdefault(key, []).append(flight)
         self._urgent[key] = None
-        if self.out:
+        if self.far.out:
             self._loop.call_soon(self._refuse, key, self._out_error(key))
         self._go_on()
         return True
@@ -219,9 +224,8 @@ class Relay:
         self._owed.pop(key, None)
         if key not in self._carrying:
             self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
-        waiting = self._deleting.setdefault(key, [])
-        waiting.append(done)
-        if len(waiting) == 1:
+        self._deleting.setdefault(key, []).append(done)
+        if len(self._deleting[key]) == 1:
             self._delete(key)
 
     def _delete(self, key: BlockKey) -> None:
@@ -238,14 +242,18 @@ class Relay:
         near.delete(key, gone)
 
     def _deleted(self, key: BlockKey, there: bool, error: Exception | None) -> None:  # noqa: FBT001 - as above
-        for done in self._deleting.pop(key):
-            done(there, error)
+        self._deleting[key].pop(0)(there, error)
+        if self._deleting[key]:  # one by one: a store may have come between two
+            self._owed.pop(key, None)
+            self._delete(key)
+        else:
+            del self._deleting[key]
         self._go_on()
         self.home.wake_closer()
 
     def changed(self) -> None:
         """The next tier has gone out, or come back."""
-        if self.out:
+        if self.far.out:
             for key in list(self._waiting):
                 self._refuse(key, self._out_error(key))
         self.near.look_again()
@@ -264,7 +272,7 @@ class Relay:
 
     def _go_on(self) -> None:
         """Start to carry what should be, as far as that goes."""
-        while len(self._carrying) < self._most and not self.out and self._pause is None:
+        while len(self._carrying) < self._most and not self.far.out and self._pause is None:
             key = self._next()
             if key is None:
                 return
@@ -301,21 +309,47 @@ class Relay:
         key = upload.key
         self.home.scheduler.finish(upload.ticket)
         del self._carrying[key]
-        if gone:
+        if gone and key not in self._owed:
             self._refuse(key, TransferError("it was evicted", direction="store", key=key))
-        elif error is None:
-            self._uploaded += 1
-            for flight in self._waiting.pop(key, ()):
-                self.home.mirrored(flight, None)
-        else:
+        elif error is not None:
             self._not_carried(upload, error)
+        elif not gone:
+            self._uploaded += 1
+            self._take_well()
+            self._arrived(upload)
         if key in self._deleting:
             self._delete(key)
         self._go_on()
         self.home.wake_closer()
 
+    def _arrived(self, upload: _Upload) -> None:
+        """Tell the stores of this block; those of another size, stored meanwhile, wait on."""
+        waiting = self._waiting.pop(upload.key, [])
+        others = [each for each in waiting if each.leader.view.nbytes != upload.nbytes]
+        if others and upload.key in self._owed:
+            self._waiting[upload.key] = others
+            self._urgent[upload.key] = None
+        else:
+            others = []
+        for flight in waiting:
+            if flight not in others:
+                self.home.mirrored(flight, None)
+
+    def is_last(self, key: BlockKey) -> bool:
+        """Whether the first tier has had no newer block of this key since it was read."""
+        return key not in self._owed
+
+    def _take_well(self) -> None:
+        """The next tier takes blocks."""
+        refused, self._refusals = self._refusals, 0
+        if refused >= _REFUSALS:
+            self._loop.call_soon(self.near.look_again)
+
     def _not_carried(self, upload: _Upload, error: Exception) -> None:
         self._failed += 1
+        self._refusals += 1
+        if self._refusals == _REFUSALS:
+            self._loop.call_soon(self.near.look_again)
         self._refuse(upload.key, error)
         if upload.key not in self._deleting:
             self._owed.setdefault(upload.key, upload.nbytes)
@@ -325,6 +359,8 @@ class Relay:
 
     def _paused(self) -> None:
         self._pause = None
+        if self._refusals and self._owed:  # find out whether it takes blocks again
+            self._urgent[next(iter(self._owed))] = None
         self.near.look_again()
         self._go_on()
 
@@ -395,7 +431,7 @@ class _Upload(_Carried):
         elif move.status == "hit":
             self.relay.far.store([self._move(self.relay.far, write=True)])
         else:
-            if move.write:
+            if move.write and self.relay.is_last(self.key):
                 self.relay.near.mirrored([self._read])
             self.relay.carried(self, None, gone=not move.write)
 

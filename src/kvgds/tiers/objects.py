@@ -17,7 +17,7 @@ import errno
 import logging
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,8 @@ class Objects:
         self._breaker = Breaker()
         self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
         self._seen_bytes = 0
+        self._asking: Counter[str] = Counter()  # names about which an answer is on its way
+        self._doubtful: set[str] = set()  # of those: deleted meanwhile
         self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
         self._under_way = 0
         self._quarantined = 0
@@ -190,9 +192,10 @@ class Objects:
                 return
             self._under_way -= 1
             for place, size in zip(places, sizes, strict=True):
-                if size is not None:
+                sure = self._answered(place)
+                if size is not None and sure:
                     self._note(place, size)
-                elif not self.out:
+                elif size is None and not self.out:
                     self._miss(place)
             there = next((n for n, size in enumerate(sizes) if size is None), len(sizes))
             if there < len(sizes):
@@ -201,6 +204,7 @@ class Objects:
                 self._look(keys, start + there, min(4 * width, self._settings.connections), done)
 
         self._under_way += 1
+        self._asking.update(places)
         for n, place in enumerate(places):
             self._ask(partial(self._transport.bucket.size, place), partial(looked, n))
 
@@ -235,6 +239,15 @@ class Objects:
 
     def _place(self, key: BlockKey) -> str:
         return place_of(self._space, key)
+
+    def _answered(self, place: str) -> bool:
+        """An answer about an object has come. Whether it still holds: nobody deleted it here."""
+        sure = place not in self._doubtful
+        self._asking[place] -= 1
+        if not self._asking[place]:
+            del self._asking[place]
+            self._doubtful.discard(place)
+        return sure
 
     def _miss(self, place: str) -> None:
         """It was not there just now, so a store that follows soon need not look again."""
@@ -312,25 +325,28 @@ class Objects:
             return
         for move in moves:
             move.place = self._place(move.key)
+            self._asking[move.place] += 1
         self._under_way += len(moves)
         self._services.transport.submit(moves, partial(self._services.post, self._loaded))
 
     def _loaded(self, moves: list[Move]) -> None:
         ended = []
         for move in moves:
+            sure = self._answered(move.place)
             if isinstance(move.error, BlockCorrupt):
                 self._ask(partial(self._judge, move), partial(self._judged, move))
                 continue
-            self._conclude(move)
+            self._conclude(move, sure=sure)
             ended.append(move)
         self._end(ended)
 
-    def _conclude(self, move: Move) -> None:
+    def _conclude(self, move: Move, *, sure: bool) -> None:
         """Say what became of a load."""
         error = move.error
         if error is None:
             move.status = "hit"
-            self._note(move.place, image_bytes(move.nbytes))
+            if sure:
+                self._note(move.place, image_bytes(move.nbytes))
             self._breaker.success()
         elif isinstance(error, TransferError) and error.errno == errno.ENOENT:
             move.error, move.status = None, "miss"
@@ -458,6 +474,8 @@ class Objects:
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
             self._forget(place)
+            if place in self._asking:
+                self._doubtful.add(place)
             error = ended.exception()
             there = bool(self._result(ended))
             done(there, error if isinstance(error, Exception) else None)

@@ -231,7 +231,8 @@ class Slabs:
         slabs = self._slots.slabs
         for move in moves:
             block = self._slots.blocks.get(move.key)
-            if block is None or block[2] != move.nbytes or slabs[block[0] >> SLOT_BITS].lost:
+            other = block is not None and block[2] != move.nbytes and not move.mirrored
+            if block is None or other or slabs[block[0] >> SLOT_BITS].lost:
                 new.append(move)
             else:
                 move.status = "present"
@@ -285,6 +286,9 @@ class Slabs:
                 move.error = commit_error(self._settings.root, error)
                 slots.free(move.slot)
             elif move.abandoned:
+                drops.append(Forgotten(move.slot))
+            elif move.mirrored and move.key in slots.blocks:  # stored meanwhile: that counts
+                move.status = "present"
                 drops.append(Forgotten(move.slot))
             elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost:
                 lost.add(slab)

@@ -331,8 +331,8 @@ class Tree:
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # only the stamp is read
             stamp = _whole_stamp(fd, move)
-            if stamp is None or stamp.nbytes != move.nbytes:
-                return False
+            if stamp is None or (stamp.nbytes != move.nbytes and not move.mirrored):
+                return False  # a promotion replaces nothing
             if move.algorithm not in (NO_CHECKSUM, stamp.algorithm):
                 return False
             touch(fd, found)

@@ -1,0 +1,240 @@
+"""Two tiers at once: what races, what is given up half-way, and who must not wait for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+import support
+from buckets import name_of
+from kvgds import TransferError
+from support import content, turns, until
+from test_stack import SIZE, SLOT, Place, fill, load, relay
+from wire import Wire
+from wirefaults import s3_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from s3 import JuiceServer
+
+
+@pytest.fixture
+def place(tmp_path: Path, s3: JuiceServer) -> Iterator[Place]:
+    with Wire(s3.host, s3.port) as wire:
+        yield Place(tmp_path / "kv", s3, wire)
+
+
+# --- deletes ------------------------------------------------------------------------------------
+
+
+async def test_a_delete_drops_what_was_stored_during_another(place: Place) -> None:
+    """It does not take the answer of one that was called before the store."""
+    async with place.opened("back") as engine:
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[0] == 0)
+        place.wire.hold(method="DELETE")
+        first = asyncio.ensure_future(engine.delete(b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        await fill(engine, b"key")
+        second = asyncio.ensure_future(engine.delete(b"key"))
+        await turns()
+        place.wire.ok()
+        assert await first
+        assert await second
+        assert await load(engine, b"key") is None
+        await until(lambda: not engine.busy())
+        assert await asyncio.to_thread(place.there) == {}
+
+
+async def test_what_was_loaded_before_a_delete_is_not_taken_for_there_after_it(
+    place: Place, tmp_path: Path
+) -> None:
+    """Stored again, it is uploaded again."""
+    async with place.opened() as engine:
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[0] == 0)
+    async with place.opened("through", root=tmp_path / "other") as engine:
+        place.wire.hold(method="GET", target="*.kv")
+        loading = asyncio.ensure_future(load(engine, b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        assert await engine.delete(b"key")
+        place.wire.ok()
+        assert await loading == content(b"key", SIZE)
+        await fill(engine, b"key")
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"key", SIZE)}
+
+
+async def test_what_was_loaded_during_a_delete_is_not_taken_back(
+    place: Place, tmp_path: Path
+) -> None:
+    async with place.opened() as engine:
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[0] == 0)
+    async with place.opened(root=tmp_path / "other") as engine:
+        place.wire.hold(method="HEAD")
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        assert engine.held_objects is not None
+        engine.held_objects.hold("landing", lambda transfer: not transfer.write)
+        loading = asyncio.ensure_future(load(engine, b"key"))
+        await engine.held_objects.wait_held("landing")
+        place.wire.ok()
+        assert await deleting
+        engine.held_objects.release()
+        assert await loading == content(b"key", SIZE)
+        await until(lambda: not engine.busy())
+        assert await load(engine, b"key") is None
+
+
+# --- closing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["back", "demote"])
+async def test_closing_ends_stores_that_wait_for_room(place: Place, write: str) -> None:
+    """They wait for uploads, which go on for them."""
+    tier = {"capacity_bytes": 2 * SLOT}
+    async with place.opened(write, tier=tier, drain_timeout_s=5.0) as engine:  # type: ignore[arg-type]
+        place.wire.hold(method="PUT")
+        await fill(engine, b"0", b"1")
+        stores = [
+            asyncio.ensure_future(engine.store(b"%d" % n, content(b"%d" % n, SIZE)))
+            for n in range(2, 7)
+        ]
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        closing = asyncio.ensure_future(engine.aclose())
+        await turns()
+        place.wire.ok()
+        await closing
+        assert await asyncio.gather(*stores) == [True] * 5
+        assert engine.statistics().tiers[0].dropped == 0
+
+
+async def test_closing_ends_a_delete_that_waits_for_an_upload(place: Place) -> None:
+    """Of a block whose upload has not begun."""
+    async with place.opened("back", bounce_bytes=4 * SLOT, drain_timeout_s=5.0) as engine:
+        place.wire.hold(method="PUT")
+        await fill(engine, b"0", b"1", b"2")
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        deletes = [asyncio.ensure_future(engine.delete(b"%d" % n)) for n in range(3)]
+        await turns()
+        closing = asyncio.ensure_future(engine.aclose())
+        await turns()
+        place.wire.ok()
+        await closing
+        assert await asyncio.gather(*deletes) == [True] * 3
+
+
+# --- blocks of other sizes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_through_waits_for_the_block_that_was_stored(place: Place, layout: str) -> None:
+    """Not for the one of another size that it has replaced, whose upload was under way."""
+    async with place.opened("through", tier={"layout": layout}) as engine:
+        place.wire.hold(method="PUT")
+        first = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        second = asyncio.ensure_future(engine.store(b"key", content(b"new", 2 * SIZE)))
+        await until(lambda: len(engine._flights.relay._waiting.get(b"key", ())) == 2)  # noqa: SLF001
+        if layout == "files":
+            owed = place.root / "owed"
+            assert await asyncio.to_thread(lambda: len(list(owed.iterdir()))) == 1
+        place.wire.hold(method="PUT")  # lets go of the first
+        await asyncio.to_thread(place.wire.wait_requests, 4, "PUT")  # two were of opening
+        await turns()
+        assert not second.done()
+        if layout == "files":
+            assert await asyncio.to_thread(lambda: len(list(owed.iterdir()))) == 1
+        place.wire.ok()
+        await asyncio.gather(first, second)
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"new", 2 * SIZE)}
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_a_promotion_replaces_nothing(place: Place, tmp_path: Path, layout: str) -> None:
+    """A block of another size that was stored meanwhile stays, and gets to the bucket."""
+    async with place.opened() as engine:
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[0] == 0)
+    async with place.opened(root=tmp_path / "other", tier={"layout": layout}) as engine:
+        engine.held.hold("landing", lambda transfer: transfer.write)
+        assert await load(engine, b"key") == content(b"key", SIZE)
+        await engine.held.wait_held("landing")
+        engine.held.hold("landing", lambda _: False)
+        new = content(b"new", 2 * SIZE)
+        assert await engine.store(b"key", new)
+        engine.held.release()
+        await until(lambda: relay(engine)[0] == 0 and not engine.busy())
+        memory = bytearray(2 * SIZE)
+        assert await engine.load(b"key", memory)
+        assert memory == new
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
+
+
+# --- a bucket that takes nothing ----------------------------------------------------------------
+
+
+async def test_stores_go_on_when_the_bucket_can_only_be_read(place: Place) -> None:
+    """However well it answers loads: what it refuses to take is no reason to refuse stores."""
+    async with place.opened("demote", tier={"capacity_bytes": 4 * SLOT}) as engine:
+        await fill(engine, *(b"%d" % n for n in range(6)))
+        place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+        stop = asyncio.Event()
+
+        async def read() -> None:
+            while not stop.is_set():
+                await load(engine, b"0")
+                await engine.prefix([b"nowhere"])
+                await asyncio.sleep(0)  # what is known at once gives others no turn
+
+        reading = asyncio.ensure_future(read())
+        await asyncio.wait_for(fill(engine, *(b"more %d" % n for n in range(8))), 18)
+        stop.set()
+        await reading
+        place.wire.ok()
+
+
+@pytest.mark.parametrize("write", ["back", "demote"])
+async def test_stores_go_on_while_an_upload_drips(place: Place, write: str) -> None:
+    """A request without an answer is enough, and nobody else has to ask."""
+    async with place.opened(write, tier={"capacity_bytes": 2 * SLOT}) as engine:  # type: ignore[arg-type]
+        place.wire.drip(5, method="PUT")
+        await asyncio.wait_for(fill(engine, *(b"%d" % n for n in range(6))), 18)
+        place.wire.ok()
+        place.wire.drop()
+
+
+async def test_uploads_go_on_after_one_has_hung(place: Place) -> None:
+    """Nothing else happens meanwhile."""
+    async with place.opened("back") as engine:
+        place.wire.drip(5, method="PUT")
+        await fill(engine, b"0")
+        await until(lambda: engine.statistics().tiers[1].out != "")
+        await fill(engine, b"1", b"2")
+        place.wire.ok()
+        place.wire.drop()
+        await place.wait_there(b"0", b"1", b"2")
+
+
+# --- what nobody can read -----------------------------------------------------------------------
+
+
+async def test_what_is_owed_stays_bounded_without_the_bucket(place: Place) -> None:
+    """What was evicted meanwhile is not remembered."""
+    async with place.opened("back", tier={"capacity_bytes": 4 * SLOT}) as engine:
+        place.wire.refuse()
+        await until_out(engine)
+        await fill(engine, *(b"more %d" % n for n in range(60)))
+        assert relay(engine)[0] <= 10
+        place.wire.ok()
+
+
+async def until_out(engine: support.Watched) -> None:
+    while not engine.statistics().tiers[1].out:
+        with contextlib.suppress(TransferError):
+            await engine.load(b"nowhere", bytearray(SIZE))
