@@ -1,0 +1,98 @@
+"""The S3 server of the benches: `juicefs gateway`, the front end of MinIO over a directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOST = "127.0.0.1"
+READY = "IAM initialization complete"
+JUICEFS = Path(sys.executable).with_name("juicefs")
+KEYS = {"AWS_ACCESS_KEY_ID": "kvgds-bench", "AWS_SECRET_ACCESS_KEY": "kvgds-bench-secret"}
+
+
+class Server:
+    """One that runs."""
+
+    def __init__(self, endpoint: str, pid: int) -> None:
+        self.endpoint = endpoint
+        self._stat = Path(f"/proc/{pid}/stat")
+
+    def cpu_seconds(self) -> float:
+        """What its threads have used so far."""
+        fields = self._stat.read_text("utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def server(where: Path) -> Iterator[Server]:
+    """Run one on a fresh directory, which goes with it."""
+    where.mkdir()
+    meta = f"sqlite3://{where}/meta.db"
+    environ = {
+        **os.environ,
+        "HOME": str(where),
+        "MINIO_ROOT_USER": KEYS["AWS_ACCESS_KEY_ID"],
+        "MINIO_ROOT_PASSWORD": KEYS["AWS_SECRET_ACCESS_KEY"],
+    }
+    made = [str(JUICEFS), "--no-agent", "format", "--storage", "file", "--trash-days", "0"]
+    made += ["--bucket", f"{where}/data/", meta, "kvgds"]
+    subprocess.run(made, env=environ, capture_output=True, check=True)
+    port = _free_port()
+    command = ["setpriv", "--pdeathsig", "KILL", "--", str(JUICEFS), "--no-agent", "gateway"]
+    command += ["--no-usage-report", "--backup-meta", "0", "--metrics", f"{HOST}:0"]
+    command += ["--cache-size", "0", "--multi-buckets", "--keep-etag", "--object-meta"]
+    command += [meta, f"{HOST}:{port}"]
+    with subprocess.Popen(
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            _await_ready(process)
+            reader = threading.Thread(target=_read_all, args=(process,), daemon=True)
+            reader.start()
+            yield Server(f"http://{HOST}:{port}", process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        reader.join()
+    shutil.rmtree(where)
+
+
+def _await_ready(process: subprocess.Popen[str]) -> None:
+    said = []
+    for line in process.stdout or ():
+        said.append(line)
+        if READY in line:
+            return
+    raise RuntimeError(f"the server ended:\n{''.join(said)}")
+
+
+def _read_all(process: subprocess.Popen[str]) -> None:
+    """Its pipe must not fill up."""
+    for _ in process.stdout or ():
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind((HOST, 0))
+        return int(held.getsockname()[1])
