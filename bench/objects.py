@@ -1,11 +1,12 @@
 """The object tier against other clients of S3, its cost to the event loop, and a stack of tiers.
 
     python bench/objects.py [--root DIR] [--rounds 5] [--only objects,ticker,stack] [--quick]
-                            [--aiobotocore VENV] [--endpoint URL --bucket NAME] [--out FILE]
+                            [--aiobotocore VENV] [--out FILE]
+                            [--server juicefs|memory | --endpoint URL --bucket NAME]
 
 One JSON line a contender; speeds are medians of runs that alternate. `--quick` is one round of few
-blocks, to see that it runs. Without `--endpoint` it starts a server of its own below the root; with
-it, keys come from the environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is
+blocks, to see that it runs. It starts a server of its own: `juicefs gateway` below the root, or one
+that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is
 removed. aiobotocore wants a botocore of its own, so it runs in another process, of the virtual
 environment that `--aiobotocore` names: if there is none, it is made.
 """
@@ -64,6 +65,7 @@ class Setup:
 
     Attributes:
         prefix: what all names in the bucket begin with.
+        kind: of server.
         served: the server, if it is ours.
         aiobotocore: an interpreter that has it.
     """
@@ -73,6 +75,7 @@ class Setup:
     quick: bool
     where: Where
     prefix: str
+    kind: str
     served: Server | None
     aiobotocore: Path | None
     janitor: Janitor = field(init=False)
@@ -94,7 +97,7 @@ class Setup:
 
     def row(self, scenario: str, **more: object) -> dict[str, object]:
         """What every row says."""
-        return {"scenario": scenario, "server": "ours" if self.served else "given", **more}
+        return {"scenario": scenario, "server": self.kind, **more}
 
 
 class Janitor:
@@ -701,6 +704,7 @@ async def main() -> None:
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--aiobotocore", type=Path)
+    parser.add_argument("--server", choices=("juicefs", "memory"), default="juicefs")
     parser.add_argument("--endpoint")
     parser.add_argument("--bucket", default="kvgds-bench")
     parser.add_argument("--region", default=os.environ.get("AWS_REGION", "us-east-1"))
@@ -717,7 +721,7 @@ async def main() -> None:
         if not options.endpoint:
             os.environ.pop("AWS_SESSION_TOKEN", None)
             os.environ.update(KEYS)
-            served = stack.enter_context(server(root / "server"))
+            served = stack.enter_context(server(options.server, root / "server"))
         endpoint = served.endpoint if served else options.endpoint
         where = Where(endpoint, options.bucket, options.region)
         if served:
@@ -728,13 +732,13 @@ async def main() -> None:
             quick=options.quick,
             where=where,
             prefix=f"bench-{secrets.token_hex(4)}/",
+            kind=options.server if served else "given",
             served=served,
             aiobotocore=python,
         )
         gc.collect()
         gc.freeze()  # as in engine.py
         machine = report_machine(root)
-        machine["server"] = "juicefs gateway, loopback" if served else "given"
         machine["aiobotocore"] = AIOBOTOCORE if python else "left out: no --aiobotocore"
         emit({"machine": machine}, options.out)
         try:

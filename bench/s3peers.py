@@ -17,7 +17,6 @@ import itertools
 import json
 import mmap
 import os
-import random
 import resource
 import sys
 import threading
@@ -214,7 +213,7 @@ class Aiobotocore(Peer):
             return len(job.memory) if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 else 0
         at = 0
         async with (await self._client.get_object(**names))["Body"] as body:
-            async for piece in body.content.iter_any():
+            async for piece in body.raw_stream.content.iter_any():
                 job.memory[at : at + len(piece)] = piece
                 at += len(piece)
         return at
@@ -294,7 +293,7 @@ def random_memory(nbytes: int) -> memoryview:
     """Page-aligned memory with bytes that don't compress, on huge pages where there are any."""
     whole = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole.madvise(mmap.MADV_HUGEPAGE)
-    whole[:] = random.Random(1).randbytes(nbytes)
+    whole[:] = os.urandom(nbytes)
     return memoryview(whole)
 
 

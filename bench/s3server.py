@@ -1,4 +1,7 @@
-"""The S3 server of the benches: `juicefs gateway`, the front end of MinIO over a directory."""
+"""The S3 servers of the benches.
+
+`juicefs`: its gateway, the front end of MinIO over a directory. `memory`: s3memory.py.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,16 @@ class Server:
 
 
 @contextmanager
-def server(where: Path) -> Iterator[Server]:
+def server(kind: str, where: Path) -> Iterator[Server]:
     """Run one on a fresh directory, which goes with it."""
     where.mkdir()
+    with _juicefs(where) if kind == "juicefs" else _memory() as started:
+        yield started
+    shutil.rmtree(where)
+
+
+@contextmanager
+def _juicefs(where: Path) -> Iterator[Server]:
     meta = f"sqlite3://{where}/meta.db"
     environ = {
         **os.environ,
@@ -49,12 +59,30 @@ def server(where: Path) -> Iterator[Server]:
     made += ["--bucket", f"{where}/data/", meta, "kvgds"]
     subprocess.run(made, env=environ, capture_output=True, check=True)
     port = _free_port()
-    command = ["setpriv", "--pdeathsig", "KILL", "--", str(JUICEFS), "--no-agent", "gateway"]
+    command = [str(JUICEFS), "--no-agent", "gateway"]
     command += ["--no-usage-report", "--backup-meta", "0", "--metrics", f"{HOST}:0"]
     command += ["--cache-size", "0", "--multi-buckets", "--keep-etag", "--object-meta"]
-    command += [meta, f"{HOST}:{port}"]
+    with _process([*command, meta, f"{HOST}:{port}"], environ) as process:
+        _await_ready(process)
+        reader = threading.Thread(target=_read_all, args=(process,), daemon=True)
+        reader.start()
+        yield Server(f"http://{HOST}:{port}", process.pid)
+    reader.join()
+
+
+@contextmanager
+def _memory() -> Iterator[Server]:
+    script = str(Path(__file__).with_name("s3memory.py"))
+    with _process([sys.executable, script], dict(os.environ)) as process:
+        port = int(process.stdout.readline()) if process.stdout else 0
+        yield Server(f"http://{HOST}:{port}", process.pid)
+
+
+@contextmanager
+def _process(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run this until the end, ours in any case."""
     with subprocess.Popen(
-        command,
+        ["setpriv", "--pdeathsig", "KILL", "--", *command],
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -63,18 +91,13 @@ def server(where: Path) -> Iterator[Server]:
         errors="replace",
     ) as process:
         try:
-            _await_ready(process)
-            reader = threading.Thread(target=_read_all, args=(process,), daemon=True)
-            reader.start()
-            yield Server(f"http://{HOST}:{port}", process.pid)
+            yield process
         finally:
             process.terminate()
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
-        reader.join()
-    shutil.rmtree(where)
 
 
 def _await_ready(process: subprocess.Popen[str]) -> None:
