@@ -1,0 +1,753 @@
+"""The object tier against other clients of S3, its cost to the event loop, and a stack of tiers.
+
+    python bench/objects.py [--root DIR] [--rounds 5] [--only objects,ticker,stack] [--quick]
+                            [--aiobotocore VENV] [--out FILE]
+                            [--server juicefs|memory | --endpoint URL --bucket NAME]
+
+One JSON line a contender; speeds are medians of runs that alternate. `--quick` is one round of few
+blocks, to see that it runs. It starts a server of its own: `juicefs gateway` below the root, or one
+that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is
+removed. aiobotocore wants a botocore of its own, so it runs in another process, of the virtual
+environment that `--aiobotocore` names: if there is none, it is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import boto3
+from measure import Sample, alternate, emit, median, quantile, report_machine, timed
+from obstore.store import S3Store
+from s3peers import PEERS, Job, Moved, Peer, Where, blocks, jobs, jobs_until, ticks, ticks_beside
+from s3server import KEYS, Server, server
+
+import kvgds
+from kvgds.memory import Arena
+from kvgds.transport.bucket import Bucket
+from kvgds.transport.objects import ObjectTransport
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    Runs = dict[str, list[Sample]]
+    Contender = Callable[[], Awaitable[Sample]]
+    Rows = AsyncIterator[dict[str, object]]
+
+MIB = 1 << 20
+AIOBOTOCORE = "aiobotocore==3.10.0"
+IN_FLIGHT = 16
+BASE = "obstore"
+
+
+@dataclass
+class Setup:
+    """What is run, and where.
+
+    Attributes:
+        prefix: what all names in the bucket begin with.
+        kind: of server.
+        served: the server, if it is ours.
+        aiobotocore: an interpreter that has it.
+    """
+
+    root: Path
+    rounds: int
+    quick: bool
+    where: Where
+    prefix: str
+    kind: str
+    served: Server | None
+    aiobotocore: Path | None
+    janitor: Janitor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.janitor = Janitor(self.where, self.prefix)
+
+    def few(self, count: int) -> int:
+        """So many; a quick run does with less."""
+        return 4 if self.quick else count
+
+    @property
+    def tick_s(self) -> float:
+        """How long a ticker runs."""
+        return 0.1 if self.quick else 1.0
+
+    def server_cpu(self) -> float:
+        return self.served.cpu_seconds() if self.served is not None else 0.0
+
+    def row(self, scenario: str, **more: object) -> dict[str, object]:
+        """What every row says."""
+        return {"scenario": scenario, "server": self.kind, **more}
+
+
+class Janitor:
+    """Removes what runs have left in the bucket, between them."""
+
+    def __init__(self, where: Where, prefix: str) -> None:
+        self._store = S3Store(
+            where.bucket,
+            region=where.region,
+            endpoint=where.endpoint,
+            virtual_hosted_style_request=False,
+            disable_bulk_delete=True,
+            client_options={"allow_http": True},
+        )
+        self._prefix = prefix
+
+    def names(self, below: str = "") -> list[str]:
+        return [each["path"] for page in self._store.list(self._prefix + below) for each in page]
+
+    async def clear(self, below: str) -> None:
+        names = await asyncio.to_thread(self.names, below)
+        for start in range(0, len(names), IN_FLIGHT):
+            some = names[start : start + IN_FLIGHT]
+            await asyncio.gather(*(self._store.delete_async(name) for name in some))
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+class Memory:
+    """Page-aligned memory on huge pages, with blocks that don't compress."""
+
+    def __init__(self, block: int, count: int) -> None:
+        self.block, self.count = block, count
+        self.arena = Arena(block * count)
+        self.arena.bytes[:] = self._before = secrets.token_bytes(block * count)
+        self.pieces = blocks(self.arena.bytes, block)
+
+    def clear(self) -> None:
+        self.arena.bytes[:] = bytes(len(self._before))
+
+    def check(self) -> None:
+        """Raise unless everything is as it was made."""
+        if self.arena.bytes != self._before:
+            raise RuntimeError(f"{self.block:,}-byte blocks came back different")
+
+
+# --- kvgds ----------------------------------------------------------------------------------
+
+
+class Unasked(ObjectTransport):
+    """Looks nothing up: every block that is to be stored counts as absent."""
+
+    def run(self, function: Callable[[], Any]) -> Future[Any]:
+        if getattr(function, "func", None) != self.bucket.size:
+            return super().run(function)
+        absent: Future[None] = Future()
+        absent.set_result(None)
+        return absent
+
+
+def settings(setup: Setup, name: str, **changes: Any) -> kvgds.ObjectTier:  # noqa: ANN401 - any setting
+    return kvgds.ObjectTier(
+        bucket=setup.where.bucket,
+        endpoint=setup.where.endpoint,
+        region=setup.where.region,
+        prefix=f"{setup.prefix}{name}",
+        access_key=os.environ["AWS_ACCESS_KEY_ID"],
+        secret_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        session_token=os.environ.get("AWS_SESSION_TOKEN"),
+        connections=IN_FLIGHT,
+        addressing="path",
+        **changes,
+    )
+
+
+def config(*tiers: kvgds.FileTier | kvgds.ObjectTier) -> kvgds.EngineConfig:
+    """An engine's settings with which 16 blocks of 8 MiB may be in flight in each direction."""
+    return kvgds.EngineConfig(
+        namespace=kvgds.Namespace(model="bench"),
+        tiers=tiers,
+        inflight_bytes=256 * MIB,
+        bounce_bytes=512 * MIB,
+    )
+
+
+class Own(Peer):
+    """kvgds, driven as the others are: a name is a key."""
+
+    def __init__(self, engine: kvgds.Engine, memory: Memory) -> None:
+        self.engine, self.threads = engine, False
+        self._pool = None
+        self._region = engine.register(memory.arena.bytes)
+        size = memory.block
+        views = [self._region[n * size : (n + 1) * size] for n in range(memory.count)]
+        self._views = {id(p): view for p, view in zip(memory.pieces, views, strict=True)}
+
+    def view(self, piece: memoryview) -> kvgds.View:
+        return self._views[id(piece)]
+
+    async def call(self, job: Job) -> int:
+        move = self.engine.store if job.write else self.engine.load
+        moved = await move(job.name.encode(), self.view(job.memory))
+        return len(job.memory) if moved else 0
+
+    async def remove(self, names: list[str]) -> None:
+        await asyncio.gather(*(self.engine.delete(name.encode()) for name in names))
+
+
+@asynccontextmanager
+async def opened(
+    settings: kvgds.EngineConfig, objects: ObjectTransport | None = None
+) -> AsyncIterator[kvgds.Engine]:
+    engine = kvgds.Engine(settings, None, objects)
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+
+
+async def own_peers(
+    setup: Setup, memory: Memory, stack: AsyncExitStack, *, unasked: bool
+) -> dict[str, Peer]:
+    """An engine for each backend, and one that doesn't look before it stores."""
+    found: dict[str, Peer] = {}
+    for backend in ("nixl", "obstore"):
+        name = f"kvgds, {backend}"
+        tier = settings(setup, name.replace(", ", "-"), backend=backend)
+        engine = await stack.enter_async_context(opened(config(tier)))
+        found[name] = Own(engine, memory)
+    if unasked:
+        tier = settings(setup, "kvgds-unasked", backend="nixl")
+        engine = await stack.enter_async_context(opened(config(tier), Unasked(tier)))
+        found["kvgds, nixl, without HEAD"] = Own(engine, memory)
+    return found
+
+
+# --- contenders -----------------------------------------------------------------------------
+
+
+@dataclass
+class Contenders:
+    """All that take turns with one memory, and the CPU time that their runs took of the server."""
+
+    setup: Setup
+    memory: Memory
+    peers: dict[str, Peer] = field(default_factory=dict)
+    children: dict[str, Child] = field(default_factory=dict)
+    served: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    turn: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.peers, *self.children]
+
+    def stem(self, name: str, what: str) -> str:
+        """What a contender's names begin with."""
+        return f"{self.setup.prefix}{name.replace(', ', '-').replace(' ', '-')}/{what}"
+
+    def run(self, name: str, *, write: bool) -> Contender:
+        """Store all blocks under fresh names, or load those that `prepare` stored."""
+
+        async def store() -> Sample:
+            self.turn += 1
+            stem = self.stem(name, f"fresh-{self.turn}")
+            sample = await self._served(name, stem, write=True)
+            each = jobs(stem, self.memory.pieces, write=True)
+            await self.clear(name, stem, [job.name for job in each])
+            return sample
+
+        async def load() -> Sample:
+            return await self._served(name, self.stem(name, "there"), write=False)
+
+        return store if write else load
+
+    async def clear(self, name: str, stem: str, names: list[str]) -> None:
+        """Remove what a run stored. kvgds makes names of its own, of keys."""
+        peer = self.peers.get(name)
+        if isinstance(peer, Own):
+            await peer.remove(names)
+        else:
+            await self.setup.janitor.clear(stem.removeprefix(self.setup.prefix))
+
+    async def prepare(self) -> None:
+        """Store what will be loaded."""
+        for name in self.names:
+            await self._served(name, self.stem(name, "there"), write=True)
+        self.served.clear()
+
+    async def _served(self, name: str, stem: str, *, write: bool) -> Sample:
+        before = self.setup.server_cpu()
+        if name in self.children:
+            sample = await self.children[name].move(stem, write=write)
+        else:
+            sample = await move(self.peers[name], self.memory, stem, write=write)
+        self.served[name].append((self.setup.server_cpu() - before) / (sample.nbytes / 2**30))
+        return sample
+
+
+async def move(peer: Peer, memory: Memory, stem: str, *, write: bool) -> Sample:
+    """Move every block once, 16 at a time."""
+    sample = Sample(nbytes=memory.block * memory.count)
+    if not write:
+        memory.clear()
+    with timed(sample):
+        moved = await peer.drive(jobs(stem, memory.pieces, write=write), IN_FLIGHT)
+    memory.check()
+    sample.asked, sample.succeeded = moved.asked, moved.succeeded
+    sample.latencies = moved.latencies
+    return sample
+
+
+class Child:
+    """A client in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, block: int, count: int) -> None:
+        self._process = process
+        self._nbytes = block * count
+
+    async def ask(self, **asked: object) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("no pipes")
+        if asked:
+            stdin.write(json.dumps(asked).encode() + b"\n")
+        line = await stdout.readline()
+        if not line:
+            raise RuntimeError("the other process ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    async def move(self, stem: str, *, write: bool) -> Sample:
+        op = "store" if write else "load"
+        return Sample(
+            nbytes=self._nbytes, **await self.ask(op=op, stem=stem, in_flight=IN_FLIGHT)
+        )
+
+
+@asynccontextmanager
+async def child(
+    setup: Setup, python: Path, client: str, block: int, count: int
+) -> AsyncIterator[Child]:
+    script = Path(__file__).with_name("s3peers.py")
+    where = setup.where
+    process = await asyncio.create_subprocess_exec(
+        *(str(python), str(script), client, where.endpoint, where.bucket, where.region),
+        *(str(block), str(count)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        limit=1 << 24,
+    )
+    try:
+        made = Child(process, block, count)
+        await made.ask()
+        yield made
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+        await process.wait()
+
+
+@asynccontextmanager
+async def contenders(
+    setup: Setup, block: int, count: int, *, unasked: bool = False
+) -> AsyncIterator[Contenders]:
+    """kvgds and the others on the same memory, and what they will load."""
+    async with AsyncExitStack() as stack:
+        memory = Memory(block, count)
+        found = Contenders(setup, memory)
+        found.peers |= await own_peers(setup, memory, stack, unasked=unasked)
+        for name in ("obstore", "obstore, threads", "boto3, threads"):
+            peer = PEERS[name](setup.where, IN_FLIGHT)
+            await peer.open()
+            stack.push_async_callback(peer.close)
+            found.peers[name] = peer
+        if setup.aiobotocore is not None:
+            made = child(setup, setup.aiobotocore, "aiobotocore", block, count)
+            found.children["aiobotocore"] = await stack.enter_async_context(made)
+        await found.prepare()
+        yield found
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def compare(runs: Runs, base: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """What there is to say of each contender, beside the base."""
+    rate = median(runs[base], "rate")
+    for name, samples in runs.items():
+        times = [[quantile(s.latencies, q) for s in samples if s.latencies] for q in (0.5, 0.99)]
+        p50, p99 = (round(statistics.median(each) * 1e3, 2) if each else None for each in times)
+        yield (
+            name,
+            {
+                "contender": name,
+                "GB/s": round(median(samples, "rate"), 3),
+                "ratio": round(median(samples, "rate") / rate, 3),
+                "spread": [round(f(s.rate for s in samples) / rate, 3) for f in (min, max)],
+                "p50_ms": p50,
+                "p99_ms": p99,
+                "cpu_s_per_GiB": round(median(samples, "cpu_per_gib"), 3),
+                "succeeded": sum(s.succeeded for s in samples),
+                "asked": sum(s.asked for s in samples),
+                "base": base,
+            },
+        )
+
+
+async def objects(setup: Setup) -> Rows:
+    """1 and 8 MiB blocks, 16 in flight, stores and loads, checked when they arrive."""
+    for block, whole in ((MIB, 128), (8 * MIB, 32)):
+        async with contenders(setup, block, setup.few(whole), unasked=True) as all_of_them:
+            for write in (True, False):
+                all_of_them.served.clear()
+                entries = {
+                    name: all_of_them.run(name, write=write)
+                    for name in all_of_them.names
+                    if write or "HEAD" not in name
+                }
+                runs = await alternate(entries, setup.rounds)
+                for name, row in compare(runs, BASE):
+                    served = all_of_them.served[name][1:]
+                    more = {"server_cpu_s_per_GiB": round(statistics.median(served), 3)}
+                    yield setup.row(
+                        "objects",
+                        block=block,
+                        direction="store" if write else "load",
+                        in_flight=IN_FLIGHT,
+                        **row,
+                        **(more if setup.served else {}),
+                    )
+        await setup.janitor.clear("")
+
+
+async def ticker(setup: Setup) -> Rows:
+    """How much later a 1 ms ticker is while 16 blocks are stored and 16 loaded at any time.
+
+    "elsewhere": a process of its own moves them, by obstore, and the loop here has nothing to do:
+    what the server and a machine with few cores do to any ticker.
+    """
+    for block, count in ((MIB, 64), (8 * MIB, 16)):
+        count = setup.few(count)
+        async with AsyncExitStack() as stack:
+            there = await stack.enter_async_context(contenders(setup, block, count))
+            python = Path(sys.executable)
+            made = child(setup, python, "obstore", block, count)
+            elsewhere = await stack.enter_async_context(made)
+            await elsewhere.move(there.stem("elsewhere", "there"), write=True)
+            late: dict[str, list[list[float]]] = defaultdict(list)
+            idle: dict[str, list[list[float]]] = defaultdict(list)
+            moved: dict[str, list[int]] = defaultdict(list)
+            for turn in range(setup.rounds + 1):
+                names = ["elsewhere", *there.names]
+                at = turn % len(names)
+                for name in names[at:] + names[:at]:
+                    ran = await _tick(there, elsewhere, name, f"ticks-{turn}")
+                    if turn:
+                        idle[name].append(ran[0])
+                        late[name].append(ran[1])
+                        moved[name].append(ran[2])
+                        if ran[2] != ran[3]:
+                            raise RuntimeError(f"{name}: {ran[2]} of {ran[3]} blocks moved")
+            for name, runs in late.items():
+                before = statistics.median(quantile(run, 0.99) for run in idle[name])
+                p99 = statistics.median(quantile(run, 0.99) for run in runs)
+                more = [quantile(run, 0.99) - before for run in runs]
+                worst = statistics.median(map(max, runs)) - statistics.median(map(max, idle[name]))
+                rate = statistics.median(moved[name]) * block / setup.tick_s / 1e9
+                yield setup.row(
+                    "ticker",
+                    block=block,
+                    in_flight=2 * IN_FLIGHT,
+                    contender=name,
+                    idle_p99_ms=round(before * 1e3, 3),
+                    p99_more_ms=round((p99 - before) * 1e3, 3),
+                    spread_ms=[round(min(more) * 1e3, 3), round(max(more) * 1e3, 3)],
+                    worst_more_ms=round(worst * 1e3, 3),
+                    blocks_moved=sum(moved[name]),
+                    **{"GB/s": round(rate, 3)},
+                )
+        await setup.janitor.clear("")
+
+
+async def _tick(
+    there: Contenders, elsewhere: Child, name: str, turn: str
+) -> tuple[list[float], list[float], int, int]:
+    """How late the ticker is idle, and beside one contender; blocks moved, and asked for."""
+    setup, stem, fresh = there.setup, there.stem(name, "there"), there.stem(name, turn)
+    stored: list[str] = []
+    asked = {"op": "ticks", "stem": stem, "fresh": fresh}
+    more = {"seconds": setup.tick_s, "in_flight": IN_FLIGHT}
+    if name in there.children:
+        answer = await there.children[name].ask(**asked, **more)
+        ran = (answer["idle"], answer["late"], answer["succeeded"], answer["asked"])
+    elif name == "elsewhere":
+        asking = asyncio.ensure_future(elsewhere.ask(**asked, **more))
+        idle = await ticks(setup.tick_s)  # the other process is idle for as long
+        late = await ticks(setup.tick_s)
+        answer = await asking
+        ran = (idle, late, answer["succeeded"], answer["asked"])
+    else:
+        idle = await ticks(setup.tick_s)
+        late, moved = await ticks_beside(
+            [
+                _drive(there.peers[name], there.memory, fresh, write=True),
+                _drive(there.peers[name], there.memory, stem, write=False),
+            ],
+            setup.tick_s,
+        )
+        ran = (idle, late, sum(m.succeeded for m in moved), sum(m.asked for m in moved))
+        stored = [f"{fresh}/{n}" for n in range(moved[0].asked)]
+    await there.clear(name, fresh, stored)
+    return ran
+
+
+def _drive(
+    peer: Peer, memory: Memory, stem: str, *, write: bool
+) -> Callable[[threading.Event], Awaitable[Moved]]:
+    def drive(stop: threading.Event) -> Awaitable[Moved]:
+        return peer.drive(jobs_until(stop, stem, memory.pieces, write=write), IN_FLIGHT)
+
+    return drive
+
+
+# --- a stack --------------------------------------------------------------------------------
+
+
+async def stack(setup: Setup) -> Rows:
+    """A FileTier in front: stores, the way of the backlog into the bucket, promotions."""
+    for block, whole in ((MIB, 128), (8 * MIB, 32)):
+        memory = Memory(block, setup.few(whole))
+        async for row in _stores(setup, memory):
+            yield row
+        async for row in _promotions(setup, memory):
+            yield row
+        await setup.janitor.clear("")
+
+
+def _file_tier(setup: Setup, stack: AsyncExitStack) -> kvgds.FileTier:
+    root = Path(tempfile.mkdtemp(dir=setup.root))
+    stack.callback(shutil.rmtree, root)
+    return kvgds.FileTier(root=root / "kv", capacity_bytes=2 << 30)
+
+
+async def _stores(setup: Setup, memory: Memory) -> Rows:
+    """Stores acknowledged by the file tier alone and by the stack, and its backlog's way."""
+    async with AsyncExitStack() as opening:
+        tiers: dict[str, tuple[Any, ...]] = {
+            "file tier alone": (_file_tier(setup, opening),),
+            "object tier alone": (settings(setup, "alone"),),
+            "stack, back": (_file_tier(setup, opening), settings(setup, "stack")),
+        }
+        peers = {}
+        for name, these in tiers.items():
+            peers[name] = Own(await opening.enter_async_context(opened(config(*these))), memory)
+        drains: list[Sample] = []
+        turns = iter(range(1 << 30))
+
+        def run(name: str) -> Contender:
+            async def store() -> Sample:
+                stem, engine = f"{name} {next(turns)}", peers[name].engine
+                sample = await move(peers[name], memory, stem, write=True)
+                if name == "stack, back":
+                    drains.append(await _drained(engine, memory.block))
+                each = jobs(stem, memory.pieces, write=True)
+                await peers[name].remove([job.name for job in each])
+                return sample
+
+            return store
+
+        runs = await alternate({name: run(name) for name in tiers}, setup.rounds)
+    for name, row in compare(
+        {k: v for k, v in runs.items() if k != "object tier alone"}, "file tier alone"
+    ):
+        stores = [s.succeeded / s.seconds for s in runs[name]]
+        yield setup.row(
+            "stack",
+            what="stores acknowledged",
+            block=memory.block,
+            in_flight=IN_FLIGHT,
+            **row,
+            **{"stores/s": round(statistics.median(stores), 1)},
+        )
+    carried = {"object tier alone": runs["object tier alone"], "backlog": drains[1:]}
+    for _, row in compare(carried, "object tier alone"):
+        yield setup.row(
+            "stack", what="into the bucket", block=memory.block, in_flight=IN_FLIGHT, **row
+        )
+
+
+async def _drained(engine: kvgds.Engine, block: int) -> Sample:
+    """Wait until the bucket has everything: the backlog that there was, and how long it took."""
+    owed, failed = _relay(engine).owed, _relay(engine).failed
+    sample = Sample(nbytes=owed * block, asked=owed)
+    with timed(sample):
+        while _relay(engine).owed:
+            await asyncio.sleep(1e-3)
+    sample.succeeded = owed - (_relay(engine).failed - failed)
+    return sample
+
+
+def _relay(engine: kvgds.Engine) -> Any:  # noqa: ANN401 - its class is not exported
+    return engine.statistics().relay
+
+
+async def _promotions(setup: Setup, memory: Memory) -> Rows:
+    """One load at a time of what only the bucket has: until it is there, and until it is kept."""
+    count = min(memory.count, 32)
+    keys = [f"promoted {n}".encode() for n in range(count)]
+    usable: dict[str, list[list[float]]] = defaultdict(list)
+    kept: list[list[float]] = []
+    async with opened(config(settings(setup, "promoted"))) as alone:
+        peer = Own(alone, memory)
+        views = [peer.view(piece) for piece in memory.pieces]
+        for key, view in zip(keys, views, strict=False):
+            await alone.store(key, view)
+        for _ in range(setup.rounds + 1):
+            times = await _loads(alone, keys, views, promotes=False)
+            usable["object tier alone"].append(times[0])
+            async with AsyncExitStack() as opening:
+                tiers = (_file_tier(setup, opening), settings(setup, "promoted"))
+                engine = await opening.enter_async_context(opened(config(*tiers)))
+                other = Own(engine, memory)
+                theirs = [other.view(piece) for piece in memory.pieces]
+                memory.clear()
+                first = await _loads(engine, keys, theirs, promotes=True)
+                usable["stack"].append(first[0])
+                kept.append(first[1])
+                again = await _loads(engine, keys, theirs, promotes=False)
+                usable["stack, again"].append(again[0])
+                succeeded = _relay(engine).promoted
+    for name, runs in usable.items():
+        p50, p99 = (statistics.median(quantile(r, q) for r in runs[1:]) for q in (0.5, 0.99))
+        more: dict[str, object] = {}
+        if name == "stack":
+            ended = statistics.median(quantile(r, 0.5) for r in kept[1:])
+            both = zip(runs[1:], kept[1:], strict=True)
+            more = {
+                "promoted_p50_ms": round(ended * 1e3, 3),
+                "usable_before_promoted": round(statistics.median(p50_of(*b) for b in both), 3),
+                "promoted": succeeded,
+            }
+        yield setup.row(
+            "stack",
+            what="promotion",
+            block=memory.block,
+            in_flight=1,
+            contender=name,
+            p50_ms=round(p50 * 1e3, 3),
+            p99_ms=round(p99 * 1e3, 3),
+            **more,
+        )
+
+
+def p50_of(usable: list[float], kept: list[float]) -> float:
+    """Of how much of the time until a block is kept it could not be used yet."""
+    return statistics.median(u / k for u, k in zip(usable, kept, strict=True))
+
+
+async def _loads(
+    engine: kvgds.Engine, keys: list[bytes], views: list[kvgds.View], *, promotes: bool
+) -> tuple[list[float], list[float]]:
+    """Of each load: seconds until it returned, and until its promotion had ended."""
+    usable, kept = [], []
+    for key, view in zip(keys, views, strict=False):
+        promoted = _relay(engine).promoted if promotes else 0
+        started = time.perf_counter()
+        if not await engine.load(key, view):
+            raise RuntimeError(f"{key!r} was not there")
+        usable.append(time.perf_counter() - started)
+        while promotes and _relay(engine).promoted == promoted:
+            await asyncio.sleep(0)
+        kept.append(time.perf_counter() - started)
+    return usable, kept
+
+
+SCENARIOS = {"objects": objects, "ticker": ticker, "stack": stack}
+
+
+# --- running --------------------------------------------------------------------------------
+
+
+def environment(venv: Path) -> Path:
+    """The interpreter of an environment with aiobotocore; made if there is none."""
+    python = venv / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", AIOBOTOCORE]
+        subprocess.run(pip, check=True)
+    return python.absolute()
+
+
+def make_bucket(where: Where) -> None:
+    client = boto3.client("s3", endpoint_url=where.endpoint, region_name=where.region)
+    client.create_bucket(Bucket=where.bucket)
+    client.close()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--aiobotocore", type=Path)
+    parser.add_argument("--server", choices=("juicefs", "memory"), default="juicefs")
+    parser.add_argument("--endpoint")
+    parser.add_argument("--bucket", default="kvgds-bench")
+    parser.add_argument("--region", default=os.environ.get("AWS_REGION", "us-east-1"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - set(SCENARIOS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
+    if options.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        parser.error("--endpoint: give its keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    python = environment(options.aiobotocore) if options.aiobotocore else None
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.root)))
+        served = None
+        if not options.endpoint:
+            os.environ.pop("AWS_SESSION_TOKEN", None)
+            os.environ.update(KEYS)
+            served = stack.enter_context(server(options.server, root / "server"))
+        endpoint = served.endpoint if served else options.endpoint
+        where = Where(endpoint, options.bucket, options.region)
+        if served:
+            make_bucket(where)
+        setup = Setup(
+            root=root,
+            rounds=1 if options.quick else options.rounds,
+            quick=options.quick,
+            where=where,
+            prefix=f"bench-{secrets.token_hex(4)}/",
+            kind=options.server if served else "given",
+            served=served,
+            aiobotocore=python,
+        )
+        gc.collect()
+        gc.freeze()  # as in engine.py
+        machine = report_machine(root)
+        machine["aiobotocore"] = AIOBOTOCORE if python else "left out: no --aiobotocore"
+        emit({"machine": machine}, options.out)
+        try:
+            for name in options.only.split(","):
+                async for row in SCENARIOS[name](setup):
+                    emit(row, options.out)
+        finally:
+            await setup.janitor.clear("")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
