@@ -6,8 +6,8 @@
 
 One JSON line a contender; speeds are medians of runs that alternate. `--quick` is one round of few
 blocks, to see that it runs. It starts a server of its own: `juicefs gateway` below the root, or one
-that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is
-removed. aiobotocore wants a botocore of its own, so it runs in another process, of the virtual
+that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the
+environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is removed. aiobotocore wants a botocore of its own, so it runs in another process, of the virtual
 environment that `--aiobotocore` names: if there is none, it is made.
 """
 
@@ -37,16 +37,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import boto3
 from measure import Sample, alternate, emit, median, quantile, report_machine, timed
 from obstore.store import S3Store
-from s3peers import PEERS, Job, Moved, Peer, Where, blocks, jobs, jobs_until, ticks, ticks_beside
+from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks, ticks_beside
 from s3server import KEYS, Server, server
 
 import kvgds
 from kvgds.memory import Arena
-from kvgds.transport.bucket import Bucket
 from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     Runs = dict[str, list[Sample]]
@@ -332,9 +330,7 @@ class Child:
 
     async def move(self, stem: str, *, write: bool) -> Sample:
         op = "store" if write else "load"
-        return Sample(
-            nbytes=self._nbytes, **await self.ask(op=op, stem=stem, in_flight=IN_FLIGHT)
-        )
+        return Sample(nbytes=self._nbytes, **await self.ask(op=op, stem=stem, in_flight=IN_FLIGHT))
 
 
 @asynccontextmanager
@@ -364,7 +360,7 @@ async def child(
 async def contenders(
     setup: Setup, block: int, count: int, *, unasked: bool = False
 ) -> AsyncIterator[Contenders]:
-    """kvgds and the others on the same memory, and what they will load."""
+    """Kvgds and the others on the same memory, and what they will load."""
     async with AsyncExitStack() as stack:
         memory = Memory(block, count)
         found = Contenders(setup, memory)
@@ -439,8 +435,8 @@ async def ticker(setup: Setup) -> Rows:
     "elsewhere": a process of its own moves them, by obstore, and the loop here has nothing to do:
     what the server and a machine with few cores do to any ticker.
     """
-    for block, count in ((MIB, 64), (8 * MIB, 16)):
-        count = setup.few(count)
+    for block, most in ((MIB, 128), (8 * MIB, 32)):
+        count = 2 * setup.few(most // 2)
         async with AsyncExitStack() as stack:
             there = await stack.enter_async_context(contenders(setup, block, count))
             python = Path(sys.executable)
@@ -501,26 +497,14 @@ async def _tick(
         ran = (idle, late, answer["succeeded"], answer["asked"])
     else:
         idle = await ticks(setup.tick_s)
-        late, moved = await ticks_beside(
-            [
-                _drive(there.peers[name], there.memory, fresh, write=True),
-                _drive(there.peers[name], there.memory, stem, write=False),
-            ],
-            setup.tick_s,
-        )
+        peer, pieces = there.peers[name], there.memory.pieces
+        drives = both_ways(peer, stem, fresh, pieces, IN_FLIGHT)
+        late, moved = await ticks_beside(drives, setup.tick_s)
         ran = (idle, late, sum(m.succeeded for m in moved), sum(m.asked for m in moved))
-        stored = [f"{fresh}/{n}" for n in range(moved[0].asked)]
+        stores = enumerate(moved[::2])
+        stored = [f"{fresh}/{first}/{n}" for first, m in stores for n in range(m.asked)]
     await there.clear(name, fresh, stored)
     return ran
-
-
-def _drive(
-    peer: Peer, memory: Memory, stem: str, *, write: bool
-) -> Callable[[threading.Event], Awaitable[Moved]]:
-    def drive(stop: threading.Event) -> Awaitable[Moved]:
-        return peer.drive(jobs_until(stop, stem, memory.pieces, write=write), IN_FLIGHT)
-
-    return drive
 
 
 # --- a stack --------------------------------------------------------------------------------
@@ -594,7 +578,7 @@ async def _drained(engine: kvgds.Engine, block: int) -> Sample:
     owed, failed = _relay(engine).owed, _relay(engine).failed
     sample = Sample(nbytes=owed * block, asked=owed)
     with timed(sample):
-        while _relay(engine).owed:
+        while _relay(engine).owed:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(1e-3)
     sample.succeeded = owed - (_relay(engine).failed - failed)
     return sample
@@ -669,7 +653,7 @@ async def _loads(
         if not await engine.load(key, view):
             raise RuntimeError(f"{key!r} was not there")
         usable.append(time.perf_counter() - started)
-        while promotes and _relay(engine).promoted == promoted:
+        while promotes and _relay(engine).promoted == promoted:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         kept.append(time.perf_counter() - started)
     return usable, kept

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    Drive = Callable[[threading.Event], Awaitable["Moved"]]
+
 HUGE_PAGE = 2 << 20
 
 
@@ -252,15 +254,31 @@ def jobs(stem: str, pieces: list[memoryview], *, write: bool) -> Iterator[Job]:
         yield Job(f"{stem}/{n}", piece, write)
 
 
-def jobs_until(
-    stop: threading.Event, stem: str, pieces: list[memoryview], *, write: bool
-) -> Iterator[Job]:
-    """Blocks again and again; each store makes an object of its own."""
-    for n in itertools.count():
-        if stop.is_set():
-            return
-        piece = pieces[n % len(pieces)]
-        yield Job(f"{stem}/{n}" if write else f"{stem}/{n % len(pieces)}", piece, write)
+def both_ways(
+    peer: Peer, stem: str, fresh: str, pieces: list[memoryview], in_flight: int
+) -> list[Drive]:
+    """What keeps so many stores, of fresh names, and so many loads under way.
+
+    Half of the memory is for each, and each has blocks of its own there.
+    """
+    half = len(pieces) // 2
+    drives = []
+    for first in range(min(in_flight, half)):
+        stored = [(n, pieces[n]) for n in range(first, half, in_flight)]
+        loaded = [(n, pieces[n]) for n in range(half + first, len(pieces), in_flight)]
+        drives += [_drive(peer, f"{fresh}/{first}", stored, write=True)]
+        drives += [_drive(peer, stem, loaded, write=False)]
+    return drives
+
+
+def _drive(peer: Peer, stem: str, mine: list[tuple[int, memoryview]], *, write: bool) -> Drive:
+    def jobs_until(stop: threading.Event) -> Iterator[Job]:
+        for turn, (n, piece) in enumerate(itertools.cycle(mine)):
+            if stop.is_set():
+                return
+            yield Job(f"{stem}/{turn if write else n}", piece, write)
+
+    return lambda stop: peer.drive(jobs_until(stop), 1)
 
 
 async def ticks(seconds: float) -> list[float]:
@@ -273,9 +291,7 @@ async def ticks(seconds: float) -> list[float]:
     return late
 
 
-async def ticks_beside(
-    drives: list[Callable[[threading.Event], Awaitable[Moved]]], seconds: float
-) -> tuple[list[float], list[Moved]]:
+async def ticks_beside(drives: list[Drive], seconds: float) -> tuple[list[float], list[Moved]]:
     """How late the ticker is while these go on."""
     stop = threading.Event()
     tasks = [asyncio.ensure_future(drive(stop)) for drive in drives]
@@ -328,16 +344,11 @@ class Served:
         }
 
     async def _ticks(self, asked: dict[str, Any]) -> dict[str, Any]:
-        def drive(stem: str, *, write: bool) -> Callable[[threading.Event], Awaitable[Moved]]:
-            return lambda stop: self._peer.drive(
-                jobs_until(stop, stem, self._pieces, write=write), asked["in_flight"]
-            )
-
-        idle = await ticks(asked["seconds"])
-        late, moved = await ticks_beside(
-            [drive(asked["fresh"], write=True), drive(asked["stem"], write=False)],
-            asked["seconds"],
+        drives = both_ways(
+            self._peer, asked["stem"], asked["fresh"], self._pieces, asked["in_flight"]
         )
+        idle = await ticks(asked["seconds"])
+        late, moved = await ticks_beside(drives, asked["seconds"])
         return {
             "idle": idle,
             "late": late,

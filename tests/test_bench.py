@@ -15,6 +15,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCENARIOS = {
     "engine.py": {"disk", "small", "loop", "busy", "latency", "prefix"},
     "gpu.py": {"paths", "fragments", "decode"},
+    "objects.py": {"objects", "stack"},  # its ticker takes half a minute
 }
 
 
@@ -31,7 +32,14 @@ def rows_of(name: str, folder: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("name", "options"), [("engine.py", ()), ("gpu.py", ("--device", "cpu"))])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("engine.py", ()),
+        ("gpu.py", ("--device", "cpu")),
+        ("objects.py", ("--server", "memory", "--only", "objects,stack")),
+    ],
+)
 def test_all_that_is_asked_for_succeeds(
     tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
