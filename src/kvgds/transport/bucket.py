@@ -17,7 +17,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from kvgds.errors import ConfigError
-from kvgds.memory import bytes_at
+from kvgds.memory import bytes_at, copy_pieces
 from kvgds.transport.contract import NotMoved
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Bucket:
             NotMoved: ENOENT: there is none.
         """
         found = self._ask(lambda: self._store.get_range(name, start=0, length=nbytes))
-        bytes_at(address, len(found))[:] = memoryview(found).cast("B")
+        copy_pieces([memoryview(found).cast("B")], [bytes_at(address, len(found))])
 
     def write(self, name: str, data: bytes) -> None:
         """Make a small object. Raises NotMoved."""
