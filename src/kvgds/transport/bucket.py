@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NOISE = re.compile(
+    r"Generic S3 error: |Error performing list request: |\?list-type\S*"
+    r"|, max_retries: \d+|, retry_timeout: \S+ ?"
+)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _ERRNOS = (
     ("status code: 403", errno.EACCES),
@@ -152,7 +156,7 @@ def _told(error: Exception) -> NotMoved:
     Servers repeat tokens in what they write.
     """
     whole = str(error)
-    text = whole.partition("\n")[0].partition("<")[0].strip(" :")
+    text = _NOISE.sub("", whole.partition("\n")[0].partition("<")[0]).strip(" :")
     if code := _CODE.search(whole):
         text = f"{text} ({code[1]})"
     elif "HTTP error" in text and (cause := _CAUSE.search(whole)):
