@@ -11,7 +11,7 @@ import pytest
 import support
 from buckets import name_of
 from kvgds import TransferError
-from support import content, turns, until
+from support import PAGE, content, turns, until
 from test_stack import SIZE, SLOT, Place, fill, load, relay
 from wire import Wire
 from wirefaults import s3_error
@@ -91,6 +91,25 @@ async def test_what_was_loaded_during_a_delete_is_not_taken_back(
         assert await load(engine, b"key") is None
 
 
+async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
+    """Its upload never comes: another delete was called before it was stored."""
+    async with place.opened("through", drain_timeout_s=5.0) as engine:
+        await fill(engine, b"key")
+        place.wire.hold(method="DELETE")
+        first = asyncio.ensure_future(engine.delete(b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        second = asyncio.ensure_future(engine.delete(b"key"))
+        await turns()
+        storing = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+        await until(lambda: engine.near(b"key"))
+        await turns()
+        place.wire.ok()
+        assert await first
+        assert await second
+        with pytest.raises(TransferError, match="deleted meanwhile"):
+            await storing
+
+
 # --- closing ------------------------------------------------------------------------------------
 
 
@@ -127,6 +146,80 @@ async def test_closing_ends_a_delete_that_waits_for_an_upload(place: Place) -> N
         place.wire.ok()
         await closing
         assert await asyncio.gather(*deletes) == [True] * 3
+
+
+async def test_closing_goes_on_after_an_upload_has_failed(place: Place) -> None:
+    """The store that waits for it has its room in the end, and nothing is dropped."""
+    tier = {"capacity_bytes": SLOT}
+    async with place.opened("demote", tier=tier, drain_timeout_s=10.0) as engine:
+        await fill(engine, b"0")
+        place.wire.hold(method="HEAD")
+        storing = asyncio.ensure_future(engine.store(b"2", content(b"2", SIZE)))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        closing = asyncio.ensure_future(engine.aclose())
+        await turns()
+        place.wire.answer(s3_error(400, "BadRequest"), method="PUT", times=1)
+        await closing
+        assert await storing
+        assert (relay(engine)[2], engine.statistics().tiers[0].dropped) == (1, 0)
+
+
+# --- room on the way ----------------------------------------------------------------------------
+
+
+async def test_a_store_that_waits_keeps_no_upload_from_its_lease(place: Place) -> None:
+    """Large blocks: wherever the store's memory lies, there is enough in one piece."""
+    size = 15 * PAGE
+    tier = {"capacity_bytes": 18 * PAGE}
+    async with place.opened("demote", tier=tier, bounce_bytes=32 * PAGE) as engine:
+        await engine.store(b"small", bytes(PAGE))
+        await engine.store(b"0", content(b"0", size))
+        engine.held.hold("start", lambda transfer: transfer.nbytes == PAGE)
+        loading = asyncio.ensure_future(engine.load(b"small", bytearray(PAGE)))
+        await engine.held.wait_held("start")
+        storing = asyncio.ensure_future(engine.store(b"1", content(b"1", size)))
+        await turns()
+        engine.held.release()
+        assert await loading
+        assert await storing
+        assert engine.statistics().tiers[0].dropped == 0
+
+
+async def test_a_promotion_that_waits_keeps_no_upload_from_its_lease(
+    place: Place, tmp_path: Path
+) -> None:
+    """It does not wait: what makes room for it is the upload."""
+    size = 15 * PAGE
+    async with place.opened() as engine:
+        for n in range(4):
+            await engine.store(b"small %d" % n, bytes(PAGE))
+        await until(lambda: relay(engine)[0] == 0)
+    near, root = {"capacity_bytes": 16 * PAGE}, tmp_path / "other"
+    async with place.opened("demote", root, tier=near, bounce_bytes=32 * PAGE) as engine:
+        await engine.store(b"0", content(b"0", size))
+        loads = [engine.load(b"small %d" % n, bytearray(PAGE)) for n in range(4)]
+        assert await asyncio.gather(*loads) == [True] * 4
+        assert await engine.store(b"1", content(b"1", size))
+
+
+async def test_what_hangs_leaves_the_directory_its_memory(place: Place, tmp_path: Path) -> None:
+    """An upload and a load, each of as much as may be: stores and loads there still move."""
+    async with place.opened(root=tmp_path / "other") as engine:
+        await fill(engine, b"far")
+        await until(lambda: relay(engine)[0] == 0)
+    async with place.opened("back", bounce_bytes=2 * SLOT) as engine:
+        assert engine.held_objects is not None
+        engine.held_objects.hold("landing")
+        await fill(engine, b"0")
+        loading = asyncio.ensure_future(load(engine, b"far"))
+        await engine.held_objects.wait_held("landing")
+        await turns()
+        async with asyncio.timeout(10):
+            await fill(engine, *(b"%d" % n for n in range(1, 9)))
+            for n in range(9):
+                assert await load(engine, b"%d" % n) == content(b"%d" % n, SIZE)
+        engine.held_objects.release()
+        assert await loading == content(b"far", SIZE)
 
 
 # --- blocks of other sizes ----------------------------------------------------------------------

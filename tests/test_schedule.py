@@ -162,6 +162,24 @@ def test_a_lane_that_can_run_nothing_is_refused(ops: int, nbytes: int) -> None:
         Lane(ops=ops, bytes=nbytes)
 
 
+def test_lanes_of_other_parts_hold_up_nothing() -> None:
+    """Neither full nor in pieces; the first part has the page that is left over."""
+    lanes = {"near": WIDE, "far": Lane(WIDE.ops, WIDE.bytes, part=1)}
+    scheduler: Scheduler[str] = Scheduler(lanes, bounce_bytes=5 * PAGE)
+    near = [submit(scheduler, name, lane="near", bounce_bytes=PAGE) for name in "abcd"]
+    far = submit(scheduler, "far", lane="far", bounce_bytes=2 * PAGE)
+    nothing = submit(scheduler, "nothing", lane="far")
+    assert started(scheduler) == ["a", "b", "c", "far", "nothing"]
+    assert [ticket.offset for ticket in near] == [0, PAGE, 2 * PAGE, None]
+    assert (far.offset, nothing.offset) == (3 * PAGE, 0)
+    with pytest.raises(ValueError, match="which has only 8192"):
+        submit(scheduler, "large", lane="far", bounce_bytes=3 * PAGE)
+    for ticket in (near[0], far, nothing):
+        scheduler.finish(ticket)
+    assert started(scheduler) == ["d"]
+    assert scheduler.free_bounce == 2 * PAGE
+
+
 def test_unknown_lane_changes_nothing() -> None:
     """The refusal leaves no count behind."""
     scheduler: Scheduler[str] = Scheduler({"load": WIDE}, bounce_bytes=0)

@@ -16,7 +16,8 @@ start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
 **Resources.** A head that its own lane has no room for holds up that lane only. A head that the
 bounce region has no room for holds up everything of a later rank that needs bounce bytes, or else
 a stream of small operations would starve a big one; operations that need none still go. Within a
-lane the order is strictly by rank.
+lane the order is strictly by rank. The region may be in parts, each for lanes of its own: who waits
+for room in one keeps none in another.
 
 Invariants:
 
@@ -92,11 +93,13 @@ class Lane:
     """Operations at once, at least 1."""
     bytes: int
     """Bytes at once, at least 1. A bigger operation is admitted all the same, but alone."""
+    part: int = 0
+    """Which part of the bounce region its leases lie in; there are as many as lanes name."""
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could ever run."""
-        if self.ops < 1 or self.bytes < 1:
-            raise ValueError(f"a lane needs ops >= 1 and bytes >= 1, got {self}")
+        if self.ops < 1 or self.bytes < 1 or self.part < 0:
+            raise ValueError(f"a lane needs ops >= 1, bytes >= 1 and part >= 0, got {self}")
 
 
 class Pages:
@@ -238,13 +241,42 @@ class Ticket(Generic[T]):
 _Entry: TypeAlias = tuple[float, int, Ticket[T]]
 
 
+class _Part:
+    """A stretch of the bounce region: lanes of other parts can neither fill nor fragment it."""
+
+    __slots__ = ("base", "nbytes", "pages")
+
+    def __init__(self, base: int, nbytes: int) -> None:
+        self.base = base
+        self.nbytes = nbytes
+        self.pages = Pages(nbytes)
+
+    def take(self, nbytes: int) -> int | None:
+        """As `Pages.take`; the offset is the region's, but 0 for no bytes."""
+        offset = self.pages.take(nbytes)
+        return self.base + offset if offset is not None and nbytes else offset
+
+    def give(self, offset: int, nbytes: int) -> None:
+        """As `Pages.give`."""
+        self.pages.give(offset - self.base if nbytes else offset, nbytes)
+
+
+def _parts(bounce_bytes: int, count: int) -> list[_Part]:
+    """Parts of one size, but that the first gets the pages that are left over."""
+    whole = bounce_bytes - bounce_bytes % PAGE
+    share = whole // count // PAGE * PAGE
+    first = whole - (count - 1) * share
+    return [_Part(0, first), *(_Part(first + n * share, share) for n in range(count - 1))]
+
+
 class _Queue(Generic[T]):
     """One lane: its limits, what it has in flight, and a heap of what waits."""
 
-    __slots__ = ("bytes", "cancelled", "heap", "limit", "ops")
+    __slots__ = ("bytes", "cancelled", "heap", "limit", "ops", "part")
 
-    def __init__(self, limit: Lane) -> None:
+    def __init__(self, limit: Lane, part: _Part) -> None:
         self.limit = limit
+        self.part = part
         self.ops = 0
         self.bytes = 0
         self.heap: list[_Entry[T]] = []
@@ -289,7 +321,7 @@ class Scheduler(Generic[T]):
     """Decides what starts, in which order; see the module's docstring for the rules."""
 
     __slots__ = (
-        "_bounce_bytes", "_handicaps", "_lanes", "_pages",
+        "_handicaps", "_lanes", "_parts",
         "_queued", "_queued_bytes", "_running", "_sequence",
     )  # fmt: skip
 
@@ -301,9 +333,11 @@ class Scheduler(Generic[T]):
         handicap_s: Mapping[Priority, float] = HANDICAP_S,
     ) -> None:
         """Start with empty lanes and a whole bounce pool of ``bounce_bytes``."""
-        self._lanes: dict[str, _Queue[T]] = {name: _Queue(lane) for name, lane in lanes.items()}
-        self._pages = Pages(bounce_bytes)
-        self._bounce_bytes = self._pages.free
+        parts = _parts(bounce_bytes, 1 + max((lane.part for lane in lanes.values()), default=0))
+        self._parts = parts
+        self._lanes: dict[str, _Queue[T]] = {
+            name: _Queue(lane, parts[lane.part]) for name, lane in lanes.items()
+        }
         # In a tuple by the priority's number, because hashing an enum runs Python code.
         self._handicaps = tuple(handicap_s[priority] for priority in Priority)
         if not all(0 <= handicap < math.inf for handicap in self._handicaps):
@@ -328,18 +362,18 @@ class Scheduler(Generic[T]):
     @property
     def free_bounce(self) -> int:
         """Free bytes of the bounce pool, whether contiguous or not."""
-        return self._pages.free
+        return sum(part.pages.free for part in self._parts)
 
     def submit(
         self, op: T, *, lane: str, nbytes: int, bounce_bytes: int, priority: Priority, now: float
     ) -> Ticket[T]:
         """Queue an operation; `take` starts it. KeyError if there is no such lane.
 
-        ValueError if the whole bounce pool is too small for it: it could never start.
+        ValueError if the lane's part of the bounce pool is too small for it: it could never start.
         """
-        if bounce_bytes > self._bounce_bytes or nbytes < 0 or bounce_bytes < 0:
-            raise self._refusal(nbytes, bounce_bytes)
         queue = self._lanes[lane]
+        if bounce_bytes > queue.part.nbytes or nbytes < 0 or bounce_bytes < 0:
+            raise _refusal(nbytes, bounce_bytes, queue.part.nbytes)
         ticket = Ticket(op, lane, nbytes, bounce_bytes, priority)
         # The sequence is unique, so that entries never compare by their tickets.
         heappush(queue.heap, (now + self._handicaps[priority], self._sequence, ticket))
@@ -365,23 +399,28 @@ class Scheduler(Generic[T]):
         # Lanes without room for their head are left out, so they hold up nobody else.
         heads = [head for lane in self._lanes.values() if (head := lane.head())]
         heapify(heads)
-        reserved = False
+        reserved: set[_Part] = set()
         while heads:
             ticket = heads[0][2]
-            offset = self._pages.take(ticket.bounce_bytes)
+            part = self._lanes[ticket.lane].part
+            offset = part.take(ticket.bounce_bytes)
             if offset is None:
-                # The pool is this ticket's from here on: all that still goes is what needs none.
-                reserved = True
-                heads = [head for head in heads if not head[2].bounce_bytes]
+                # Its part is this ticket's from here on: all that still goes is what needs none.
+                reserved.add(part)
+                heads = [head for head in heads if not self._held_up(head, reserved)]
                 heapify(heads)
                 continue
             started.append(ticket)
             head = self._start(ticket, offset)
-            if head and not (reserved and head[2].bounce_bytes):
+            if head and not self._held_up(head, reserved):
                 heapreplace(heads, head)
             else:
                 heappop(heads)
         return started
+
+    def _held_up(self, head: _Entry[T], reserved: set[_Part]) -> bool:
+        ticket = head[2]
+        return bool(ticket.bounce_bytes) and self._lanes[ticket.lane].part in reserved
 
     def finish(self, ticket: Ticket[T]) -> None:
         """Take back the budget and the lease of an operation that ended, however it ended.
@@ -391,11 +430,11 @@ class Scheduler(Generic[T]):
         """
         if ticket.state != "running" or ticket.offset is None:
             raise ValueError(f"{ticket} is not running")
-        self._pages.give(ticket.offset, ticket.bounce_bytes)
+        queue = self._lanes[ticket.lane]
+        queue.part.give(ticket.offset, ticket.bounce_bytes)
         ticket.state = "done"
         # Whoever still holds the ticket must not reach into the next one's lease.
         ticket.offset = None
-        queue = self._lanes[ticket.lane]
         queue.ops -= 1
         queue.bytes -= ticket.nbytes
         self._running -= 1
@@ -411,13 +450,14 @@ class Scheduler(Generic[T]):
         queue.start_head()
         return queue.head()
 
-    def _refusal(self, nbytes: int, bounce_bytes: int) -> ValueError:
-        if nbytes < 0 or bounce_bytes < 0:
-            return ValueError(f"negative size: nbytes={nbytes}, bounce_bytes={bounce_bytes}")
-        return ValueError(
-            f"the operation takes {_padded(bounce_bytes)} bytes of the bounce region"
-            f" ({bounce_bytes} in whole pages), which has only {self._bounce_bytes}"
-        )
+
+def _refusal(nbytes: int, bounce_bytes: int, room: int) -> ValueError:
+    if nbytes < 0 or bounce_bytes < 0:
+        return ValueError(f"negative size: nbytes={nbytes}, bounce_bytes={bounce_bytes}")
+    return ValueError(
+        f"the operation takes {_padded(bounce_bytes)} bytes of the bounce region"
+        f" ({bounce_bytes} in whole pages), which has only {room}"
+    )
 
 
 def coalesce(rows: list[Row], max_bytes: int) -> list[Row]:

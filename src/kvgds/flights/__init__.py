@@ -122,7 +122,7 @@ class Flights:
             self._digest,
             self._loop,
             lane=_lane(1, write=True),
-            bounce_bytes=config.bounce_bytes,
+            bounce_bytes=config.bounce_bytes // 2,
         )
 
     @property
@@ -667,17 +667,19 @@ def _lane(level: int, *, write: bool) -> str:
 def _lanes(config: EngineConfig) -> dict[str, Lane]:
     """What may be under way.
 
-    In a stack no lane may take all of the bounce region: not one whose server hangs, nor stores
-    that wait for room, because what makes that needs some of it, too.
+    In a stack each tier has half of the bounce region. Stores that wait for room in the first can
+    then keep no upload, which makes that room, from its lease; and a server that hangs leaves the
+    first tier all that it needs. Nor may a direction fill a half with blocks that it can share.
     """
     lanes: dict[str, Lane] = {}
     for level, tier in enumerate(config.tiers):
         ops, most = config.inflight_ops, config.inflight_bytes
         if isinstance(tier, ObjectTier):
             ops = min(ops, 2 * tier.connections)
-        if len(config.tiers) > 1:
-            most = min(most, config.bounce_bytes // (4 if level else 2))
-        lanes |= {_lane(level, write=write): Lane(ops, most) for write in (False, True)}
+        for write in (False, True):
+            if len(config.tiers) > 1 and (level or write):
+                most = min(most, config.bounce_bytes // 4)
+            lanes[_lane(level, write=write)] = Lane(ops, max(most, 1), part=level)
     return lanes
 
 

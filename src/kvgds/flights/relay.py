@@ -89,7 +89,7 @@ class Relay:
 
     Args:
         lane: of the scheduler, for what goes to the next tier.
-        bounce_bytes: of the bounce region; a quarter may be lent to promotions.
+        bounce_bytes: the next tier's part of the bounce region; half may be lent to promotions.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class Relay:
         """Store what was loaded into the first tier, too. Whether that now owns the lease."""
         key, nbytes = loaded.key, ticket.bounce_bytes
         known = key in self._promoting or key in self._deleting or self.near.contains(key)
-        if self._closing or known or self._promoting_bytes() + nbytes > self._most_bytes // 4:
+        if self._closing or known or self._promoting_bytes() + nbytes > self._most_bytes // 2:
             return False
         self._promoting[key] = nbytes
         _Promotion(self, key, loaded.nbytes).start(ticket)

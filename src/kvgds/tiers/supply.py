@@ -178,6 +178,17 @@ class Supply:
             keys += [key for slot in islice(slab.owed, _EVICT) if (key := slab.size.used[slot])]
         if keys:
             backlog.hasten(keys)
+            if not size.pending:
+                self._turn_away(size)
+
+    def _turn_away(self, size: SizeClass) -> None:
+        """Promotions don't wait for the next tier: what they keep meanwhile may be what it lacks."""
+        gone = [move for move in size.waiting if move.mirrored]
+        if gone:
+            size.waiting = deque(move for move in size.waiting if not move.mirrored)
+            for move in gone:
+                move.error = StorageFull(f"{self._settings.root}: no room yet for a promotion")
+            self._services.settle(gone)
 
     def _evict(self, size: SizeClass, needed: int, ahead: int = 0) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
