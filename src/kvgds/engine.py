@@ -207,7 +207,7 @@ class Engine:
                 transport.abandon()
             left, waited = len(self._flights.running), self.config.drain_timeout_s
             raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
-        self._flights.deadlines.close()
+        self._flights.stop()
         try:
             for tier in self._tiers:
                 await self._in_thread(tier.close)

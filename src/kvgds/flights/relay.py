@@ -142,10 +142,14 @@ class Relay:
     def close(self) -> None:
         """Begin nothing but what somebody waits for; the first tier remembers what is owed."""
         self._closing = True
+        self.stop()
+        self._go_on()
+
+    def stop(self) -> None:
+        """Let go of the loop's timer."""
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        self._go_on()
 
     @property
     def busy(self) -> bool:
@@ -221,12 +225,16 @@ class Relay:
 
         What is being carried comes there first; nothing of the key is carried meanwhile.
         """
-        self._owed.pop(key, None)
-        if key not in self._carrying:
-            self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
+        self._forget(key)
         self._deleting.setdefault(key, []).append(done)
         if len(self._deleting[key]) == 1:
             self._delete(key)
+
+    def _forget(self, key: BlockKey) -> None:
+        """Carry nothing of this key; a store that waits for that is told."""
+        self._owed.pop(key, None)
+        if key not in self._carrying:
+            self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
 
     def _delete(self, key: BlockKey) -> None:
         if key in self._carrying or key in self._promoting:
@@ -244,7 +252,7 @@ class Relay:
     def _deleted(self, key: BlockKey, there: bool, error: Exception | None) -> None:  # noqa: FBT001 - as above
         self._deleting[key].pop(0)(there, error)
         if self._deleting[key]:  # one by one: a store may have come between two
-            self._owed.pop(key, None)
+            self._forget(key)
             self._delete(key)
         else:
             del self._deleting[key]
@@ -353,7 +361,7 @@ class Relay:
         self._refuse(upload.key, error)
         if upload.key not in self._deleting:
             self._owed.setdefault(upload.key, upload.nbytes)
-        if self._pause is None and not self._closing:
+        if self._pause is None:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
             self._pause = self._loop.call_later(pause, self._paused)
 
