@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -312,6 +313,32 @@ async def test_uploads_go_on_after_one_has_hung(place: Place) -> None:
         place.wire.ok()
         place.wire.drop()
         await place.wait_there(b"0", b"1", b"2")
+
+
+async def test_a_block_that_cannot_be_read_keeps_no_store_waiting(place: Place) -> None:
+    """It will never be uploaded, so it goes when there is need of its room."""
+    async with place.opened("demote", tier={"capacity_bytes": SLOT}) as engine:
+        await fill(engine, b"0")
+        (slab,) = place.root.glob("slab-*")
+        await asyncio.to_thread(os.truncate, slab, 0)
+        await fill(engine, b"1", b"2")
+        assert engine.statistics().tiers[0].dropped == 1
+        assert relay(engine)[2] == 1
+        await load(engine, b"2")
+
+
+async def test_a_block_that_another_has_replaced_is_not_tried_for_ever(place: Place) -> None:
+    """In a shared directory: whoever stored the other size uploads that."""
+    async with place.opened("back", tier={"layout": "files"}) as engine:
+        place.wire.refuse()
+        await until_out(engine)
+        await fill(engine, b"key", b"other")
+        there = place.root / name_of(b"key")
+        whole = support.image(support.NAMESPACE, b"key", 0, bytes(PAGE))
+        await asyncio.to_thread(there.write_bytes, whole)
+        place.wire.ok()
+        await until(lambda: relay(engine)[0] == 0)
+        assert relay(engine)[1:3] == (1, 1)
 
 
 # --- what nobody can read -----------------------------------------------------------------------

@@ -45,7 +45,8 @@ class RelayStatistics:
     Attributes:
         owed: blocks that the first tier has and the next may lack.
         uploaded: blocks carried there, or found there.
-        failed: attempts at that which ended in an error; they are repeated.
+        failed: attempts at that which ended in an error; all but those that could not read the
+            block are repeated.
         promoted: blocks stored into the first tier since they were loaded from the next.
     """
 
@@ -73,6 +74,10 @@ class Home(Protocol):
 
     scheduler: Scheduler[Any]
     ways: Ways
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
 
     def pump_soon(self) -> None:
         """Something was submitted."""
@@ -142,11 +147,10 @@ class Relay:
     def close(self) -> None:
         """Begin nothing but what somebody waits for; the first tier remembers what is owed."""
         self._closing = True
-        self.stop()
         self._go_on()
 
     def stop(self) -> None:
-        """Let go of the loop's timer."""
+        """Nothing is under way: let go of the loop's timer."""
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
@@ -190,10 +194,16 @@ class Relay:
         if key in self._early:
             self._early.discard(key)
             self._urgent[key] = None
-        if len(self._owed) > 2 * self.near.statistics().blocks:  # the rest was evicted
-            there = [each for each in self._owed.items() if self.near.contains(each[0])]
-            self._owed = OrderedDict(there)
+        if len(self._owed) > self.near.statistics().blocks:
+            self._forget_evicted()
         self._go_on()
+
+    def _forget_evicted(self) -> None:
+        """A few at a time, because there may be very many: two for each that comes will do."""
+        for _ in range(min(2, len(self._owed))):
+            key, nbytes = self._owed.popitem(last=False)
+            if self.near.contains(key):
+                self._owed[key] = nbytes
 
     def keeps(self, flight: Flight) -> bool:
         """Whether a store has to wait until the next tier has the block, too."""
@@ -225,34 +235,31 @@ class Relay:
 
         What is being carried comes there first; nothing of the key is carried meanwhile.
         """
-        self._forget(key)
-        self._deleting.setdefault(key, []).append(done)
-        if len(self._deleting[key]) == 1:
+        asking = self._deleting.setdefault(key, [])
+        asking.append(done)
+        if len(asking) == 1:
             self._delete(key)
-
-    def _forget(self, key: BlockKey) -> None:
-        """Carry nothing of this key; a store that waits for that is told."""
-        self._owed.pop(key, None)
-        if key not in self._carrying:
-            self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
 
     def _delete(self, key: BlockKey) -> None:
         if key in self._carrying or key in self._promoting:
             return  # comes here again when that has ended
         near, far = self.near, self.far
+        owed = self._owed.pop(key, None)
+        self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
 
         def gone(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
-            if error is not None:
-                self._deleted(key, there, error)
-            else:
+            if error is None:
                 far.delete(key, lambda also, error: self._deleted(key, there or also, error))
+                return
+            if owed is not None:
+                self._owed.setdefault(key, owed)
+            self._deleted(key, there, error)
 
         near.delete(key, gone)
 
     def _deleted(self, key: BlockKey, there: bool, error: Exception | None) -> None:  # noqa: FBT001 - as above
         self._deleting[key].pop(0)(there, error)
         if self._deleting[key]:  # one by one: a store may have come between two
-            self._forget(key)
             self._delete(key)
         else:
             del self._deleting[key]
@@ -312,16 +319,16 @@ class Relay:
         )
         self.home.pump_soon()
 
-    def carried(self, upload: _Upload, error: Exception | None, *, gone: bool) -> None:
-        """A block has come to the next tier, or not."""
+    def carried(self, upload: _Upload, error: Exception | None, *, read: bool) -> None:
+        """A block has come to the next tier, or not, or could not even be read."""
         key = upload.key
         self.home.scheduler.finish(upload.ticket)
         del self._carrying[key]
-        if gone and key not in self._owed:
-            self._refuse(key, TransferError("it was evicted", direction="store", key=key))
+        if not read:
+            self._give_up(key, error)
         elif error is not None:
             self._not_carried(upload, error)
-        elif not gone:
+        else:
             self._uploaded += 1
             self._take_well()
             self._arrived(upload)
@@ -329,6 +336,16 @@ class Relay:
             self._delete(key)
         self._go_on()
         self.home.wake_closer()
+
+    def _give_up(self, key: BlockKey, error: Exception | None) -> None:
+        """The first tier has it no more, or can't read it: then it is not to be spared."""
+        self._failed += error is not None
+        if key in self._owed:  # it has another by now
+            return
+        if isinstance(error, TransferError):
+            self.near.look_again([key])
+        error = error or TransferError("it was evicted", direction="store", key=key)
+        self._refuse(key, error)
 
     def _arrived(self, upload: _Upload) -> None:
         """Tell the stores of this block; those of another size, stored meanwhile, wait on."""
@@ -359,14 +376,15 @@ class Relay:
         if self._refusals == _REFUSALS:
             self._loop.call_soon(self.near.look_again)
         self._refuse(upload.key, error)
-        if upload.key not in self._deleting:
-            self._owed.setdefault(upload.key, upload.nbytes)
+        self._owed.setdefault(upload.key, upload.nbytes)
         if self._pause is None:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
             self._pause = self._loop.call_later(pause, self._paused)
 
     def _paused(self) -> None:
         self._pause = None
+        if self._closing and not self.home.busy:
+            return
         if self._refusals and self._owed:  # find out whether it takes blocks again
             self._urgent[next(iter(self._owed))] = None
         self.near.look_again()
@@ -434,14 +452,12 @@ class _Upload(_Carried):
         self.relay.near.load([self._read])
 
     def ended(self, move: Move) -> None:
-        if move.error is not None:
-            self.relay.carried(self, move.error, gone=False)
-        elif move.status == "hit":
+        if move.status == "hit":
             self.relay.far.store([self._move(self.relay.far, write=True)])
-        else:
-            if move.write and self.relay.is_last(self.key):
-                self.relay.near.mirrored([self._read])
-            self.relay.carried(self, None, gone=not move.write)
+            return
+        if move.write and move.error is None and self.relay.is_last(self.key):
+            self.relay.near.mirrored([self._read])
+        self.relay.carried(self, move.error, read=move.write)
 
 
 class _Promotion(_Carried):

@@ -182,7 +182,7 @@ class Supply:
                 self._turn_away(size)
 
     def _turn_away(self, size: SizeClass) -> None:
-        """Promotions don't wait for the next tier: what they keep may be what it lacks."""
+        """Promotions don't wait for the next tier: it may lack what they keep meanwhile."""
         gone = [move for move in size.waiting if move.mirrored]
         if gone:
             size.waiting = deque(move for move in size.waiting if not move.mirrored)
