@@ -26,10 +26,10 @@ from kvgds import (
     TransferTimeout,
     open_engine,
 )
-from kvgds.testing import Bench, HeldTransport, PlainTransfer, TierContract
+from kvgds.testing import Bench, HeldTransport, PlainTransfer, TierContract, skip_time
 from kvgds.transport import File, NixlTransport
 from kvgds.transport.objects import ObjectTransport
-from support import MIB, NAMESPACE, PAGE, Watched, content, image, until
+from support import MIB, NAMESPACE, PAGE, Watched, content, image, turns, until
 from wire import Wire
 from wirefaults import response, s3_error
 
@@ -398,6 +398,79 @@ async def test_a_missing_block_is_no_failure(far: Far) -> None:
         assert engine.statistics().tiers[0].out == ""
 
 
+async def test_what_is_taken_back_is_not_another_stores(far: Far) -> None:
+    """Its deadline has passed when it arrives; who stores the block meanwhile is told of it."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine:
+        far.wire.hold(method="PUT")
+        storing = asyncio.ensure_future(engine.store(b"key", data))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        skip_time(100)
+        with pytest.raises(TransferTimeout):
+            await storing
+        again = asyncio.ensure_future(engine.store(b"key", data))
+        await asyncio.wait({again}, timeout=0.2)  # it would be done, if it did not wait
+        far.wire.ok()
+        await again
+        assert await asyncio.to_thread(far.stored, b"key") == data
+
+
+async def test_a_store_that_waits_for_another_ends_at_its_deadline(far: Far) -> None:
+    """They are of one block in two sizes."""
+    async with far.engine() as engine:
+        far.wire.hold(method="HEAD")
+        storing = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE), timeout_s=1e6))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        late = asyncio.ensure_future(engine.store(b"key", bytes(PAGE)))
+        await turns()
+        skip_time(100)
+        with pytest.raises(TransferTimeout):
+            await late
+        assert engine.statistics().in_flight == 1
+        far.wire.ok()
+        assert await storing
+
+
+async def test_stored_and_deleted_at_once(far: Far) -> None:
+    """Whichever came first: what is stored afterwards is there."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine:
+        for method in ("HEAD", "PUT", "DELETE"):
+            far.wire.hold(method=method)
+            storing = asyncio.ensure_future(engine.store(b"key", data))
+            await turns()
+            deleting = asyncio.ensure_future(engine.delete(b"key"))
+            await asyncio.to_thread(far.wire.wait_held, 1)
+            far.wire.ok()
+            await asyncio.gather(storing, deleting)
+            await engine.store(b"key", data)
+            assert await asyncio.to_thread(far.stored, b"key") == data
+            await engine.delete(b"key")
+
+
+@pytest.mark.parametrize("nbytes", [0, 10, PAGE, SIZE, MIB])
+async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) -> None:
+    """However long, and though the server refuses to read from an empty object."""
+    async with far.engine() as engine:
+        await asyncio.to_thread(far.server.put, far.bucket, name_of(b"bad"), b"x" * nbytes)
+        await engine.store(b"good", content(b"good", SIZE))
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"bad", bytearray(SIZE))
+        assert not await engine.load(b"bad", bytearray(SIZE))
+        assert await engine.load(b"good", bytearray(SIZE))
+        assert engine.statistics().tiers[0].quarantined == 1
+
+
+async def test_closing_waits_for_no_queue_of_questions(far: Far) -> None:
+    """There are more than threads to ask them: those that wait are not asked any more."""
+    async with far.engine(drain_timeout_s=5.0) as engine:
+        far.wire.black_hole()
+        asked = [asyncio.ensure_future(engine.prefix([b"%d" % n])) for n in range(600)]
+        await turns()
+        await engine.aclose()
+        assert await asyncio.gather(*asked) == [0] * 600
+
+
 # --- the breaker --------------------------------------------------------------------------------
 
 
@@ -488,6 +561,14 @@ async def test_wrong_settings_are_told_before_anything_is_stored(
     assert says in str(caught.value)
     assert "not-the-secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_opened_at_once(s3: JuiceServer) -> None:
+    """Many in one process: what the SDK is told by the environment is as it was before."""
+    before, bucket = dict(os.environ), s3.make_bucket()
+    for _ in range(4):
+        await asyncio.gather(*(_open(settings(s3, bucket, backend="nixl")) for _ in range(12)))
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

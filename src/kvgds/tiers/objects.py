@@ -17,14 +17,14 @@ import errno
 import logging
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
+from kvgds.blocks import PAGE, XXH3_128, Stamp, image_bytes, place_of
 from kvgds.errors import BlockCorrupt, ConfigError, PathUnavailable, TransferError
 from kvgds.memory import Arena, region_of
 from kvgds.paths import PathPlan
@@ -46,6 +46,13 @@ _REMEMBERED = 1 << 16  # blocks that were seen there
 _LATELY_S = 10.0
 _WRONG = (errno.EACCES, errno.ENODEV)  # settings, not weather
 _log = logging.getLogger("kvgds")
+
+
+class _Turn(NamedTuple):
+    """What changes an object, when it may."""
+
+    begin: Callable[[], None]
+    move: Move | None = None  # whose store it is
 
 
 class Objects:
@@ -81,6 +88,7 @@ class Objects:
         self._seen_bytes = 0
         self._asking: Counter[str] = Counter()  # names about which an answer is on its way
         self._doubtful: set[str] = set()  # of those: deleted meanwhile
+        self._turns: dict[str, deque[_Turn]] = {}  # names that something changes, and what waits
         self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
         self._under_way = 0
         self._quarantined = 0
@@ -209,7 +217,19 @@ class Objects:
             self._ask(partial(self._transport.bucket.size, place), partial(looked, n))
 
     def _ask(self, call: Callable[[], Any], done: Callable[[Future[Any]], None]) -> None:
-        """Ask the bucket something on a thread, then go on here."""
+        """Ask the bucket something on a thread, then go on here.
+
+        What has to wait for a thread until the bucket is left alone is not asked any more.
+        """
+
+        def ask() -> Any:  # noqa: ANN401 - what was asked for
+            if self._breaker.reason:
+                raise NotMoved(errno.EHOSTDOWN, f"it is left alone: {self._breaker.reason}")
+            return call()
+
+        self._run(ask, done)
+
+    def _run(self, call: Callable[[], Any], done: Callable[[Future[Any]], None]) -> None:
         self._transport.run(call).add_done_callback(lambda ended: self._services.post(done, ended))
 
     def _result(self, ended: Future[Any]) -> Any:  # noqa: ANN401 - what was asked for
@@ -270,6 +290,27 @@ class Objects:
     def _forget(self, place: str) -> None:
         self._seen_bytes -= self._seen.pop(place, 0)
 
+    # --- one after the other ----------------------------------------------------------
+
+    def _in_turn(self, place: str, turn: _Turn) -> None:
+        """Begin what may change an object once all that changes it has ended.
+
+        What one finds out of it then still holds when it acts: an upload nobody waits for any
+        more is taken back before another store finds it there.
+        """
+        if place in self._turns:
+            self._turns[place].append(turn)
+        else:
+            self._turns[place] = deque()
+            turn.begin()
+
+    def _next_turn(self, place: str) -> None:
+        waiting = self._turns[place]
+        if waiting:
+            waiting.popleft().begin()
+        else:
+            del self._turns[place]
+
     # --- liveness ---------------------------------------------------------------------
 
     def _count_failure(self, error: BaseException) -> None:
@@ -292,7 +333,7 @@ class Objects:
 
     def _try(self) -> None:
         if not self._closed:
-            self._ask(self._transport.bucket.check, self._tried)
+            self._run(self._transport.bucket.check, self._tried)
 
     def _tried(self, ended: Future[None]) -> None:
         error = ended.exception()
@@ -333,8 +374,10 @@ class Objects:
         ended = []
         for move in moves:
             sure = self._answered(move.place)
+            if isinstance(move.error, TransferError) and move.error.errno == errno.ERANGE:
+                move.error = move.corrupt("it is empty")
             if isinstance(move.error, BlockCorrupt):
-                self._ask(partial(self._judge, move), partial(self._judged, move))
+                self._in_turn(move.place, _Turn(partial(self._doubt, move)))
                 continue
             self._conclude(move, sure=sure)
             ended.append(move)
@@ -355,24 +398,25 @@ class Objects:
         elif not move.abandoned:
             self._count_failure(error)
 
+    def _doubt(self, move: Move) -> None:
+        self._ask(partial(self._judge, move), partial(self._judged, move))
+
     def _judge(self, move: Move) -> Exception | None:
         """On a thread: look whether the object is wrong, or only what has arrived of it.
 
-        What is wrong is put away. None: it is as it should be.
+        What is wrong is put away. None: it was. Only what may be the block is read whole.
         """
-        bucket = self._transport.bucket
-        nbytes, image = bucket.size(move.place), bucket.read(move.place)
-        if nbytes != len(image):
-            text = f"{len(image):,} bytes came of an object that has {nbytes or 0:,}"
-            return TransferError(text, errno=errno.EIO, **move.context)
-        stamp = Stamp.decode(image[:PAGE])
-        if stamp is not None and _whole(stamp, move, image):
+        bucket, place = self._transport.bucket, move.place
+        nbytes, stamp = bucket.size(place), Stamp.decode(bucket.read(place, 0, PAGE))
+        mine = stamp is not None and (stamp.namespace, stamp.key) == (move.namespace, move.key)
+        if stamp is not None and mine and nbytes == image_bytes(stamp.nbytes):
             if stamp.nbytes != move.nbytes:
                 had = f"the block stored under this key has {stamp.nbytes} bytes"
                 return ConfigError("memory", f"{move.nbytes} bytes", f"{had}; give memory of that")
-            text = "what arrived is not what is stored, which is sound; try again"
-            return TransferError(text, errno=errno.EIO, **move.context)
-        bucket.rename(move.place, f"quarantine/{move.place.replace('/', '.')}")
+            if _matches(stamp, bucket.read(place, 0, nbytes)):
+                text = "what arrived is not what is stored, which is sound; try again"
+                return TransferError(text, errno=errno.EIO, **move.context)
+        bucket.rename(place, f"quarantine/{place.replace('/', '.')}")
         return None
 
     def _judged(self, move: Move, ended: Future[Exception | None]) -> None:
@@ -388,6 +432,7 @@ class Objects:
         else:
             self._quarantined += 1
             self._forget(move.place)
+        self._next_turn(move.place)
         self._end([move])
 
     def _end(self, moves: list[Move]) -> None:
@@ -402,21 +447,37 @@ class Objects:
         if self._turned_away(moves):
             return
         self._under_way += len(moves)
-        present, new = [], []
+        present = []
         for move in moves:
             move.place = self._place(move.key)
-            if self._seen.get(move.place) == image_bytes(move.nbytes):
-                move.status = "present"
+            if move.place not in self._turns and self._has(move):
                 present.append(move)
-            elif self._missed_lately(move.place):
-                new.append(move)
             else:
-                self._ask(
-                    partial(self._transport.bucket.size, move.place), partial(self._asked, move)
-                )
-        if new:
-            self._services.transport.submit(new, partial(self._services.post, self._written))
+                self._in_turn(move.place, _Turn(partial(self._store, move), move))
         self._end(present)
+
+    def _has(self, move: Move) -> bool:
+        """Whether the block was seen there; then its store has ended."""
+        if self._seen.get(move.place) != image_bytes(move.nbytes):
+            return False
+        move.status = "present"
+        return True
+
+    def _store(self, move: Move) -> None:
+        if self._has(move):
+            self._stored([move])
+        elif self._missed_lately(move.place):
+            self._upload(move)
+        else:
+            self._ask(partial(self._transport.bucket.size, move.place), partial(self._asked, move))
+
+    def _upload(self, move: Move) -> None:
+        self._services.transport.submit([move], partial(self._services.post, self._written))
+
+    def _stored(self, moves: list[Move]) -> None:
+        for move in moves:
+            self._next_turn(move.place)
+        self._end(moves)
 
     def _asked(self, move: Move, ended: Future[int | None]) -> None:
         """Store a block unless it is there: others may have been faster."""
@@ -430,9 +491,9 @@ class Objects:
             move.status = "present"
             self._note(move.place, image_bytes(move.nbytes))
         else:
-            self._services.transport.submit([move], partial(self._services.post, self._written))
+            self._upload(move)
             return
-        self._end([move])
+        self._stored([move])
 
     def _written(self, moves: list[Move]) -> None:
         for move in moves:
@@ -449,14 +510,30 @@ class Objects:
             self._ask(
                 partial(self._transport.bucket.delete, move.place), partial(self._undone, move)
             )
-        self._end([move for move in moves if move not in lost])
+        self._stored([move for move in moves if move not in lost])
 
     def _undone(self, move: Move, ended: Future[None]) -> None:
         self._result(ended)
-        self._end([move])
+        self._deleted(move.place)
+        self._stored([move])
+
+    def _deleted(self, place: str) -> None:
+        """What was seen of an object, or is being seen, holds no more."""
+        self._forget(place)
+        if place in self._asking:
+            self._doubtful.add(place)
 
     def expire(self) -> None:
-        """See ``Tier.expire``: the transport looks by itself."""
+        """See ``Tier.expire``: of what is under way, the transport takes care."""
+        gone = []
+        for place, waiting in self._turns.items():
+            late = [turn.move for turn in waiting if turn.move and turn.move.abandoned]
+            if late:
+                self._turns[place] = deque(turn for turn in waiting if turn.move not in late)
+                gone += late
+        for move in gone:
+            move.error = move.timeout()
+        self._end(gone)
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """See ``Tier.delete``."""
@@ -473,15 +550,14 @@ class Objects:
 
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
-            self._forget(place)
-            if place in self._asking:
-                self._doubtful.add(place)
+            self._deleted(place)
+            self._next_turn(place)
             error = ended.exception()
             there = bool(self._result(ended))
             done(there, error if isinstance(error, Exception) else None)
 
         self._under_way += 1
-        self._ask(remove, removed)
+        self._in_turn(place, _Turn(partial(self._ask, remove, removed)))
 
     # --- what only the first tier of a stack is asked ---------------------------------
 
@@ -521,11 +597,7 @@ class _Trial:
         self.error = error
 
 
-def _whole(stamp: Stamp, move: Move, image: bytes) -> bool:
-    """Whether an object is a sound block of this key, of whatever size."""
-    if (stamp.namespace, stamp.key) != (move.namespace, move.key):
-        return False
-    if len(image) != image_bytes(stamp.nbytes) or stamp.algorithm == NO_CHECKSUM:
-        return False
+def _matches(stamp: Stamp, image: bytes) -> bool:
+    """Whether a payload is the one that was stamped."""
     payload = image[PAGE : PAGE + stamp.nbytes]
     return stamp.algorithm == XXH3_128 and xxhash.xxh3_128_digest(payload) == stamp.checksum

@@ -50,9 +50,10 @@ _YOUNG_S = 10e-3
 _COPY_S = 100e-6  # between two looks at what GPUs do
 _SWEEP_S = 50e-3  # between two looks for transfers that nobody waits for
 _RETRY_S = 0.1
-_LASTING = (errno.EACCES, errno.ENOENT, errno.ENODEV)  # another try would end alike
+_LASTING = (errno.EACCES, errno.ENOENT, errno.ENODEV, errno.ERANGE)  # another try would end alike
 # Retries are this module's; the SDK reads these when a client is made. Only the keys given count.
 _SDK = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "1"}
+_changing = threading.Lock()  # the environment, which is the process's
 _SDK_KEYS = {"AWS_EC2_METADATA_DISABLED": "true"}
 
 
@@ -198,16 +199,17 @@ def _parameters(settings: ObjectTier) -> dict[str, str]:
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Set variables for as long as a client is made, which reads them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with _changing:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 class _Obstore:
@@ -524,7 +526,8 @@ class ObjectTransport:
             return NotMoved(errno.EIO, f"{error}: the server took the request badly, or not at all")
         if nbytes is None:
             return NotMoved(errno.ENOENT, "there is no such object")
-        return NotMoved(errno.EIO, f"{error}, of an object that has {nbytes:,} bytes")
+        number = errno.EIO if nbytes else errno.ERANGE
+        return NotMoved(number, f"{error}, of an object that has {nbytes:,} bytes")
 
     def _asked(self, member: _Member, ended: Future[NotMoved]) -> None:
         self._asking -= 1
