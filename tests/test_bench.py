@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCENARIOS = {
     "engine.py": {"disk", "small", "loop", "busy", "latency", "prefix"},
     "gpu.py": {"paths", "fragments", "decode"},
-    "objects.py": {"objects", "stack"},  # its ticker takes half a minute
+    "objects.py": {"objects", "stack"},  # its ticker takes as long again
 }
 
 
