@@ -333,13 +333,13 @@ class Relay:
 
     def _give_up(self, key: BlockKey, error: Exception | None) -> None:
         """The first tier has it no more, or can't read it: then it is not to be spared."""
-        self._failed += error is not None
         if key in self._owed:  # it has another by now
             return
+        self._failed += error is not None
         if isinstance(error, TransferError):
             self.near.look_again([key])
-        error = error or TransferError("it was evicted", direction="store", key=key)
-        self._refuse(key, error)
+        text = f"{self.near.name} can't give it any more: {error or 'it was evicted'}"
+        self._refuse(key, TransferError(text, direction="store", key=key))
 
     def _arrived(self, upload: _Upload) -> None:
         """Tell the stores of this block; those of another size, stored meanwhile, wait on."""
