@@ -7,8 +7,10 @@
 One JSON line a contender; speeds are medians of runs that alternate. `--quick` is one round of few
 blocks, to see that it runs. It starts a server of its own: `juicefs gateway` below the root, or one
 that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the
-environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is removed. aiobotocore wants a botocore of its own, so it runs in another process, of the virtual
-environment that `--aiobotocore` names: if there is none, it is made.
+environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is removed.
+
+aiobotocore wants a botocore of its own, so it runs in another process, of the virtual environment
+that `--aiobotocore` names: if there is none, it is made.
 """
 
 from __future__ import annotations

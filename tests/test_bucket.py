@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -79,7 +80,8 @@ def test_nobody_there(s3: JuiceServer) -> None:
     with reserve() as held:
         error = failure(quick(s3, endpoint=f"http://127.0.0.1:{held.getsockname()[1]}"))
     assert error.errno == errno.ECONNREFUSED
-    assert "(Connection refused)" in str(error)
+    said = r"Error performing GET http://127.0.0.1:\d+/kvgds in \S+ - HTTP error: error sending req"
+    assert re.match(rf"{said}uest \(Connection refused\)$", str(error))
 
 
 def test_a_host_without_an_address(s3: JuiceServer) -> None:

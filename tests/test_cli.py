@@ -425,7 +425,7 @@ def test_doctor_tells_how_bytes_move_and_leaves_nothing(tmp_path: Path, layout: 
     answer = found("doctor", "--root", root)
     assert set(answer) == {"ok", "versions", "nixl", "huge_pages", "gpu", "roots", "buckets"}
     assert answer["ok"] is True
-    assert set(answer["versions"]) == {"kvgds", "nixl", "python", "kernel"}
+    assert set(answer["versions"]) == {"kvgds", "nixl", "obstore", "python", "kernel"}
     assert answer["versions"]["kernel"] == os.uname().release
     assert answer["nixl"]["summary"] in ("POSIX/uring", "POSIX/aio")
     for part in (answer["nixl"], answer["huge_pages"], answer["gpu"]):

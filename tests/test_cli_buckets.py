@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +16,11 @@ import buckets
 from kvgds import Namespace
 from kvgds.cli import app
 from support import NAMESPACE, PAGE, content
-from wire import Wire
+from wire import Wire, reserve
+from wirefaults import s3_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from typer.testing import Result
@@ -55,6 +61,23 @@ class Shell:
         assert "Traceback" not in result.output
         assert self.server.secret_key not in result.output
         return result
+
+    def reach(self, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+        """Words that name the bucket without the file; keys then come from AWS's variables."""
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", self.server.access_key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", self.server.secret_key)
+        self.keys = {}
+        return f"s3://{self.bucket}", "--endpoint", self.endpoint
+
+    def doctor(self, *words: str, status: int = 0, env: Any = None) -> Any:
+        """What doctor finds out about a bucket."""
+        words = words or ("--config", str(self.file))
+        result = self.run("doctor", "--json", *words, env=env)
+        assert (result.exit_code, result.stderr) == (status, "")
+        answer = json.loads(result.stdout)
+        (part,) = answer["buckets"]
+        assert answer["ok"] == part["ok"] == (status == 0)
+        return part
 
     def call(self, command: str, *words: str, status: int = 0) -> Any:
         where = f"s3://{self.bucket}"
@@ -125,6 +148,9 @@ def test_gc_by_age_and_namespace(shell: Shell) -> None:
     assert list(buckets.blocks(shell.server, shell.bucket)) == [buckets.name_of(b"a")]
 
 
+# --- doctor -------------------------------------------------------------------------------------
+
+
 def test_doctor_stores_and_loads_and_leaves_nothing(shell: Shell) -> None:
     result = shell.run("doctor", "--config", str(shell.file), "--json")
     assert result.exit_code == 0, result.output
@@ -132,6 +158,190 @@ def test_doctor_stores_and_loads_and_leaves_nothing(shell: Shell) -> None:
     assert (part["ok"], part["backend"]) == (True, "OBJ")
     assert part["evidence"][-1].endswith("went there and back")
     assert shell.server.names(shell.bucket) == []
+
+
+def test_doctor_takes_a_bucket_by_its_name(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, *reach = shell.reach(monkeypatch)
+    part = shell.doctor("--root", f"{where}/team", *reach)
+    assert part["bucket"] == f"{where}/team/"
+    assert shell.server.names(shell.bucket) == []
+    result = shell.run("doctor", "--endpoint", shell.endpoint)
+    assert result.exit_code == 2
+    assert "are for s3://" in flat(result.stderr)
+
+
+def test_doctor_looks_at_a_bucket_once(shell: Shell) -> None:
+    where = f"s3://{shell.bucket}"
+    result = shell.run("doctor", "--json", "--config", str(shell.file), "--root", where)
+    assert len(json.loads(result.stdout)["buckets"]) == 1
+
+
+def test_doctor_says_why_it_is_not_nixl(shell: Shell, tmp_path: Path) -> None:
+    """NIXL finds none of its plugins: a bucket alone does without."""
+    environment = {
+        **os.environ,
+        **shell.keys,
+        "NIXL_PLUGIN_DIR": str(tmp_path / "none"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-m", "kvgds", "doctor", "--json", "--config", str(shell.file)]
+    for backend, works in (("auto", True), ("nixl", False)):
+        done = subprocess.run(
+            command,
+            env={**environment, "KVGDS_TIERS__0__BACKEND": backend},
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=50,
+        )
+        assert (done.returncode, done.stderr) == (0 if works else 1, "")
+        answer = json.loads(done.stdout)
+        (part,) = answer["buckets"]
+        assert (answer["ok"], part["ok"]) == (works, works)
+        assert part["backend"] == ("obstore" if works else "")
+        (way,) = part["refused"]
+        assert "OBJ plugin can't be used" in way["why"]
+        assert way["fix"] == "pip install nixl-cu12 instead of nixl-cu13, or leave it to obstore"
+        assert shell.server.names(shell.bucket) == []
+
+
+DENIED = "see to the keys, and what those may do: list, get, put and delete"
+FAULTS: dict[str, tuple[Callable[[Wire], None], str]] = {
+    "nobody": (Wire.refuse, "start the server, or see to endpoint"),
+    "403": (lambda wire: wire.answer(s3_error(403, "AccessDenied")), DENIED),
+    "no PUT": (lambda wire: wire.answer(s3_error(403, "AccessDenied"), method="PUT"), DENIED),
+    "no GET": (lambda wire: wire.answer(s3_error(403, "AccessDenied"), target="*.kv*"), DENIED),
+    "no bucket": (
+        lambda wire: wire.answer(s3_error(404, "NoSuchBucket")),
+        "make the bucket, or see to bucket, region and endpoint",
+    ),
+    "clock": (
+        lambda wire: wire.answer(s3_error(403, "RequestTimeTooSkewed")),
+        "set this machine's clock",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("backend", ["nixl", "obstore"])
+def test_doctor_says_what_is_wrong_and_leaves_nothing(
+    s3: JuiceServer, tmp_path: Path, backend: str, fault: str
+) -> None:
+    strike, fix = FAULTS[fault]
+    with Wire(s3.host, s3.port) as wire:
+        shell = Shell(s3, tmp_path, wire.endpoint)
+        strike(wire)
+        part = shell.doctor(status=1, env={"KVGDS_TIERS__0__BACKEND": backend})
+        wire.ok()
+    (way,) = part["refused"]
+    assert way["fix"] == fix
+    assert way["why"] == part["summary"]
+    assert s3.names(shell.bucket) == []
+
+
+def test_doctor_clears_away_what_a_killed_one_left(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kvgds-doctor/0123456789abcdef/one.kv", "mine/two"):
+        shell.server.put(shell.bucket, name, b"x")
+    shell.doctor()
+    assert len(shell.server.names(shell.bucket)) == 2
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 3700)
+    shell.doctor()
+    assert shell.server.names(shell.bucket) == ["mine/two"]
+
+
+# --- how a bucket is come to --------------------------------------------------------------------
+
+
+def test_the_endpoint_of_aws_s_variables(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, *_ = shell.reach(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", shell.endpoint)
+    assert shell.run("ls", where).exit_code == 0
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert shell.run("ls", where).exit_code == 1
+    assert shell.run("ls", where, "--endpoint", shell.endpoint).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_the_region_of_aws_s_variables(
+    s3: JuiceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "eu-north-1")
+    with Wire(s3.host, s3.port) as wire:
+        where, *reach = Shell(s3, tmp_path, wire.endpoint).reach(monkeypatch)
+        for more in ((), ("--region", "eu-west-3")):
+            CliRunner().invoke(app, ["ls", where, *reach, *more])
+        regions = [request.headers["authorization"].split("/")[2] for request in wire.seen]
+    assert (regions[0], regions[-1]) == ("eu-north-1", "eu-west-3")
+
+
+def test_an_option_goes_before_the_file(shell: Shell) -> None:
+    """Without what the file says for TLS, which is not used then."""
+    text = shell.file.read_text().replace(shell.endpoint, "https://127.0.0.1:9")
+    shell.file.write_text(text + "ca_bundle = '/etc/ca.pem'\n")
+    assert shell.call("ls", "--endpoint", shell.endpoint)["layout"] == "objects"
+
+
+def test_no_keys_at_all(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked last is the machine that this one may run on."""
+    where, *reach = shell.reach(monkeypatch)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with reserve() as held:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{held.getsockname()[1]}")
+        result = shell.run("ls", where, *reach)
+    assert result.exit_code == 1
+    said = "give access_key and secret_key, or set what AWS's usual chain looks at: "
+    assert said in result.stderr
+
+
+def test_an_authority_that_nobody_knows(
+    s3: JuiceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Wire(s3.host, s3.port, tls=True) as wire:
+        shell = Shell(s3, tmp_path, wire.endpoint)
+        where, *reach = shell.reach(monkeypatch)
+        result = shell.run("ls", where, *reach)
+        assert result.exit_code == 1
+        assert "name the authority of the server's certificate in ca_bundle: " in result.stderr
+        assert shell.run("ls", where, *reach, "--ca-bundle", wire.ca_bundle).exit_code == 0
+
+
+def test_gc_tells_what_it_could_not_delete(s3: JuiceServer, tmp_path: Path) -> None:
+    with Wire(s3.host, s3.port) as wire:
+        shell = Shell(s3, tmp_path, wire.endpoint)
+        for key in (b"a", b"b", b"c"):
+            shell.put(key)
+        kept = buckets.name_of(b"b")
+        wire.answer(s3_error(403, "AccessDenied"), method="DELETE", target=f"*{kept[-20:]}")
+        where = f"s3://{shell.bucket}"
+        result = shell.run("gc", where, "--config", str(shell.file), "--keep-bytes", "0")
+    assert result.exit_code == 1
+    assert "dropped 2 blocks" in result.stdout
+    assert "could not be dropped: 1 block" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {kept}: ")
+    assert "AccessDenied" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ls", "s3://me:SeCrEt@kvgds/"),
+        ("ls", "s3://kvgds", "--endpoint", "http://me:SeCrEt@host"),
+        ("doctor", "--root", "s3://me:SeCrEt@kvgds"),
+    ],
+)
+def test_a_secret_where_none_belongs_is_not_repeated(shell: Shell, words: tuple[str, ...]) -> None:
+    result = shell.run(*words, env=dict.fromkeys(shell.keys))
+    assert result.exit_code == 2
+    assert "SeCrEt" not in result.output
+
+
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,6 +381,7 @@ def test_nobody_there(s3: JuiceServer, tmp_path: Path) -> None:
         (("ls", "s3://K"), "must be a bucket's name"),
         (("ls", "s3://kvgds", "--endpoint", "h"), "must be http:// or https://"),
         (("fsck", "s3://kvgds", "--rebuild"), "each object describes itself"),
+        (("doctor", "--root", "s3://K"), "value for --root: must be a bucket's name"),
     ],
 )
 def test_wrong_calls(shell: Shell, words: tuple[str, ...], says: str) -> None:

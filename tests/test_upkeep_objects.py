@@ -216,6 +216,18 @@ def test_what_was_put_away_is_told_and_removed_by_the_next_repair(store: Store) 
     assert fsck(store.tier).problems == []
 
 
+def test_what_it_puts_away_stays_there(moto_s3: S3Server) -> None:
+    """Although a later page of the listing shows it."""
+    store = Store(moto_s3)
+    (name,) = store.fill([b"key"])
+    store.spoil(name)
+    for i in range(1100):
+        store.raw(f"others/{i:04}")
+    report = fsck(store.tier, repair=True)
+    assert found(report) == {name: "corrupt"}
+    assert f"quarantine/{name.replace('/', '.')}" in store.names()
+
+
 async def test_it_puts_away_as_an_engine_does(s3: JuiceServer) -> None:
     store, other = Store(s3), Store(s3)
     for each in (store, other):
@@ -452,6 +464,7 @@ def test_ages_are_kept_in_bounded_memory() -> None:
     last, excess = exact.beyond(2505)
     assert (last, excess) == (exact.of(1000.0 + 749), 5)
     last, excess = rough.beyond(2505)
+    assert len({rough.of(1000.0 + i) for i in range(1000)}) <= 64
     step = 32  # s, of 64 ms times a power of two
     assert abs(last - rough.of(1000.0 + 749)) <= 1
     before = sum(10 for i in range(1000) if rough.of(1000.0 + i) < last)

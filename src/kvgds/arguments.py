@@ -24,6 +24,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B?)", re.IGNORECASE)
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SCHEME = "s3://"
+_VARIABLES = {
+    "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+}
 
 
 def parse_size(text: str | int) -> int:
@@ -75,7 +79,8 @@ def place(
 ) -> Path | ObjectTier:
     """Where blocks are: a directory, or ``s3://BUCKET/PREFIX``.
 
-    Of a bucket that is among the settings, those count, its keys too.
+    Of a bucket that is among the settings, those count, its keys too. Of another, endpoint and
+    region are those of the variables that AWS's own tools heed, too.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -90,11 +95,24 @@ def place(
     bucket, _, prefix = text.removeprefix(_SCHEME).partition("/")
     for tier in configured(config):
         if isinstance(tier, ObjectTier) and tier.bucket == bucket:
-            changes = {name: getattr(tier, name) for name in ObjectTier.model_fields} | changes
+            given = {name: getattr(tier, name) for name in ObjectTier.model_fields}
+            if changes.get("endpoint", "").startswith("http://"):
+                given["ca_bundle"] = None
+            changes = given | changes
             break
     else:
         if config is not None:
             raise ConfigError("config", os.fspath(config), f"has no tier in the bucket {bucket!r}")
+        changes = _of_aws() | changes
     if prefix or "prefix" not in changes:
         changes["prefix"] = prefix
     return ObjectTier(**{**changes, "bucket": bucket})
+
+
+def _of_aws() -> dict[str, str]:
+    """What AWS's own tools take from variables, beside the keys."""
+    found: dict[str, str] = {}
+    for setting, names in _VARIABLES.items():
+        for name in filter(os.environ.get, names):
+            found.setdefault(setting, os.environ[name])
+    return found

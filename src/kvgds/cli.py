@@ -35,7 +35,7 @@ from kvgds.upkeep.records import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvgds.config import FileTier, ObjectTier
+    from kvgds.config import ObjectTier
     from kvgds.doctor import Diagnosis, Part
     from kvgds.replay import Latency, Result
     from kvgds.upkeep import Listing, Report, Retention
@@ -192,14 +192,31 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @app.command()
 def doctor(
-    root: Annotated[Path | None, typer.Option(help="Look at this directory as well.")] = None,
+    *,
+    root: Annotated[
+        str | None, typer.Option(help="Look at this directory, or s3://BUCKET/PREFIX, as well.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; KVGDS_* override it.")] = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    ca_bundle: CaBundle = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how bytes would move on this machine, what is missing, and how to get it."""
+    from kvgds.config import FileTier, ObjectTier
     from kvgds.doctor import diagnose
 
-    found = diagnose(_tiers(root, config))
+    tiers = list(configured(config))
+    is_bucket = root is not None and root.startswith("s3://")
+    has_bucket = any(isinstance(tier, ObjectTier) for tier in tiers)
+    settings = config if is_bucket and has_bucket else None
+    where = _place(root or "", settings, endpoint, region, ca_bundle, name="--root")
+    if root is not None:
+        here = (
+            where if isinstance(where, ObjectTier) else FileTier(root=where, capacity_bytes=1 << 30)
+        )
+        tiers += [here] if here not in tiers else []
+    found = diagnose(tiers)
     if as_json:
         _print_json(dataclasses.asdict(found))
     else:
@@ -213,19 +230,12 @@ def _place(
     endpoint: str | None,
     region: str | None,
     ca_bundle: Path | None,
+    *,
+    name: str = "WHERE",
 ) -> Path | ObjectTier:
-    names = {"bucket": "WHERE", "prefix": "WHERE", "endpoint": "--endpoint", "region": "--region"}
+    names = {"bucket": name, "prefix": name, "endpoint": "--endpoint", "region": "--region"}
     with _options(**names, ca_bundle="--ca-bundle"):
         return place(where, config, endpoint, region, ca_bundle)
-
-
-def _tiers(root: Path | None, config: Path | None) -> list[FileTier | ObjectTier]:
-    from kvgds.config import FileTier
-
-    tiers = list(configured(config))
-    if root is not None:
-        tiers.append(FileTier(root=root, capacity_bytes=1 << 30))
-    return tiers
 
 
 def _print_diagnosis(found: Diagnosis) -> None:

@@ -1,8 +1,8 @@
 """What kvgds finds on this machine: how bytes would move, what is missing, and what to do.
 
 Everything is tried rather than guessed: NIXL's plugin is loaded, huge pages are asked for,
-and in each directory an engine of its own, in a folder that goes away again, stores blocks
-and loads them back. An engine that has the directory is not disturbed. Everything blocks.
+and in each directory and bucket an engine of its own, in a folder that goes away again, stores
+blocks and loads them back. An engine that has the directory is not disturbed. Everything blocks.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ _BOUNCED_BYTES = 10_001
 _CAPACITY = 64 << 20
 _ARENA = 8 << 20
 _FOLDER = ".kvgds-doctor-"
+_PREFIX = "kvgds-doctor/"
 _STALE_S = 3600
 _HUGE = "/sys/kernel/mm/transparent_hugepage/enabled"
 _NIXL = ("nixl-cu12", "nixl-cu13")
+_OBJ_FIX = "pip install nixl-cu12 instead of nixl-cu13, or leave it to obstore"
 _GDS_FIXES = (
     ("CuPy", f"{GPU_PACKAGES}, or use verify='stamp'"),
     ("can't be loaded", GPU_PACKAGES),
@@ -156,7 +158,8 @@ def diagnose(tiers: Sequence[FileTier | ObjectTier]) -> Diagnosis:
     nixl = _nixl()
     roots = tuple(_root(tier, works=nixl.ok) for tier in tiers if isinstance(tier, FileTier))
     buckets = tuple(_bucket(tier) for tier in tiers if isinstance(tier, ObjectTier))
-    ok = nixl.ok and all(part.ok for part in (*roots, *buckets))
+    needed = bool(roots) or not buckets  # to a bucket there is another way
+    ok = (nixl.ok or not needed) and all(part.ok for part in (*roots, *buckets))
     return Diagnosis(ok, versions(), nixl, _huge_pages(), _gpu(), roots, buckets)
 
 
@@ -166,6 +169,7 @@ def versions() -> dict[str, str]:
     return {
         "kvgds": _version("kvgds"),
         "nixl": nixl,
+        "obstore": _version("obstore"),
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
@@ -368,19 +372,44 @@ def _tell_gpu(plan: PathPlan, part: RootPart, folder: str) -> None:
         part.refused.append(Refusal(what, why.replace(folder, part.root), fix))
 
 
+# --- buckets ------------------------------------------------------------------------------
+
+
 def _bucket(tier: ObjectTier) -> BucketPart:
-    """Store and load with an engine in a namespace of its own, and remove what that leaves."""
+    """Store and load with an engine in a folder of its own, below the tier's prefix."""
     part = BucketPart(bucket=root_of(tier))
-    namespace = Namespace("kvgds-doctor", revision=secrets.token_hex(8))
-    config = EngineConfig(namespace=namespace, tiers=(tier,), bounce_bytes=4 << 20, timeout_s=15)
+    folder = f"{_PREFIX}{secrets.token_hex(8)}/"
     try:
-        plan, *_ = asyncio.run(_round_trips(config))
-        Bucket(tier).delete(f"{namespace.digest.hex()}/namespace.json")
+        trial = tier.model_copy(update={"prefix": f"{tier.prefix}{folder}"})
+        config = EngineConfig(
+            namespace=Namespace("kvgds-doctor"), tiers=(trial,), bounce_bytes=4 << 20, timeout_s=15
+        )
+        bucket = Bucket(tier)
+        try:
+            # By itself, because of that obstore says best what is wrong.
+            bucket.write(f"{folder}written", b"written")
+            plan, *_ = asyncio.run(_round_trips(config))
+        finally:
+            _clean(bucket, folder)
     except (KvgdsError, NotMoved) as error:
         report = error.report if isinstance(error, PathUnavailable) else ()
         told = "; ".join((str(error).partition("\n")[0], *report))
-        part.fail("bucket", told, fix_of(NotMoved(None, told)))
-        return part
+        part.fail(
+            "bucket", told, _OBJ_FIX if "OBJ plugin" in told else fix_of(NotMoved(None, told))
+        )
+    else:
+        _tell_bucket(plan, part)
+    return part
+
+
+def _clean(bucket: Bucket, folder: str) -> None:
+    """Remove what this trial has left, and what others have that were killed."""
+    for found in bucket.listing(_PREFIX):
+        if found.name.startswith(folder) or time.time() - found.stored_at > _STALE_S:
+            bucket.delete(found.name)
+
+
+def _tell_bucket(plan: PathPlan, part: BucketPart) -> None:
     part.backend = plan.backend
     part.summary = str(plan).partition("\n")[0].partition(": ")[2]
     part.evidence += plan.evidence
@@ -388,8 +417,10 @@ def _bucket(tier: ObjectTier) -> BucketPart:
     part.evidence.append(f"blocks of {sizes} bytes went there and back")
     for line in plan.refused:
         what, _, why = line.partition(": ")
-        part.refused.append(Refusal(what, why, "pip install nixl-cu12, or leave it at that"))
-    return part
+        part.refused.append(Refusal(what, why, _OBJ_FIX))
+
+
+# --- round trips --------------------------------------------------------------------------
 
 
 async def _round_trips(config: EngineConfig) -> tuple[PathPlan, ...]:

@@ -207,7 +207,7 @@ class Engine:
                 transport.abandon()
             left, waited = len(self._flights.running), self.config.drain_timeout_s
             raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
-        self._flights.deadlines.close()
+        self._flights.stop()
         try:
             for tier in reversed(self._tiers):  # who tells the first that it may go on, goes first
                 await self._in_thread(tier.close)

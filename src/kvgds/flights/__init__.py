@@ -112,6 +112,12 @@ class Flights:
         if self.relay is not None:
             self.relay.close()
 
+    def stop(self) -> None:
+        """Nothing is under way: let go of the loop's timers."""
+        self.deadlines.close()
+        if self.relay is not None:
+            self.relay.stop()
+
     def _relay(self, config: EngineConfig) -> Relay | None:
         last = config.tiers[-1]
         if len(config.tiers) == 1 or not isinstance(last, ObjectTier):

@@ -149,6 +149,12 @@ class Relay:
         self._closing = True
         self._go_on()
 
+    def stop(self) -> None:
+        """Nothing is under way: let go of the loop's timer."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+
     @property
     def busy(self) -> bool:
         """Whether something is under way."""

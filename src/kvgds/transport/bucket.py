@@ -17,7 +17,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from kvgds.errors import ConfigError
-from kvgds.memory import bytes_at
+from kvgds.memory import bytes_at, copy_pieces
 from kvgds.transport.contract import NotMoved
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NOISE = re.compile(
+    r"Generic S3 error: |Error performing list request: |\?list-type\S*"
+    r"|, max_retries: \d+|, retry_timeout: \S+ ?"
+)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _ERRNOS = (
     ("status code: 403", errno.EACCES),
@@ -90,7 +94,7 @@ class Bucket:
             NotMoved: ENOENT: there is none.
         """
         found = self._ask(lambda: self._store.get_range(name, start=0, length=nbytes))
-        bytes_at(address, len(found))[:] = memoryview(found).cast("B")
+        copy_pieces([memoryview(found).cast("B")], [bytes_at(address, len(found))])
 
     def write(self, name: str, data: bytes) -> None:
         """Make a small object. Raises NotMoved."""
@@ -152,7 +156,7 @@ def _told(error: Exception) -> NotMoved:
     Servers repeat tokens in what they write.
     """
     whole = str(error)
-    text = whole.partition("\n")[0].partition("<")[0].strip(" :")
+    text = _NOISE.sub("", whole.partition("\n")[0].partition("<")[0]).strip(" :")
     if code := _CODE.search(whole):
         text = f"{text} ({code[1]})"
     elif "HTTP error" in text and (cause := _CAUSE.search(whole)):

@@ -49,7 +49,7 @@ _TIMES = 1 << 16  # moments that are told apart
 
 _LOOK = "see to bucket, keys, region and endpoint"
 _FIXES = (
-    ("169.254.169.254", "give access_key and secret_key, or set what AWS's usual chain looks at"),
+    ("/latest/api/token", "give access_key and secret_key, or set what AWS's usual chain looks at"),
     ("SignatureDoesNotMatch", "see to secret_key"),
     ("InvalidAccessKeyId", "see to access_key and endpoint"),
     ("ExpiredToken", "get new keys"),
@@ -293,11 +293,11 @@ class _Inspector:
             return "there is no whole stamp", 0
         fault = _stamp_fault(stamp, name, size)
         if fault is None and not self._stamps_only:
-            wrong = self._digest(name, head[PAGE:], stamp) != stamp.checksum
+            wrong = self._digest(name, memoryview(head)[PAGE:], stamp) != stamp.checksum
             fault = "the payload does not match its checksum" if wrong else None
         return fault, 0 if fault else stamp.nbytes
 
-    def _digest(self, name: str, first: bytes, stamp: Stamp) -> bytes:
+    def _digest(self, name: str, first: memoryview, stamp: Stamp) -> bytes:
         """xxh3-128 of the payload that begins so, the rest read in bounded memory."""
         state = xxhash.xxh3_128(first[: stamp.nbytes])
         for start in range(_WINDOW, stamp.nbytes, _WINDOW):
