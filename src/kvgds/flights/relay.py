@@ -189,13 +189,13 @@ class Relay:
     def stored(self, move: Move) -> None:
         """The first tier has a new block."""
         key = move.key
+        if len(self._owed) > self.near.statistics().blocks:
+            self._forget_evicted()
         self._owed[key] = move.nbytes
         self._owed.move_to_end(key)
         if key in self._early:
             self._early.discard(key)
             self._urgent[key] = None
-        if len(self._owed) > self.near.statistics().blocks:
-            self._forget_evicted()
         self._go_on()
 
     def _forget_evicted(self) -> None:
@@ -204,18 +204,43 @@ class Relay:
             key, nbytes = self._owed.popitem(last=False)
             if self.near.contains(key):
                 self._owed[key] = nbytes
+            else:
+                self._give_up(key, None)
 
     def keeps(self, flight: Flight) -> bool:
         """Whether a store has to wait until the next tier has the block, too."""
         key = flight.key
-        if self._mode != "through" or not (key in self._owed or key in self._carrying):
+        if self._mode != "through":
             return False
-        self._waiting.setdefault(key, []).append(flight)
+        if key in self._owed or key in self._carrying:
+            self._waiting.setdefault(key, []).append(flight)
+            self._expect(key)
+        elif self.near.authoritative or self.far.contains(key):
+            return False
+        else:  # others may have stored it there, and not have taken it on
+            self._waiting.setdefault(key, []).append(flight)
+            self.far.prefix([key], lambda there: self._looked(flight, there))
+        return True
+
+    def _expect(self, key: BlockKey) -> None:
         self._urgent[key] = None
         if self.far.out:
             self._loop.call_soon(self._refuse, key, self._out_error(key))
         self._go_on()
-        return True
+
+    def _looked(self, flight: Flight, there: int) -> None:
+        key = flight.key
+        waiting = self._waiting.get(key, [])
+        if flight not in waiting:
+            return
+        if not there:
+            self._owed.setdefault(key, flight.leader.view.nbytes)
+            self._expect(key)
+            return
+        waiting.remove(flight)
+        if not waiting:
+            del self._waiting[key]
+        self.home.mirrored(flight, None)
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``, of both tiers together."""
