@@ -111,6 +111,22 @@ async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
             await storing
 
 
+async def test_room_is_made_of_what_was_stored_during_a_delete(place: Place) -> None:
+    """It is asked for while nothing of the key may be carried: that is not forgotten."""
+    async with place.opened("demote", tier={"capacity_bytes": SLOT}) as engine:
+        await fill(engine, b"key")
+        place.wire.hold(method="HEAD")
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        await fill(engine, b"key")
+        storing = asyncio.ensure_future(engine.store(b"other", content(b"other", SIZE)))
+        await turns()
+        place.wire.ok()
+        assert await deleting
+        assert await storing
+        assert await load(engine, b"key") == content(b"key", SIZE)
+
+
 # --- closing ------------------------------------------------------------------------------------
 
 

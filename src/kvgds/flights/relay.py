@@ -319,10 +319,15 @@ class Relay:
             self._carry(key, self._owed.pop(key))
 
     def _next(self) -> BlockKey | None:
+        later: list[BlockKey] = []  # once the delete, or the upload of another size, has ended
         while self._urgent:
             key = self._urgent.popitem(last=False)[0]
             if self._may_go(key):
+                self._urgent.update(dict.fromkeys(later))
                 return key
+            if key in self._owed:
+                later.append(key)
+        self._urgent.update(dict.fromkeys(later))
         if self._closing or self._mode == "demote":
             return None
         return next(filter(self._may_go, self._owed), None)
