@@ -461,6 +461,20 @@ async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) 
         assert engine.statistics().tiers[0].quarantined == 1
 
 
+async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
+    """A block of another size, between two looks at what was taken for damaged."""
+    async with far.engine() as engine:
+        await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
+        far.wire.hold(method="HEAD")
+        loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(PAGE))
+        far.wire.ok()
+        with pytest.raises(TransferError, match="changed it meanwhile"):
+            await loading
+        assert await engine.load(b"key", bytearray(PAGE))
+
+
 async def test_closing_waits_for_no_queue_of_questions(far: Far) -> None:
     """There are more than threads to ask them: those that wait are not asked any more."""
     async with far.engine(drain_timeout_s=5.0) as engine:

@@ -111,6 +111,22 @@ async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
             await storing
 
 
+async def test_room_is_made_of_what_was_stored_during_a_delete(place: Place) -> None:
+    """It is asked for while nothing of the key may be carried: that is not forgotten."""
+    async with place.opened("demote", tier={"capacity_bytes": SLOT}) as engine:
+        await fill(engine, b"key")
+        place.wire.hold(method="HEAD")
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        await fill(engine, b"key")
+        storing = asyncio.ensure_future(engine.store(b"other", content(b"other", SIZE)))
+        await turns()
+        place.wire.ok()
+        assert await deleting
+        assert await storing
+        assert await load(engine, b"key") == content(b"key", SIZE)
+
+
 # --- closing ------------------------------------------------------------------------------------
 
 
@@ -268,6 +284,39 @@ async def test_a_promotion_replaces_nothing(place: Place, tmp_path: Path, layout
         assert await engine.load(b"key", memory)
         assert memory == new
         assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
+
+
+async def test_through_says_what_was_evicted_before_its_upload(place: Place) -> None:
+    """At once, and closing does not wait for it: a shared directory waits for no upload."""
+    tier = {"layout": "files", "capacity_bytes": 4 * SLOT}
+    async with place.opened("through", tier=tier) as engine:
+        assert engine.held_objects is not None
+        engine.held_objects.hold("start")
+        items = [(b"%d" % n, content(b"%d" % n, SIZE)) for n in range(60)]
+        storing = asyncio.ensure_future(engine.store_many(items))
+        await until(lambda: engine.statistics().tiers[0].dropped >= 50)
+        await turns(100)
+        engine.held_objects.release()
+        outcomes = await storing
+    there = await asyncio.to_thread(place.there)
+    for key, status, error in outcomes:
+        if status == "stored":
+            assert there[name_of(key)] == content(key, SIZE)
+        else:
+            assert "evicted" in str(error)
+
+
+async def test_through_sees_to_what_others_have_stored(place: Place) -> None:
+    """In a shared directory: a store ends when the bucket has it, whoever was to upload it."""
+    tier = {"layout": "files"}
+    async with support.opened(place.root, tier=tier) as engine:
+        await fill(engine, b"key")
+    async with place.opened("through", tier=tier) as engine:
+        assert not await engine.store(b"key", content(b"key", SIZE))
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"key", SIZE)}
+        puts = place.wire.requests
+        assert not await engine.store(b"key", content(b"key", SIZE))
+        assert place.wire.requests == puts
 
 
 # --- a bucket that takes nothing ----------------------------------------------------------------

@@ -209,7 +209,7 @@ class Engine:
             raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
         self._flights.stop()
         try:
-            for tier in self._tiers:
+            for tier in reversed(self._tiers):  # who tells the first that it may go on, goes first
                 await self._in_thread(tier.close)
         finally:
             for transport in self._transports:

@@ -320,8 +320,9 @@ class Flights:
 
     def _unlasting(self, key: BlockKey) -> None:
         """What is loaded just now may have been deleted meanwhile: it is not to be kept."""
-        if (loading := self._flights.get((key, False))) is not None:
-            loading.lasting = False
+        for flight in (*self.running, self._flights.get((key, False))):
+            if flight is not None and flight.key == key:
+                flight.lasting = False
 
     # --- pumping ----------------------------------------------------------------------
 

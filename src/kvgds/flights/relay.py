@@ -189,13 +189,13 @@ class Relay:
     def stored(self, move: Move) -> None:
         """The first tier has a new block."""
         key = move.key
+        if len(self._owed) > self.near.statistics().blocks:
+            self._forget_evicted()
         self._owed[key] = move.nbytes
         self._owed.move_to_end(key)
         if key in self._early:
             self._early.discard(key)
             self._urgent[key] = None
-        if len(self._owed) > self.near.statistics().blocks:
-            self._forget_evicted()
         self._go_on()
 
     def _forget_evicted(self) -> None:
@@ -204,18 +204,43 @@ class Relay:
             key, nbytes = self._owed.popitem(last=False)
             if self.near.contains(key):
                 self._owed[key] = nbytes
+            else:
+                self._give_up(key, None)
 
     def keeps(self, flight: Flight) -> bool:
         """Whether a store has to wait until the next tier has the block, too."""
         key = flight.key
-        if self._mode != "through" or not (key in self._owed or key in self._carrying):
+        if self._mode != "through":
             return False
-        self._waiting.setdefault(key, []).append(flight)
+        if key in self._owed or key in self._carrying:
+            self._waiting.setdefault(key, []).append(flight)
+            self._expect(key)
+        elif self.near.authoritative or self.far.contains(key):
+            return False
+        else:  # others may have stored it there, and not have taken it on
+            self._waiting.setdefault(key, []).append(flight)
+            self.far.prefix([key], lambda there: self._looked(flight, there))
+        return True
+
+    def _expect(self, key: BlockKey) -> None:
         self._urgent[key] = None
         if self.far.out:
             self._loop.call_soon(self._refuse, key, self._out_error(key))
         self._go_on()
-        return True
+
+    def _looked(self, flight: Flight, there: int) -> None:
+        key = flight.key
+        waiting = self._waiting.get(key, [])
+        if flight not in waiting:
+            return
+        if not there:
+            self._owed.setdefault(key, flight.leader.view.nbytes)
+            self._expect(key)
+            return
+        waiting.remove(flight)
+        if not waiting:
+            del self._waiting[key]
+        self.home.mirrored(flight, None)
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``, of both tiers together."""
@@ -294,10 +319,15 @@ class Relay:
             self._carry(key, self._owed.pop(key))
 
     def _next(self) -> BlockKey | None:
+        later: list[BlockKey] = []  # once the delete, or the upload of another size, has ended
         while self._urgent:
             key = self._urgent.popitem(last=False)[0]
             if self._may_go(key):
+                self._urgent.update(dict.fromkeys(later))
                 return key
+            if key in self._owed:
+                later.append(key)
+        self._urgent.update(dict.fromkeys(later))
         if self._closing or self._mode == "demote":
             return None
         return next(filter(self._may_go, self._owed), None)
@@ -339,13 +369,13 @@ class Relay:
 
     def _give_up(self, key: BlockKey, error: Exception | None) -> None:
         """The first tier has it no more, or can't read it: then it is not to be spared."""
-        self._failed += error is not None
         if key in self._owed:  # it has another by now
             return
+        self._failed += error is not None
         if isinstance(error, TransferError):
             self.near.look_again([key])
-        error = error or TransferError("it was evicted", direction="store", key=key)
-        self._refuse(key, error)
+        text = f"{self.near.name} can't give it any more: {error or 'it was evicted'}"
+        self._refuse(key, TransferError(text, direction="store", key=key))
 
     def _arrived(self, upload: _Upload) -> None:
         """Tell the stores of this block; those of another size, stored meanwhile, wait on."""

@@ -336,6 +336,8 @@ class Objects:
             self._run(self._transport.bucket.check, self._tried)
 
     def _tried(self, ended: Future[None]) -> None:
+        if self._closed:
+            return
         error = ended.exception()
         if error is not None or self._transport.stuck:
             self._try_later(self._breaker.trip(str(error) if error else self.out))
@@ -345,7 +347,7 @@ class Objects:
         self._tell()
 
     def _tell(self) -> None:
-        if self._changed is not None:
+        if self._changed is not None and not self._closed:
             self._changed()
 
     def _turned_away(self, moves: Sequence[Move]) -> bool:
@@ -416,6 +418,9 @@ class Objects:
             if _matches(stamp, bucket.read(place, 0, nbytes)):
                 text = "what arrived is not what is stored, which is sound; try again"
                 return TransferError(text, errno=errno.EIO, **move.context)
+        if bucket.size(place) != nbytes:
+            text = "others have changed it meanwhile; try again"
+            return TransferError(text, errno=errno.EIO, **move.context)
         bucket.rename(place, f"quarantine/{place.replace('/', '.')}")
         return None
 
