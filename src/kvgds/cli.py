@@ -16,7 +16,7 @@ import re
 import signal
 import sqlite3
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,7 @@ from kvgds.upkeep.records import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvgds.bench.measure import Row
     from kvgds.config import ObjectTier
     from kvgds.doctor import Diagnosis, Part
     from kvgds.replay import Latency, Result
@@ -550,6 +551,58 @@ def _times(of: Latency) -> str:
         return "not called"
     spread = f"{of.p50_ms:.3f} / {of.p95_ms:.3f} / {of.p99_ms:.3f} ms"
     return f"{counted(of.calls, 'call')}, p50 / p95 / p99: {spread}"
+
+
+# --- bench --------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    *,
+    root: Annotated[
+        Path, typer.Option(help="Directory on the disk to measure, which gets its room back.")
+    ] = Path(),
+    gpu: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="This GPU; the first one if not given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each contender.")] = 3,
+    nbytes: Annotated[
+        int,
+        typer.Option(
+            "--bytes",
+            parser=parse_size,
+            metavar="SIZE",
+            show_default=False,
+            help="What a run moves, 256M (256 MiB) if not given; so the largest blocks.",,
+        ),
+    ] = 256 << 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results here too, as JSON lines.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine's paths beside what its disk and memory can do, in about a minute.
+
+    Contenders take turns; what is told are medians of their runs, and the
+    range. A load is ok if its bytes were right, whoever made it.
+    """
+    from kvgds.bench.quick import Scale, first_gpu, quick
+    from kvgds.bench.table import print_rows
+
+    async def run() -> list[Row]:
+        chosen = first_gpu() if gpu is None else gpu
+        with _progress() as told:
+            return [row async for row in quick(root, chosen, Scale(nbytes, rounds), told)]
+
+    with open(out, "x", encoding="utf-8") if out is not None else nullcontext() as file:
+        rows = asyncio.run(run())
+        if file is not None:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    else:
+        print_rows(rows, _console())
 
 
 @app.command()

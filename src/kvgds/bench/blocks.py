@@ -1,0 +1,237 @@
+"""What is moved, and engines that move it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvgds.bench.measure import Contender, Sample, drive, watched
+from kvgds.blocks import Namespace
+from kvgds.config import EngineConfig, FileTier
+from kvgds.engine import open_engine
+from kvgds.memory import Arena
+from kvgds.memory.device import cuda
+from kvgds.replay import Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from kvgds.engine import Engine
+    from kvgds.flights import Memory
+    from kvgds.memory import Span
+
+_ALIGNMENT = 2 << 20  # of GPU memory: no other has part in its pages
+
+
+class _OnGpu:
+    """Memory of a GPU as array libraries describe it."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class Content:
+    """Blocks to store, and room to load them into; every page of any block is another.
+
+    Args:
+        block: bytes, whole pages.
+        gpu: the GPU that they lie on; None: in the host's memory.
+
+    Attributes:
+        source: the host's copy of all blocks, one behind the other.
+        target: room for as much.
+    """
+
+    def __init__(self, block: int, count: int, gpu: int | None = None) -> None:
+        self.block, self.count, self.gpu = block, count, gpu
+        self._pattern = Pattern(block)
+        self._arenas = {store: Arena(block * count) for store in (True, False)}
+        self.source, self.target = self._arenas[True].bytes, self._arenas[False].bytes
+        self._pattern.fill(range(count), self.source)
+        self._allocated: dict[bool, int] = {}
+        if gpu is not None:
+            for store in (True, False):
+                cuda().pin(self.near(store=store))
+                self._allocated[store] = cuda().allocate(gpu, self.nbytes + _ALIGNMENT)
+                self._copy(store=store, down=False)
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        for store, address in self._allocated.items():
+            cuda().free(address)
+            cuda().unpin(self.near(store=store))
+        self._allocated.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return self.block * self.count
+
+    def near(self, *, store: bool) -> Span:
+        """Where the host's memory is."""
+        return self._arenas[store].span
+
+    def far(self, *, store: bool) -> int:
+        """The address of the GPU's memory."""
+        return -(-self._allocated[store] // _ALIGNMENT) * _ALIGNMENT
+
+    def part(self, i: int, *, store: bool) -> memoryview:
+        """The host's memory of one block."""
+        whole = self.source if store else self.target
+        return whole[i * self.block : (i + 1) * self.block]
+
+    def arrays(self, fragments: int, *, store: bool) -> list[Any]:
+        """The memory in layers, as a paged cache has it: each blocks x bytes of a fragment."""
+        shape = (self.count, self.block // fragments)
+        if self.gpu is None:
+            flat = np.frombuffer(self.source if store else self.target, np.uint8)
+            return list(flat.reshape(fragments, *shape))
+        layer = self.nbytes // fragments
+        first = self.far(store=store)
+        return [_OnGpu(first + n * layer, shape) for n in range(fragments)]
+
+    def right(self) -> int:
+        """How many blocks lie right in the target, which is cleared for the next load."""
+        if self.gpu is not None:
+            self._copy(store=False, down=True)
+        wrong = self._pattern.differing(range(self.count), self.target)
+        if self.gpu is not None:
+            self._copy(store=False, down=False)
+        return self.count - len(wrong)
+
+    def _copy(self, *, store: bool, down: bool) -> None:
+        ends = self.near(store=store).address, self.far(store=store)
+        to, source = ends if down else ends[::-1]
+        cuda().copy_now([(to, source, self.nbytes)])
+
+
+class Blocks:
+    """The content's blocks, by one engine.
+
+    Args:
+        fragments: pieces that a block lies in. More than one: in a paged cache, of which a content
+            of the same order is made, so that nothing but the order of its bytes differs.
+    """
+
+    def __init__(self, engine: Engine, content: Content, fragments: int = 1) -> None:
+        self.engine, self.content = engine, content
+        self.keys = [f"{content.block}-{i}".encode() for i in range(content.count)]
+        self._caches = {
+            store: engine.register_cache(content.arrays(fragments, store=store))
+            for store in (True, False)
+        }
+
+    async def close(self) -> None:
+        """Remove what is stored, and let the memory go."""
+        await self.clear()
+        for cache in self._caches.values():
+            await self.engine.deregister(cache)
+
+    async def clear(self) -> None:
+        """Remove what is stored."""
+        await asyncio.gather(*(self.engine.delete(key) for key in self.keys))
+
+    def memory(self, i: int, *, store: bool) -> Memory:
+        """What is given to the engine for one block."""
+        return self._caches[store].block(i)
+
+    async def move_one(self, i: int, *, store: bool) -> bool:
+        """Whether a block was written, or was there."""
+        call = self.engine.store if store else self.engine.load
+        return await call(self.keys[i], self.memory(i, store=store))
+
+    async def move(self, in_flight: int, *, store: bool) -> Sample:
+        """Move every block by a call of its own, so many at a time.
+
+        Loads of wrong bytes have not succeeded.
+        """
+        one = partial(self.move_one, store=store)
+        return self._judged(await self._run(self.content.count, in_flight, one, store=store), store)
+
+    async def move_batches(self, batch: int, *, store: bool) -> Sample:
+        """Move them in calls of so many blocks, two calls at a time."""
+        call = self.engine.store_many if store else self.engine.load_many
+        count, moved = self.content.count, 0
+
+        async def one(n: int) -> bool:
+            nonlocal moved
+            numbers = range(n * batch, min((n + 1) * batch, count))
+            outcomes = await call([(self.keys[i], self.memory(i, store=store)) for i in numbers])
+            moved += sum(each.status in ("stored", "hit") for each in outcomes)
+            return True
+
+        sample = await self._run(-(-count // batch), 2, one, store=store)
+        sample.asked, sample.succeeded = count, moved
+        return self._judged(sample, store)
+
+    async def _run(
+        self, calls: int, in_flight: int, operation: Callable[[int], Any], *, store: bool
+    ) -> Sample:
+        if store:
+            await self.clear()
+        sample = Sample(nbytes=self.content.nbytes)
+        async with watched(sample):
+            await drive(calls, in_flight, sample, operation)
+        return sample
+
+    def _judged(self, sample: Sample, stored: bool) -> Sample:  # noqa: FBT001 - one of ours
+        if not stored:
+            sample.succeeded = min(sample.succeeded, self.content.right())
+        return sample
+
+    def contender(self, name: str, in_flight: int, *, store: bool) -> Contender:
+        """This engine, one way."""
+        tier = self.engine.config.tiers[0]
+        if not isinstance(tier, FileTier):
+            raise TypeError(tier)
+        return Contender(
+            name=name,
+            run=lambda: self.move(in_flight, store=store),
+            tier=tier.layout,
+            path=self.path,
+            verified=tier.verify == "full",
+        )
+
+    @property
+    def path(self) -> str:
+        """How its bytes move."""
+        memory = "host" if self.content.gpu is None else "gpu"
+        plan = next(each for each in self.engine.plan if each.memory == memory)
+        return f"{plan.path} {plan.backend}"
+
+
+@asynccontextmanager
+async def opened(
+    below: Path,
+    *,
+    path: str = "auto",
+    allow_compat: bool = False,
+    transport_threads: int = 1,
+    **tier: Any,  # noqa: ANN401 - FileTier's settings
+) -> AsyncIterator[Engine]:
+    """An engine on a fresh directory, which goes with it."""
+    root = Path(tempfile.mkdtemp(dir=below))
+    config = EngineConfig(
+        namespace=Namespace("kvgds-bench"),
+        tiers=(FileTier(root=root / "kv", **{"capacity_bytes": 4 << 30, **tier}),),
+        path=path,  # type: ignore[arg-type]
+        allow_compat=allow_compat,
+        transport_threads=transport_threads,
+    )
+    try:
+        async with open_engine(config) as engine:
+            yield engine
+    finally:
+        shutil.rmtree(root)

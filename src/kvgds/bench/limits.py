@@ -1,0 +1,260 @@
+"""What the machine can do without an engine: system calls on threads, NIXL alone, fio, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from kvgds.bench.measure import Contender, Sample, drive, timed
+from kvgds.memory import region_of
+from kvgds.memory.device import cuda
+from kvgds.transport.agent import Agent
+from kvgds.transport.contract import File
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvgds.bench.blocks import Content
+    from kvgds.memory.device import Copying
+    from kvgds.transport.agent import Request
+
+_HUGE_PAGES = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class Disk:
+    """A preallocated file for all blocks of a content; it goes with :meth:`close`."""
+
+    def __init__(self, path: Path, content: Content, *, direct: bool) -> None:
+        self.path, self.content, self.direct = path, content, direct
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0), 0o600)
+        os.posix_fallocate(self.fd, 0, content.nbytes)
+
+    def close(self) -> None:
+        """Remove the file."""
+        os.close(self.fd)
+        self.path.unlink()
+
+    def move(self, i: int, *, store: bool) -> bool:
+        """One block by one system call."""
+        call = os.pwritev if store else os.preadv
+        part = self.content.part(i, store=store)
+        return call(self.fd, [part], i * self.content.block) == self.content.block
+
+    def checked(self, sample: Sample, *, store: bool) -> Sample:
+        """Only loads of the right bytes have succeeded."""
+        if not store:
+            sample.succeeded = min(sample.succeeded, self.content.right())
+        return sample
+
+
+def threads(disk: Disk, count: int, *, store: bool) -> Contender:
+    """``preadv`` or ``pwritev`` on so many threads, from and to huge pages."""
+
+    async def run() -> Sample:
+        with ThreadPoolExecutor(count) as pool:
+            return disk.checked(
+                await asyncio.to_thread(_by_threads, disk, pool, count, store=store), store=store
+            )
+
+    name = f"{'pwritev' if store else 'preadv'}, {count} threads"
+    return Contender(name, run, kind="limit", path="system calls")
+
+
+def awaited(disk: Disk, count: int, *, store: bool) -> Contender:
+    """The same calls as an asyncio program makes them: by ``run_in_executor``."""
+
+    async def run() -> Sample:
+        loop, sample = asyncio.get_running_loop(), Sample(nbytes=disk.content.nbytes)
+        with ThreadPoolExecutor(count) as pool, timed(sample):
+
+            async def one(i: int) -> bool:
+                return await loop.run_in_executor(pool, lambda: disk.move(i, store=store))
+
+            await drive(disk.content.count, count, sample, one)
+        return disk.checked(sample, store=store)
+
+    name = f"{'pwritev' if store else 'preadv'}, {count} threads, awaited"
+    return Contender(name, run, kind="limit", path="system calls")
+
+
+def _by_threads(disk: Disk, pool: ThreadPoolExecutor, count: int, *, store: bool) -> Sample:
+    numbers, lock = iter(range(disk.content.count)), threading.Lock()
+    sample = Sample(nbytes=disk.content.nbytes, asked=disk.content.count)
+    moved: list[bool] = []
+
+    def work() -> None:
+        while True:
+            with lock:
+                i = next(numbers, None)
+            if i is None:
+                return
+            started = time.perf_counter()
+            moved.append(disk.move(i, store=store))
+            sample.latencies.append(time.perf_counter() - started)
+
+    with timed(sample):
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()
+    sample.succeeded = sum(moved)
+    return sample
+
+
+class RawNixl:
+    """NIXL's POSIX plugin in a bare loop: one row a request, so many requests at a time."""
+
+    def __init__(self, disk: Disk, queue: str) -> None:
+        self.disk, self.queue = disk, queue
+        self._pool = ThreadPoolExecutor(1, f"raw-{queue}")  # an agent keeps to one thread
+        self._file = File(disk.fd)
+        self._regions = {
+            store: region_of(memory)
+            for store, memory in ((True, disk.content.source), (False, disk.content.target))
+        }
+        self._agent: Agent = self._pool.submit(Agent, f"raw-{queue}", (queue,)).result()
+
+    def contender(self, in_flight: int, *, store: bool) -> Contender:
+        """This plugin, one way."""
+
+        async def run() -> Sample:
+            loop = asyncio.get_running_loop()
+            sample = await loop.run_in_executor(
+                self._pool, lambda: self._run(in_flight, store=store)
+            )
+            return self.disk.checked(sample, store=store)
+
+        return Contender(
+            f"NIXL POSIX/{self.queue} alone", run, kind="limit", path=f"POSIX/{self.queue}"
+        )
+
+    def close(self) -> None:
+        """End the agent."""
+        self._pool.submit(self._agent.close).result()
+        self._pool.shutdown()
+
+    def _run(self, in_flight: int, *, store: bool) -> Sample:
+        content, agent, region = self.disk.content, self._agent, self._regions[store]
+        agent.register(self._file, far=False)
+        agent.register(region, far=False)
+        (span,), block = region.spans, content.block
+        sample = Sample(nbytes=content.nbytes, asked=content.count)
+        flying: list[tuple[float, Request]] = []
+        waiting = list(range(content.count))[::-1]
+        with timed(sample):
+            while waiting or flying:
+                while waiting and len(flying) < in_flight:
+                    at, started = waiting.pop() * block, time.perf_counter()
+                    local, remote = (span.address + at, block, 0), (at, block, self.disk.fd)
+                    request = agent.post([local], [remote], write=store, far=False)
+                    flying.append((started, request))
+                ended = [each for each in flying if agent.check(each[1])]
+                for started, request in ended:
+                    agent.release(request)
+                    sample.latencies.append(time.perf_counter() - started)
+                    sample.succeeded += request.error is None
+                flying = [each for each in flying if each not in ended]
+        return sample
+
+
+def fio(disk: Disk, in_flight: int, *, store: bool) -> Contender | None:
+    """Fio with io_uring on the same file; None: it is not installed. It checks no bytes."""
+    program = shutil.which("fio")
+    if program is None:
+        return None
+    command = [program, "--name=limit", f"--filename={disk.path}", "--output-format=json"]
+    command += [
+        f"--direct={int(disk.direct)}",
+        f"--bs={disk.content.block}",
+        "--invalidate=0",
+        "--iomem_align=2m",
+    ]
+    command += [f"--iodepth={in_flight}", f"--size={disk.content.nbytes}", "--ioengine=io_uring"]
+    command += ["--rw=write" if store else "--rw=read", "--mem=malloc"]
+
+    async def run() -> Sample:
+        done = await asyncio.to_thread(
+            subprocess.run, command, env=_HUGE_PAGES, capture_output=True, check=True
+        )
+        return _of_fio(json.loads(done.stdout)["jobs"][0], disk.content, store=store)
+
+    return Contender("fio io_uring", run, kind="limit", path="io_uring")
+
+
+def _of_fio(job: dict[str, Any], content: Content, *, store: bool) -> Sample:
+    way = job["write" if store else "read"]
+    seconds = way["runtime"] / 1e3
+    shares = way["clat_ns"].get("percentile", {})
+    wanted = [shares[f"{q:f}"] / 1e9 for q in (50, 95, 99) if f"{q:f}" in shares]
+    return Sample(
+        nbytes=way["io_bytes"],
+        seconds=way["io_bytes"] / way["bw_bytes"] if way["bw_bytes"] else seconds,
+        cpu=(job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3,
+        asked=content.count,
+        succeeded=way["total_ios"] if not job["error"] else 0,
+        latencies=wanted,
+    )
+
+
+def memcpy(content: Content, count: int) -> Contender:
+    """Copies from the source to the target on so many threads: what memory alone allows."""
+    to, source = content.near(store=False).address, content.near(store=True).address
+
+    def copy(part: range) -> int:
+        for i in part:
+            ctypes.memmove(to + i * content.block, source + i * content.block, content.block)
+        return len(part)
+
+    async def run() -> Sample:
+        sample = Sample(nbytes=content.nbytes, asked=content.count)
+        parts = [range(n, content.count, count) for n in range(count)]
+        with ThreadPoolExecutor(count) as pool, timed(sample):
+            copying = [asyncio.wrap_future(pool.submit(copy, part)) for part in parts]
+            copied = sum(await asyncio.gather(*copying))
+        sample.succeeded = min(copied, content.right())
+        return sample
+
+    return Contender(f"memcpy, {count} threads", run, kind="limit", path="memory")
+
+
+def copies(content: Content, in_flight: int, *, store: bool) -> Contender:
+    """Copies between a GPU and page-locked memory of the host, so many blocks at a time."""
+    device = content.gpu or 0
+    near, far = content.near(store=True).address, content.far(store=store)
+    to, source = (near, far) if store else (far, near)
+
+    def run_now() -> Sample:
+        sample = Sample(nbytes=content.nbytes, asked=content.count)
+        flying: deque[tuple[float, Copying]] = deque()
+
+        def land() -> None:
+            started, copying = flying.popleft()
+            while not copying.done:
+                time.sleep(0)
+            sample.latencies.append(time.perf_counter() - started)
+            sample.succeeded += 1
+
+        with timed(sample):
+            for at in range(0, content.nbytes, content.block):
+                if len(flying) == in_flight:
+                    land()
+                one = [(to + at, source + at, content.block)]
+                flying.append((time.perf_counter(), cuda().copy(device, one)))
+            while flying:
+                land()
+        return sample
+
+    async def run() -> Sample:
+        sample = await asyncio.to_thread(run_now)
+        if not store:
+            sample.succeeded = min(sample.succeeded, content.right())
+        return sample
+
+    return Contender("copy alone", run, kind="limit", path="cudaMemcpyAsync")

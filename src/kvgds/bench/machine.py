@@ -1,0 +1,88 @@
+"""What numbers were taken on: a report that every file of results begins with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgds.memory.cufile import cufile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvgds.paths import PathPlan
+
+_HERE = os.fspath(Path(__file__).parent)
+_PACKAGES = ("kvgds", "nixl-cu12", "nixl-cu13", "obstore", "numpy", "torch")
+_GPU = "--query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max"
+
+
+def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
+    """The machine, as far as it bears on blocks that go to a directory and come back.
+
+    Args:
+        root: the directory.
+        plans: those of the engines that are measured.
+    """
+    cpu = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    by_gds = any(plan.path.startswith("gds") for plan in plans)
+    return {
+        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "filesystem": filesystem(root),
+        "disk": _disk(root),
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled") or "none",
+        "gpu": _said("nvidia-smi", _GPU, "--format=csv,noheader") or "none",
+        "cufile": cufile().means().text if by_gds else "not opened",
+        "versions": {name: text for name in _PACKAGES if (text := _version(name))},
+        "plan": [str(plan).partition("\n")[0] for plan in plans],
+        "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
+    }
+
+
+def filesystem(root: Path) -> str:
+    """The kind of file system that a directory is on."""
+    mounts = [line.split() for line in _read("/proc/mounts").splitlines()]
+    here = root.resolve()
+    below = [each for each in mounts if here.is_relative_to(each[1])]
+    return max(below, key=lambda each: len(each[1]))[2] if below else "unknown"
+
+
+def _disk(root: Path) -> str:
+    """The block device below a directory, as the kernel names it."""
+    number = os.stat(root).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not device.exists():
+        return "none"
+    whole = device if (device / "queue").exists() else device.resolve().parent
+    spins = _read(whole / "queue/rotational") == "1"
+    model = _read(whole / "device/model") or device.resolve().name
+    return f"{model}, {'rotating' if spins else 'solid state'}"
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _read(path: str | Path) -> str:
+    with suppress(OSError):
+        return Path(path).read_text("utf-8").strip()
+    return ""
+
+
+def _said(*command: str) -> str:
+    """What a command answers; nothing if there is none, or it fails."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - ours
+        return done.stdout.strip()
+    return ""
