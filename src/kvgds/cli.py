@@ -573,7 +573,7 @@ def bench(
             parser=parse_size,
             metavar="SIZE",
             show_default=False,
-            help="What a run moves, 256M (256 MiB) if not given; so the largest blocks.",,
+            help="What a run moves, and twice the largest block; 256M (256 MiB) if not given.",
         ),
     ] = 256 << 20,
     out: Annotated[
