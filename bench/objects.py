@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import os
 import secrets
@@ -30,33 +29,45 @@ import time
 from collections import defaultdict
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import boto3
-from measure import Sample, alternate, emit, median, quantile, report_machine, timed
 from obstore.store import S3Store
-from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks, ticks_beside
+from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks_beside
 from s3server import KEYS, Server, server
 
 import kvgds
+from kvgds.bench.machine import report
+from kvgds.bench.measure import (
+    Cell,
+    Contender,
+    Sample,
+    alternate,
+    emit,
+    quantile,
+    quiet,
+    row_of,
+    ticks,
+    timed,
+)
 from kvgds.memory import Arena
 from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    Runs = dict[str, list[Sample]]
-    Contender = Callable[[], Awaitable[Sample]]
-    Rows = AsyncIterator[dict[str, object]]
+    from kvgds.bench.measure import Row
+
+    Rows = AsyncIterator[Row]
+    Run = Callable[[], Awaitable[Sample]]
 
 MIB = 1 << 20
 AIOBOTOCORE = "aiobotocore==3.10.0"
 IN_FLIGHT = 16
-BASE = "obstore"
 
 
 @dataclass
@@ -95,9 +106,18 @@ class Setup:
     def server_cpu(self) -> float:
         return self.served.cpu_seconds() if self.served is not None else 0.0
 
-    def row(self, scenario: str, **more: object) -> dict[str, object]:
-        """What every row says."""
-        return {"scenario": scenario, "server": self.kind, **more}
+    def cell(self, scenario: str, block: int, in_flight: int, direction: str) -> Cell:
+        """What its contenders have in common."""
+        return Cell(
+            scenario=scenario,
+            memory="host",
+            block=block,
+            fragments=1,
+            in_flight=in_flight,
+            direction=direction,
+            cache=self.kind,
+            filesystem="s3",
+        )
 
 
 class Janitor:
@@ -258,7 +278,7 @@ class Contenders:
         """What a contender's names begin with."""
         return f"{self.setup.prefix}{name.replace(', ', '-').replace(' ', '-')}/{what}"
 
-    def run(self, name: str, *, write: bool) -> Contender:
+    def run(self, name: str, *, write: bool) -> Run:
         """Store all blocks under fresh names, or load those that `prepare` stored."""
 
         async def store() -> Sample:
@@ -379,30 +399,15 @@ async def contenders(
         yield found
 
 
-# --- rows -----------------------------------------------------------------------------------
+# --- scenarios ------------------------------------------------------------------------------
 
 
-def compare(runs: Runs, base: str) -> Iterator[tuple[str, dict[str, object]]]:
-    """What there is to say of each contender, beside the base."""
-    rate = median(runs[base], "rate")
-    for name, samples in runs.items():
-        times = [[quantile(s.latencies, q) for s in samples if s.latencies] for q in (0.5, 0.99)]
-        p50, p99 = (round(statistics.median(each) * 1e3, 2) if each else None for each in times)
-        yield (
-            name,
-            {
-                "contender": name,
-                "GB/s": round(median(samples, "rate"), 3),
-                "ratio": round(median(samples, "rate") / rate, 3),
-                "spread": [round(f(s.rate for s in samples) / rate, 3) for f in (min, max)],
-                "p50_ms": p50,
-                "p99_ms": p99,
-                "cpu_s_per_GiB": round(median(samples, "cpu_per_gib"), 3),
-                "succeeded": sum(s.succeeded for s in samples),
-                "asked": sum(s.asked for s in samples),
-                "base": base,
-            },
-        )
+def contender(name: str, run: Run) -> Contender:
+    """Of ours, each verifies what it loads; of the others, none."""
+    if not name.startswith("kvgds"):
+        return Contender(name, run, kind="peer")
+    backend = next((each for each in ("nixl", "obstore") if each in name), None)
+    return Contender(name, run, tier="bucket", path=backend, verified=True)
 
 
 async def objects(setup: Setup) -> Rows:
@@ -411,23 +416,16 @@ async def objects(setup: Setup) -> Rows:
         async with contenders(setup, block, setup.few(whole), unasked=True) as all_of_them:
             for write in (True, False):
                 all_of_them.served.clear()
-                entries = {
-                    name: all_of_them.run(name, write=write)
+                entries = [
+                    contender(name, all_of_them.run(name, write=write))
                     for name in all_of_them.names
                     if write or "HEAD" not in name
-                }
-                runs = await alternate(entries, setup.rounds)
-                for name, row in compare(runs, BASE):
-                    served = all_of_them.served[name][1:]
-                    more = {"server_cpu_s_per_GiB": round(statistics.median(served), 3)}
-                    yield setup.row(
-                        "objects",
-                        block=block,
-                        direction="store" if write else "load",
-                        in_flight=IN_FLIGHT,
-                        **row,
-                        **(more if setup.served else {}),
-                    )
+                ]
+                cell = setup.cell("objects", block, IN_FLIGHT, "store" if write else "load")
+                for each, samples in await alternate(entries, setup.rounds):
+                    served = all_of_them.served[each.name][1:]
+                    spent = round(statistics.median(served), 3) if setup.served else None
+                    yield row_of(cell, each, samples, server_cpu_s_per_GiB=spent)
         await setup.janitor.clear("")
 
 
@@ -445,37 +443,31 @@ async def ticker(setup: Setup) -> Rows:
             made = child(setup, python, "obstore", block, count)
             elsewhere = await stack.enter_async_context(made)
             await elsewhere.move(there.stem("elsewhere", "there"), write=True)
-            late: dict[str, list[list[float]]] = defaultdict(list)
+            ran: dict[str, list[Sample]] = defaultdict(list)
             idle: dict[str, list[list[float]]] = defaultdict(list)
-            moved: dict[str, list[int]] = defaultdict(list)
             for turn in range(setup.rounds + 1):
                 names = ["elsewhere", *there.names]
                 at = turn % len(names)
                 for name in names[at:] + names[:at]:
-                    ran = await _tick(there, elsewhere, name, f"ticks-{turn}")
+                    before, late, *counts = await _tick(there, elsewhere, name, f"ticks-{turn}")
                     if turn:
-                        idle[name].append(ran[0])
-                        late[name].append(ran[1])
-                        moved[name].append(ran[2])
-                        if ran[2] != ran[3]:
-                            raise RuntimeError(f"{name}: {ran[2]} of {ran[3]} blocks moved")
-            for name, runs in late.items():
+                        idle[name].append(before)
+                        moved = {"succeeded": counts[0], "asked": counts[1]}
+                        nbytes = counts[0] * block
+                        sample = Sample(nbytes, setup.tick_s, late=late, **moved)
+                        ran[name].append(sample)
+            for name, samples in ran.items():
                 before = statistics.median(quantile(run, 0.99) for run in idle[name])
-                p99 = statistics.median(quantile(run, 0.99) for run in runs)
-                more = [quantile(run, 0.99) - before for run in runs]
-                worst = statistics.median(map(max, runs)) - statistics.median(map(max, idle[name]))
-                rate = statistics.median(moved[name]) * block / setup.tick_s / 1e9
-                yield setup.row(
-                    "ticker",
-                    block=block,
-                    in_flight=2 * IN_FLIGHT,
-                    contender=name,
+                runs = [quantile(sample.late, 0.99) for sample in samples]
+                worst = [max(sample.late) for sample in samples]
+                yield row_of(
+                    setup.cell("ticker", block, 2 * IN_FLIGHT, "both"),
+                    contender(name, _none),
+                    samples,
                     idle_p99_ms=round(before * 1e3, 3),
-                    p99_more_ms=round((p99 - before) * 1e3, 3),
-                    spread_ms=[round(min(more) * 1e3, 3), round(max(more) * 1e3, 3)],
-                    worst_more_ms=round(worst * 1e3, 3),
-                    blocks_moved=sum(moved[name]),
-                    **{"GB/s": round(rate, 3)},
+                    p99_more_ms=round((statistics.median(runs) - before) * 1e3, 3),
+                    p99_more_spread_ms=[round((f(runs) - before) * 1e3, 3) for f in (min, max)],
+                    worst_ms=round(statistics.median(worst) * 1e3, 3),
                 )
         await setup.janitor.clear("")
 
@@ -543,7 +535,7 @@ async def _stores(setup: Setup, memory: Memory) -> Rows:
         drains: list[Sample] = []
         turns = iter(range(1 << 30))
 
-        def run(name: str) -> Contender:
+        def run(name: str) -> Run:
             async def store() -> Sample:
                 stem, engine = f"{name} {next(turns)}", peers[name].engine
                 sample = await move(peers[name], memory, stem, write=True)
@@ -555,24 +547,16 @@ async def _stores(setup: Setup, memory: Memory) -> Rows:
 
             return store
 
-        runs = await alternate({name: run(name) for name in tiers}, setup.rounds)
-    for name, row in compare(
-        {k: v for k, v in runs.items() if k != "object tier alone"}, "file tier alone"
-    ):
-        stores = [s.succeeded / s.seconds for s in runs[name]]
-        yield setup.row(
-            "stack",
-            what="stores acknowledged",
-            block=memory.block,
-            in_flight=IN_FLIGHT,
-            **row,
-            **{"stores/s": round(statistics.median(stores), 1)},
-        )
-    carried = {"object tier alone": runs["object tier alone"], "backlog": drains[1:]}
-    for _, row in compare(carried, "object tier alone"):
-        yield setup.row(
-            "stack", what="into the bucket", block=memory.block, in_flight=IN_FLIGHT, **row
-        )
+        own = {name: contender(f"kvgds, {name}", run(name)) for name in tiers}
+        runs = await alternate(list(own.values()), setup.rounds)
+        taken = dict(zip(own, (samples for _, samples in runs), strict=True))
+    acknowledged = setup.cell("stack: stores acknowledged", memory.block, IN_FLIGHT, "store")
+    carried = setup.cell("stack: into the bucket", memory.block, IN_FLIGHT, "store")
+    alone = own["object tier alone"]
+    for name in ("file tier alone", "stack, back"):
+        yield row_of(acknowledged, own[name], taken[name])
+    yield row_of(carried, alone, taken["object tier alone"])
+    yield row_of(carried, replace(alone, name="kvgds, backlog"), drains[1:])
 
 
 async def _drained(engine: kvgds.Engine, block: int) -> Sample:
@@ -616,8 +600,8 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
                 again = await _loads(engine, keys, theirs, promotes=False)
                 usable["stack, again"].append(again[0])
                 succeeded = _relay(engine).promoted
+    cell = setup.cell("stack: promotion", memory.block, 1, "load")
     for name, runs in usable.items():
-        p50, p99 = (statistics.median(quantile(r, q) for r in runs[1:]) for q in (0.5, 0.99))
         more: dict[str, object] = {}
         if name == "stack":
             ended = statistics.median(quantile(r, 0.5) for r in kept[1:])
@@ -627,16 +611,15 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
                 "usable_before_promoted": round(statistics.median(p50_of(*b) for b in both), 3),
                 "promoted": succeeded,
             }
-        yield setup.row(
-            "stack",
-            what="promotion",
-            block=memory.block,
-            in_flight=1,
-            contender=name,
-            p50_ms=round(p50 * 1e3, 3),
-            p99_ms=round(p99 * 1e3, 3),
-            **more,
-        )
+        samples = [
+            Sample(memory.block * len(run), sum(run), 0.0, len(run), len(run), latencies=run)
+            for run in runs[1:]
+        ]
+        yield row_of(cell, contender(f"kvgds, {name}", _none), samples, **more)
+
+
+async def _none() -> Sample:
+    raise NotImplementedError
 
 
 def p50_of(usable: list[float], kept: list[float]) -> float:
@@ -722,9 +705,8 @@ async def main() -> None:
             served=served,
             aiobotocore=python,
         )
-        gc.collect()
-        gc.freeze()  # as in engine.py
-        machine = report_machine(root)
+        stack.enter_context(quiet())
+        machine = report(root)
         machine["aiobotocore"] = AIOBOTOCORE if python else "left out: no --aiobotocore"
         emit({"machine": machine}, options.out)
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import mmap
+import os
 import shutil
 import tempfile
 from contextlib import asynccontextmanager
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvgds.bench.measure import Contender, Sample, drive, watched
-from kvgds.blocks import Namespace
+from kvgds.blocks import PAGE, Namespace
 from kvgds.config import EngineConfig, FileTier
 from kvgds.engine import open_engine
 from kvgds.memory import Arena
@@ -121,13 +124,15 @@ class Blocks:
     """The content's blocks, by one engine.
 
     Args:
-        fragments: pieces that a block lies in. More than one: in a paged cache, of which a content
-            of the same order is made, so that nothing but the order of its bytes differs.
+        fragments: pieces that a block lies in, each in another layer of a paged cache.
+        name: what the keys begin with.
     """
 
-    def __init__(self, engine: Engine, content: Content, fragments: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, content: Content, fragments: int = 1, name: str = ""
+    ) -> None:
         self.engine, self.content = engine, content
-        self.keys = [f"{content.block}-{i}".encode() for i in range(content.count)]
+        self.keys = [f"{name}{content.block}-{i}".encode() for i in range(content.count)]
         self._caches = {
             store: engine.register_cache(content.arrays(fragments, store=store))
             for store in (True, False)
@@ -193,16 +198,21 @@ class Blocks:
 
     def contender(self, name: str, in_flight: int, *, store: bool) -> Contender:
         """This engine, one way."""
-        tier = self.engine.config.tiers[0]
-        if not isinstance(tier, FileTier):
-            raise TypeError(tier)
         return Contender(
             name=name,
-            run=lambda: self.move(in_flight, store=store),
-            tier=tier.layout,
+            run=partial(self.move, in_flight, store=store),
+            tier=self.tier.layout,
             path=self.path,
-            verified=tier.verify == "full",
+            verified=self.tier.verify == "full",
         )
+
+    @property
+    def tier(self) -> FileTier:
+        """Where the engine keeps them; there are no other tiers."""
+        (tier,) = self.engine.config.tiers
+        if not isinstance(tier, FileTier):
+            raise TypeError(tier)
+        return tier
 
     @property
     def path(self) -> str:
@@ -213,25 +223,55 @@ class Blocks:
 
 
 @asynccontextmanager
-async def opened(
-    below: Path,
-    *,
-    path: str = "auto",
-    allow_compat: bool = False,
-    transport_threads: int = 1,
-    **tier: Any,  # noqa: ANN401 - FileTier's settings
-) -> AsyncIterator[Engine]:
-    """An engine on a fresh directory, which goes with it."""
+async def opened(below: Path, **settings: Any) -> AsyncIterator[Engine]:  # noqa: ANN401 - of many kinds
+    """An engine on a fresh directory, which goes with it.
+
+    Args:
+        below: where the directory is made.
+        settings: EngineConfig's and FileTier's.
+    """
     root = Path(tempfile.mkdtemp(dir=below))
-    config = EngineConfig(
-        namespace=Namespace("kvgds-bench"),
-        tiers=(FileTier(root=root / "kv", **{"capacity_bytes": 4 << 30, **tier}),),
-        path=path,  # type: ignore[arg-type]
-        allow_compat=allow_compat,
-        transport_threads=transport_threads,
-    )
+    of_tier = {name: value for name, value in settings.items() if name in FileTier.model_fields}
+    others = {name: value for name, value in settings.items() if name not in of_tier}
+    tier = FileTier(root=root / "kv", **{"capacity_bytes": 4 << 30, **of_tier})
+    config = EngineConfig(namespace=Namespace("kvgds-bench"), tiers=(tier,), **others)
     try:
         async with open_engine(config) as engine:
             yield engine
     finally:
         shutil.rmtree(root)
+
+
+def cold(folder: Path) -> str | None:
+    """Drop a tree's files from the page cache; what is to be said if more than 1 % stayed.
+
+    What somebody has mapped stays, an index for example.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    every, kept = sum(path.stat().st_size for path in files), sum(map(_dropped, files))
+    return f"{kept:,} bytes of {folder} stayed in the page cache" if kept > every / 100 else None
+
+
+def _dropped(path: Path) -> int:
+    """Bytes of a file that are in the page cache after it was told to drop them."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return _resident(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def _resident(fd: int, nbytes: int) -> int:
+    """Bytes of a file's pages that are in memory."""
+    if not nbytes:
+        return 0
+    with mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        there = (ctypes.c_ubyte * (-(-nbytes // PAGE)))()
+        at = np.frombuffer(mapped, np.uint8)
+        address = ctypes.c_void_p(at.ctypes.data)
+        del at  # or the mapping could not be closed
+        if ctypes.CDLL(None).mincore(address, ctypes.c_size_t(nbytes), there):
+            raise OSError("mincore failed")
+        return sum(page & 1 for page in there) * PAGE

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import resource
 import statistics
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from pathlib import Path
 
     Row = dict[str, Any]
 
@@ -234,3 +236,12 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def emit(row: Row, out: Path | None) -> None:
+    """Print a row, and add it to a file of results, as JSON."""
+    text = json.dumps(row)
+    print(text, flush=True)  # noqa: T201 - what a bench does
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")

@@ -1,0 +1,549 @@
+"""The file tier: against the machine's limits and other projects, and what it costs an event loop.
+
+    python bench/files.py [--root DIR] [--rounds 5] [--only sizes,models,peers,...] [--gpu N]
+                          [--peers DIR] [--quick] [--out FILE]
+
+A row a contender and cell, as JSON lines; contenders take turns. `--quick` is one round of few
+blocks, to see that it runs. Peers run from the environments that `bench/peers/install.py` made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers.process import PeerProcess, available
+
+from kvgds import EngineConfig, FileTier, Namespace, open_engine
+from kvgds.bench import limits
+from kvgds.bench.blocks import Blocks, Content, cold, opened
+from kvgds.bench.grid import Field, field_of, moves, ticker
+from kvgds.bench.machine import filesystem, report
+from kvgds.bench.measure import (
+    Contender,
+    Sample,
+    alternate,
+    drive,
+    emit,
+    quiet,
+    row_of,
+    rows_of,
+    timed,
+    watched,
+)
+from kvgds.blocks import XXH3_128
+from kvgds.tiers.directory import prepare_root
+from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.space import slab_name, slot_bytes_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from kvgds import Engine
+    from kvgds.bench.measure import Row
+
+    Rows = AsyncIterator[Row]
+    Run = Callable[[], Awaitable[Sample]]
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = [4 * KIB << n for n in range(15)]
+"""As NIXL's own benchmark: 4 KiB to 64 MiB, doubling."""
+MODELS = ((576 * KIB, 1), (9 * MIB // 4, 1), (2 * MIB, 64))
+"""Blocks of real models and their fragments: DeepSeek-R1 on 16 GPUs in a row, the same on 8 with
+larger pages, and 16 tokens of Llama 3.1 8B: 32 layers, K and V."""
+PEER_SIZES = (64 * KIB, 576 * KIB, MIB, 9 * MIB // 4, 16 * MIB)
+
+
+@dataclass
+class Setup:
+    """What is run."""
+
+    root: Path
+    rounds: int
+    quick: bool
+    gpu: int | None
+    peers: Mapping[str, Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks of a run."""
+        return (4 if self.quick else 256) * MIB
+
+    @property
+    def seconds(self) -> float:
+        """How long things run that have no end of their own."""
+        return 0.05 if self.quick else 1.0
+
+    def some(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Of these; a quick run does with the smallest."""
+        return sizes[:1] if self.quick else sizes
+
+    def field(self) -> AbstractAsyncContextManager[Field]:
+        """Engines to measure."""
+        return field_of(self.root, self.gpu, self.rounds, self.nbytes)
+
+
+# --- store and load -------------------------------------------------------------------------
+
+
+async def sizes(setup: Setup) -> Rows:
+    """Blocks of every size, 16 in flight, beside what disk and copies alone take."""
+    async with setup.field() as place:
+        for block in setup.some(SIZES):
+            async for row in moves(place, block, 16):
+                yield row
+
+
+async def single(setup: Setup) -> Rows:
+    """One block at a time: what each costs, and how long it takes."""
+    async with setup.field() as place:
+        for block in setup.some([4 * KIB, 64 * KIB, MIB]):
+            async for row in moves(place, block, 1):
+                yield row
+
+
+async def models(setup: Setup) -> Rows:
+    """Blocks of real models, scattered over layers as they are."""
+    async with setup.field() as place:
+        for block, fragments in MODELS[-1:] if setup.quick else MODELS:
+            async for row in moves(place, block, 16, fragments):
+                yield row
+
+
+async def batches(setup: Setup) -> Rows:
+    """Small blocks, 64 in each call, two calls at a time."""
+    async with setup.field() as place:
+        for block in setup.some([4 * KIB, 64 * KIB, 256 * KIB]):
+            content = Content(block, place.count(block, 16), setup.gpu)
+            blocks = {name: Blocks(each, content) for name, each in place.engines.items()}
+            for store in (True, False):
+                contenders = [
+                    replace(
+                        each.contender(name, 128, store=store),
+                        run=partial(each.move_batches, 64, store=store),
+                    )
+                    for name, each in blocks.items()
+                ]
+                cell = place.cell("batch", block, 128, "store" if store else "load")
+                for row in await rows_of(cell, contenders, setup.rounds):
+                    yield row
+            for each in blocks.values():
+                await each.close()
+            content.close()
+
+
+# --- what a server does ---------------------------------------------------------------------
+
+
+async def mixed(setup: Setup) -> Rows:
+    """Loads that somebody waits for, four at a time, alone and while stores take all they can."""
+    async with opened(setup.root) as engine:
+        place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
+        for block in setup.some([64 * KIB, MIB, 9 * MIB // 4]):
+            wanted = Blocks(engine, Content(block, max(8, place.count(block, 4) // 4)))
+            others = Blocks(engine, Content(block, 64), name="others")
+            await wanted.move(16, store=True)
+            alone = wanted.contender("loads alone", 4, store=False)
+            beside = replace(
+                alone, name="loads beside stores", run=partial(_beside_stores, wanted, others)
+            )
+            cell = place.cell("mixed", block, 4, "load")
+            for row in await rows_of(cell, [alone, beside], setup.rounds):
+                yield row
+            await wanted.close()
+            await others.close()
+
+
+async def _beside_stores(wanted: Blocks, others: Blocks) -> Sample:
+    stop = asyncio.Event()
+
+    async def stores(first: int) -> None:
+        i = first
+        while not stop.is_set():
+            await others.engine.delete(others.keys[i])
+            await others.move_one(i, store=True)
+            i = (i + 32) % 64
+
+    storing = [asyncio.ensure_future(stores(n)) for n in range(32)]
+    sample = await wanted.move(4, store=False)
+    stop.set()
+    await asyncio.gather(*storing)
+    return sample
+
+
+async def burst(setup: Setup) -> Rows:
+    """16 prompts at once: how much of each is stored, and then all of it, as it arrives.
+
+    The latencies are those of prompts: until their first block is there, and until the last is.
+    """
+    prompts, blocks_of_each = (4, 4) if setup.quick else (16, 32)
+    async with opened(setup.root) as engine:
+        place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
+        for block in setup.some([64 * KIB, 576 * KIB]):
+            blocks = Blocks(engine, Content(block, prompts * blocks_of_each))
+            await blocks.move(16, store=True)
+            for what in ("first block", "whole prompt"):
+                contender = replace(
+                    blocks.contender(f"kvgds, {what}", 16, store=False),
+                    run=partial(_burst, blocks, prompts, first=what == "first block"),
+                )
+                cell = place.cell("burst", block, prompts * blocks_of_each, "load")
+                for row in await rows_of(cell, [contender], setup.rounds):
+                    yield row
+            await blocks.close()
+
+
+async def _burst(blocks: Blocks, prompts: int, *, first: bool) -> Sample:
+    each = blocks.content.count // prompts
+    sample = Sample(nbytes=blocks.content.nbytes, asked=blocks.content.count)
+
+    async def prompt(n: int) -> None:
+        numbers = range(n * each, (n + 1) * each)
+        started = time.perf_counter()
+        found = await blocks.engine.prefix([blocks.keys[i] for i in numbers])
+        items = [(blocks.keys[i], blocks.memory(i, store=False)) for i in numbers[:found]]
+        times = []
+        async for outcome in blocks.engine.load_each(items):
+            sample.succeeded += outcome.hit
+            times.append(time.perf_counter() - started)
+        sample.latencies.append(times[0] if first else times[-1])
+
+    async with watched(sample):
+        await asyncio.gather(*(prompt(n) for n in range(prompts)))
+    sample.succeeded = min(sample.succeeded, blocks.content.right())
+    return sample
+
+
+async def evict(setup: Setup) -> Rows:
+    """Stores into a tier with room, and into a full one, where each makes another block go."""
+    for block in setup.some([64 * KIB, MIB]):
+        count = max(16, setup.nbytes // block // (1 if block >= MIB else 4))
+        async with AsyncExitStack() as stack:
+            engines = {}
+            for name, room in (("with room", 4 * count), ("full", count // 2)):
+                capacity = room * slot_bytes_for(block) + (16 << 20)
+                opening = opened(setup.root, capacity_bytes=capacity)
+                engines[name] = await stack.enter_async_context(opening)
+            place = Field(setup.root, None, setup.rounds, setup.nbytes, engines)
+            content = Content(block, count)
+            contenders = []
+            for name, engine in engines.items():
+                blocks = Blocks(engine, content)
+                contenders.append(
+                    replace(
+                        blocks.contender(f"kvgds, {name}", 16, store=True),
+                        run=partial(_fresh, blocks, clear=name == "with room"),
+                    )
+                )
+            cell = place.cell("evict", block, 16, "store")
+            for (contender, samples), engine in zip(
+                await alternate(contenders, setup.rounds), engines.values(), strict=True
+            ):
+                evicted = engine.statistics().tiers[0].evictions
+                yield row_of(cell, contender, samples, evictions=evicted)
+
+
+async def _fresh(blocks: Blocks, *, clear: bool) -> Sample:
+    """Store every block under a key that was never used."""
+    if clear:
+        await blocks.clear()
+    started = time.perf_counter_ns()
+    blocks.keys = [f"{started}-{i}".encode() for i in range(blocks.content.count)]
+    sample = Sample(nbytes=blocks.content.nbytes)
+    async with watched(sample):
+        await drive(blocks.content.count, 16, sample, partial(blocks.move_one, store=True))
+    return sample
+
+
+# --- the event loop -------------------------------------------------------------------------
+
+
+async def loop(setup: Setup) -> Rows:
+    """How much later a 1 ms ticker is with 32 transfers in flight, both ways."""
+    async with opened(setup.root) as engine:
+        place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
+        for block in setup.some([256 * KIB, MIB, 9 * MIB // 4]):
+            for row in await ticker(place, block, 16, setup.seconds):
+                yield row
+
+
+async def busy(setup: Setup) -> Rows:
+    """Throughput left while the loop is 80 % busy in Python, in slices of several lengths.
+
+    Also how much of its own work the loop then gets done: beside a hog alone.
+    """
+    async with opened(setup.root) as engine:
+        place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
+        for block in setup.some([256 * KIB, MIB]):
+            blocks = Blocks(engine, Content(block, place.count(block, 16)))
+            await blocks.move(16, store=True)
+            for store in (True, False):
+                idle = blocks.contender("idle loop", 32, store=store)
+                contenders = [idle]
+                for slice_s in (0.8e-3, 4e-3, 16e-3):
+                    name = f"80 % busy, slices of {slice_s * 1e3:g} ms"
+                    contenders.append(
+                        replace(idle, name=name, run=partial(_hogged, idle.run, slice_s))
+                    )
+                cell = place.cell("busy", block, 32, "store" if store else "load")
+                for row in await rows_of(cell, contenders, setup.rounds):
+                    yield row
+            await blocks.close()
+
+
+async def _hogged(run: Run, slice_s: float) -> Sample:
+    stop = asyncio.Event()
+
+    async def hog() -> None:
+        while not stop.is_set():
+            end = time.perf_counter() + slice_s
+            while time.perf_counter() < end:
+                pass
+            await asyncio.sleep(slice_s / 4)
+
+    hogging = asyncio.ensure_future(hog())
+    sample = await run()
+    stop.set()
+    await hogging
+    return sample
+
+
+# --- the index ------------------------------------------------------------------------------
+
+
+async def prefix(setup: Setup) -> Rows:
+    """``engine.prefix`` of 1,000 keys in an index of a million blocks, and how long it opens."""
+    namespace = Namespace(model="bench")
+    root, count = setup.root / "million", 2_000 if setup.quick else 1_000_000
+    keys = make_index(root, namespace, count)
+    tier = FileTier(root=root, capacity_bytes=16 << 30)
+    started = time.perf_counter()
+    async with open_engine(EngineConfig(namespace=namespace, tiers=(tier,))) as engine:
+        opening = time.perf_counter() - started
+
+        async def ask() -> Sample:
+            sample = Sample(asked=1)
+            with timed(sample):
+                sample.succeeded = await engine.prefix(keys[:1000]) == len(keys[:1000])
+            sample.latencies.append(sample.seconds)
+            return sample
+
+        place = Field(setup.root, None, setup.rounds, 0, {"kvgds": engine})
+        cell = place.cell("prefix", 4 * KIB, 1, "load")
+        (run,) = await alternate([Contender("kvgds", ask, tier="slabs")], setup.rounds)
+        yield row_of(cell, *run, keys=1000, index=count, opening_s=round(opening, 2))
+    shutil.rmtree(root)
+
+
+def make_index(root: Path, namespace: Namespace, blocks: int) -> list[bytes]:
+    """Write the index of a slab directory that holds so many 4 KiB blocks; their keys."""
+    slot_bytes = slot_bytes_for(4 * KIB)
+    root.mkdir()
+    prepare_root(root, "slabs")
+    with (root / slab_name(0, slot_bytes)).open("wb") as slab:
+        slab.truncate(slot_bytes * blocks)
+    index = Index(connect(root / "index.db"), lambda *_: None, lambda: None)
+    number = index.namespace(namespace.digest, namespace.text)
+    keys = [hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in range(blocks)]
+    index.apply(Changes(add_slab=[(0, slot_bytes, blocks)]))
+    rows = [(i, number, key, i, 4 * KIB, XXH3_128, i, 0) for i, key in enumerate(keys)]
+    index.apply(Changes(put=rows))
+    index.close()
+    return keys
+
+
+# --- other projects -------------------------------------------------------------------------
+
+
+async def peers(setup: Setup) -> Rows:
+    """Against what others use, in one run with it: what each writes and reads, by its own ways.
+
+    Loads from a disk begin with a cold page cache, which O_DIRECT does without; those from a warm
+    one run at memory's speed. On tmpfs there is no disk, and all ways are one.
+    """
+    kind = filesystem(setup.root)
+    async with AsyncExitStack() as stack:
+        engines = {}
+        for name, settings in ENGINES.items():
+            if kind != "tmpfs" or "page cache" not in name:
+                engines[name] = await stack.enter_async_context(opened(setup.root, **settings))
+        for block in setup.some(PEER_SIZES):
+            async for row in _against_peers(setup, engines, block, kind):
+                yield row
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "kvgds": {},
+    "kvgds, no checksum": {"verify": "stamp"},
+    "kvgds, no checksum, 2 threads": {"verify": "stamp", "transport_threads": 2},
+    "kvgds, page cache": {"direct_io": "never"},
+    "kvgds, page cache, no checksum": {"direct_io": "never", "verify": "stamp"},
+}
+DISK = (
+    (True, "O_DIRECT"),
+    (True, "page cache"),
+    (False, "page cache, cold"),
+    (False, "page cache, warm"),
+)
+MEMORY = ((True, "tmpfs"), (False, "tmpfs"))
+
+
+@dataclass
+class Entrant:
+    """Who takes part, one way and the other, and where its files are."""
+
+    folder: Path
+    contender: Callable[..., Contender]
+    cached: bool
+
+    def takes_part(self, cache: str) -> bool:
+        """Whether it does what a cell is about. Loads from a cold cache everybody does."""
+        return cache in ("tmpfs", "page cache, cold") or self.cached == cache.startswith("page")
+
+    def prepared(self, cache: str, *, store: bool) -> Contender:
+        """With its files written out before a run, so that it pays for no other's, or dropped."""
+        contender = self.contender(store=store)
+
+        async def run() -> Sample:
+            os.sync()
+            note = cold(self.folder) if cache == "page cache, cold" else None
+            if note is not None:
+                raise RuntimeError(f"{contender.name}: {note}")
+            return await contender.run()
+
+        return replace(contender, run=run) if cache != "tmpfs" else contender
+
+
+async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, kind: str) -> Rows:
+    place = Field(setup.root, None, setup.rounds, setup.nbytes, engines)
+    content = Content(block, place.count(block, 16))
+    async with AsyncExitStack() as stack:
+        ours = {name: Blocks(each, content) for name, each in engines.items()}
+        entrants = [_own(blocks, name) for name, blocks in ours.items()]
+        folder = setup.root / "limit"
+        folder.mkdir()
+        disk = limits.Disk(folder / "file", content, direct=place.direct)
+        stack.callback(shutil.rmtree, folder)
+        entrants.append(Entrant(folder, partial(limits.threads, disk, 16), cached=False))
+        for name, python in setup.peers.items():
+            entrants += await _peers(setup, name, python, content, stack)
+        for store, cache in MEMORY if kind == "tmpfs" else DISK:
+            way = "store" if store else "load"
+            there = [each for each in entrants if each.takes_part(cache)]
+            contenders = [each.prepared(cache, store=store) for each in there]
+            cell = replace(place.cell("peers", block, 16, way), cache=cache)
+            for row in await rows_of(cell, contenders, setup.rounds):
+                yield row
+        for blocks in ours.values():
+            await blocks.close()
+
+
+def _own(blocks: Blocks, name: str) -> Entrant:
+    tier = blocks.tier
+    contender = partial(blocks.contender, name, 16)
+    return Entrant(tier.root, contender, cached=tier.direct_io == "never")
+
+
+async def _peers(
+    setup: Setup, name: str, python: Path, content: Content, stack: AsyncExitStack
+) -> list[Entrant]:
+    """A process for each way in which a peer can work; none if it can't here."""
+    found: list[Entrant] = []
+    variants: list[str | None] = [None]
+    while variants:
+        variant = variants.pop()
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=setup.root))
+        stack.callback(shutil.rmtree, folder)
+        size = (content.block, content.count, 16)
+        process = await PeerProcess.start(name, python, folder, *size, variant=variant)
+        stack.push_async_callback(process.stop)
+        if variant is None and process.ready.get("variants"):
+            variants = process.ready["variants"]
+        elif "unavailable" in process.ready:
+            print(f"{name}: {process.ready['unavailable']}", file=sys.stderr)
+        else:
+            found.append(_peer(process, folder))
+    return found
+
+
+def _peer(process: PeerProcess, folder: Path) -> Entrant:
+    ready = process.ready
+    cached = ready["cache"] != "O_DIRECT"
+
+    def contender(*, store: bool) -> Contender:
+        return Contender(
+            name=process.name,
+            run=lambda: process.run("store" if store else "load"),
+            kind="peer",
+            path=ready["cache"],
+            verified=ready["verifies"],
+            note=f"version {ready['version']}",
+        )
+
+    return Entrant(folder, contender, cached=cached)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
+    "sizes": sizes,
+    "single": single,
+    "models": models,
+    "batches": batches,
+    "mixed": mixed,
+    "burst": burst,
+    "evict": evict,
+    "loop": loop,
+    "busy": busy,
+    "prefix": prefix,
+    "peers": peers,
+}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--gpu", type=int)
+    parser.add_argument("--peers", type=Path, default=Path(__file__).parents[1] / ".peers")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    if unknown := set(chosen.only.split(",")) - set(SCENARIOS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
+    return chosen
+
+
+async def main() -> None:
+    chosen = options()
+    with tempfile.TemporaryDirectory(dir=chosen.root) as root, quiet():
+        setup = Setup(
+            root=Path(root),
+            rounds=1 if chosen.quick else chosen.rounds,
+            quick=chosen.quick,
+            gpu=chosen.gpu,
+            peers=available(chosen.peers),
+        )
+        async with setup.field() as place:
+            machine = report(setup.root, place.plans)
+        emit({"machine": machine, "command": " ".join(sys.argv[1:])}, chosen.out)
+        for name in chosen.only.split(","):
+            async for row in SCENARIOS[name](setup):
+                emit(row, chosen.out)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

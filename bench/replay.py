@@ -1,0 +1,137 @@
+"""A trace of requests against tiers too small for it: what they still hit, and what that saves.
+
+    python bench/replay.py TRACE [--root DIR] [--capacities 0.01,0.1,0.5] [--block-bytes 4096]
+                           [--prefill 10000] [--token-bytes 70272] [--limit N] [--out FILE]
+
+The trace is Mooncake's kind (`kvgds replay --help`). A tier's capacity is a share of all the blocks
+that the trace names. Beside the hit rate stands that of LRU itself, which keeps as many blocks and
+takes one request after another, as with `in_flight` 1. With 8 in flight, a prefix that two of them
+share can't hit, for neither has stored it yet.
+
+Blocks are small, so that a disk holds the trace. What a hit saves is reckoned for real ones: the
+time to prefill its 512 tokens at `--prefill` tokens a second, less the time to load them at
+`--token-bytes` a token and the rate at which blocks of 16 MiB load in this run. 70,272 bytes are
+DeepSeek-R1's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+from kvgds.bench.blocks import Blocks, Content, opened
+from kvgds.bench.grid import Field
+from kvgds.bench.machine import report
+from kvgds.bench.measure import Contender, Sample, emit, row_of, rows_of
+from kvgds.replay import TOKENS, Latency, Settings, replay, requests_of
+from kvgds.tiers.space import slot_bytes_for
+
+MIB = 1 << 20
+
+
+def lru_hit_rate(trace: Path, limit: int | None, blocks: int) -> float:
+    """Of blocks: the longest prefix of each request that LRU still has, if it keeps so many."""
+    kept: OrderedDict[int, None] = OrderedDict()
+    asked = hits = 0
+    for ids in requests_of(trace, limit):
+        n = next((n for n, each in enumerate(ids) if each not in kept), len(ids))
+        asked, hits = asked + len(ids), hits + n
+        for each in ids:
+            kept[each] = None
+            kept.move_to_end(each)
+            if len(kept) > blocks:
+                kept.popitem(last=False)
+    return hits / asked
+
+
+async def load_rate(root: Path, rounds: int) -> tuple[list[dict[str, object]], float]:
+    """Rows for 16 MiB loads, and their GB/s."""
+    async with opened(root) as engine:
+        place = Field(root, None, rounds, 512 * MIB, {"kvgds": engine})
+        blocks = Blocks(engine, Content(16 * MIB, 32))
+        await blocks.move(16, store=True)
+        cell = place.cell("load", 16 * MIB, 16, "load")
+        rows = await rows_of(cell, [blocks.contender("kvgds", 16, store=False)], rounds)
+        return rows, rows[0]["GB/s"]
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--capacities", default="0.01,0.1,0.5")
+    parser.add_argument("--block-bytes", type=int, default=4096)
+    parser.add_argument("--prefill", type=float, default=10_000)
+    parser.add_argument("--token-bytes", type=int, default=70_272)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    requests = list(requests_of(chosen.trace, chosen.limit))
+    every = len({block for ids in requests for block in ids})
+    slot = slot_bytes_for(chosen.block_bytes)
+    root = Path(tempfile.mkdtemp(dir=chosen.root))
+    try:
+        async with opened(root) as engine:
+            place = Field(root, None, 1, 0, {"kvgds": engine})
+            path = f"{engine.plan[0].path} {engine.plan[0].backend}"
+            emit({"machine": report(root, engine.plan)}, chosen.out)
+        rows, gb_s = await load_rate(root, 3)
+        emit(rows[0], chosen.out)
+        saved_s = TOKENS / chosen.prefill - TOKENS * chosen.token_bytes / (gb_s * 1e9)
+        for share in map(float, chosen.capacities.split(",")):
+            for in_flight in (1, 8):
+                blocks = int(every * share)
+                folder = root / f"{share}-{in_flight}"
+                settings = Settings(
+                    folder, chosen.block_bytes, blocks * slot, in_flight, chosen.limit
+                )
+                done = await replay(chosen.trace, settings, lambda *_: None)
+                shutil.rmtree(folder)
+                moved = done.hits + done.stored
+                sample = Sample(
+                    nbytes=done.bytes_loaded + done.bytes_stored,
+                    seconds=done.seconds,
+                    asked=moved + done.errors,
+                    succeeded=moved,
+                )
+                cell = place.cell("replay", chosen.block_bytes, in_flight, "both")
+                contender = Contender("kvgds", _none, tier="slabs", path=path, verified=True)
+                row = row_of(
+                    cell,
+                    contender,
+                    [sample],
+                    trace=chosen.trace.name,
+                    requests=done.requests,
+                    capacity=share,
+                    capacity_blocks=blocks,
+                    hit_rate=done.hit_rate,
+                    lru_hit_rate=round(lru_hit_rate(chosen.trace, chosen.limit, blocks), 4),
+                    bytes_loaded=done.bytes_loaded,
+                    bytes_stored=done.bytes_stored,
+                    evictions=done.evictions,
+                    prefill_tokens_per_s=chosen.prefill,
+                    token_bytes=chosen.token_bytes,
+                    ttft_saved_s=round(done.hits * saved_s / done.requests, 4),
+                )
+                emit(
+                    row | _times("prefix", done.prefix) | _times("load_many", done.load_many),
+                    chosen.out,
+                )
+    finally:
+        shutil.rmtree(root)
+
+
+async def _none() -> Sample:
+    raise NotImplementedError
+
+
+def _times(name: str, of: Latency) -> dict[str, float]:
+    return {f"{name}_p50_ms": of.p50_ms, f"{name}_p99_ms": of.p99_ms}
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
