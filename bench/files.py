@@ -4,7 +4,7 @@
                           [--peers DIR] [--quick] [--out FILE]
 
 A row a contender and cell, as JSON lines; contenders take turns. `--quick` is one round of few
-blocks, to see that it runs. Peers run from the environments that `bench/peers/install.py` made.
+blocks, to see that it runs. Peers run in the environments that `bench/peers.py` made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peers.process import PeerProcess, available
+from filepeers import PEERS
+from peers import FOLDER, Process, python_of, started
 
 from kvgds import EngineConfig, FileTier, Namespace, open_engine
 from kvgds.bench import limits
@@ -50,7 +51,7 @@ from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import slab_name, slot_bytes_for
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from kvgds import Engine
@@ -76,7 +77,7 @@ class Setup:
     rounds: int
     quick: bool
     gpu: int | None
-    peers: Mapping[str, Path]
+    peers: Path
 
     @property
     def nbytes(self) -> int:
@@ -439,8 +440,7 @@ async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, k
         disk = limits.Disk(folder / "file", content, direct=place.direct)
         stack.callback(shutil.rmtree, folder)
         entrants.append(Entrant(folder, partial(limits.threads, disk, 16), cached=False))
-        for name, python in setup.peers.items():
-            entrants += await _peers(setup, name, python, content, stack)
+        entrants += await _peers(setup, content, stack)
         for store, cache in MEMORY if kind == "tmpfs" else DISK:
             way = "store" if store else "load"
             there = [each for each in entrants if each.takes_part(cache)]
@@ -458,43 +458,38 @@ def _own(blocks: Blocks, name: str) -> Entrant:
     return Entrant(tier.root, contender, cached=tier.direct_io == "never")
 
 
-async def _peers(
-    setup: Setup, name: str, python: Path, content: Content, stack: AsyncExitStack
-) -> list[Entrant]:
-    """A process for each way in which a peer can work; none if it can't here."""
+async def _peers(setup: Setup, content: Content, stack: AsyncExitStack) -> list[Entrant]:
+    """A process for each way in which a peer can work, of those that can here."""
     found: list[Entrant] = []
-    variants: list[str | None] = [None]
-    while variants:
-        variant = variants.pop()
-        folder = Path(tempfile.mkdtemp(prefix=name, dir=setup.root))
-        stack.callback(shutil.rmtree, folder)
-        size = (content.block, content.count, 16)
-        process = await PeerProcess.start(name, python, folder, *size, variant=variant)
-        stack.push_async_callback(process.stop)
-        if variant is None and process.ready.get("variants"):
-            variants = process.ready["variants"]
-        elif "unavailable" in process.ready:
-            print(f"{name}: {process.ready['unavailable']}", file=sys.stderr)
-        else:
-            found.append(_peer(process, folder))
+    for name, kind in PEERS.items():
+        python = python_of(name.partition("-")[0], setup.peers)
+        for variant in kind.variants if python is not None else ():
+            folder = Path(tempfile.mkdtemp(prefix=name, dir=setup.root))
+            stack.callback(shutil.rmtree, folder)
+            what = (variant, str(folder), str(content.block), str(content.count), "16")
+            command = (str(python), str(Path(__file__).with_name("filepeers.py")), name, *what)
+            full = f"{name}, {variant}".rstrip(", ")
+            process = await stack.enter_async_context(started(full, *command))
+            said = await process.ask(None)
+            if "unavailable" in said:
+                print(f"{full}: {said['unavailable']}", file=sys.stderr)
+            else:
+                found.append(_peer(process, folder, said))
     return found
 
 
-def _peer(process: PeerProcess, folder: Path) -> Entrant:
-    ready = process.ready
-    cached = ready["cache"] != "O_DIRECT"
-
+def _peer(process: Process, folder: Path, said: dict[str, Any]) -> Entrant:
     def contender(*, store: bool) -> Contender:
         return Contender(
             name=process.name,
-            run=lambda: process.run("store" if store else "load"),
+            run=partial(process.move, "store" if store else "load"),
             kind="peer",
-            path=ready["cache"],
-            verified=ready["verifies"],
-            note=f"version {ready['version']}",
+            path=said["cache"],
+            verified=said["verifies"],
+            note=f"version {said['version']}",
         )
 
-    return Entrant(folder, contender, cached=cached)
+    return Entrant(folder, contender, cached=said["cache"] != "O_DIRECT")
 
 
 SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
@@ -518,7 +513,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--gpu", type=int)
-    parser.add_argument("--peers", type=Path, default=Path(__file__).parents[1] / ".peers")
+    parser.add_argument("--peers", type=Path, default=FOLDER)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -535,7 +530,7 @@ async def main() -> None:
             rounds=1 if chosen.quick else chosen.rounds,
             quick=chosen.quick,
             gpu=chosen.gpu,
-            peers=available(chosen.peers),
+            peers=chosen.peers,
         )
         async with setup.field() as place:
             machine = report(setup.root, place.plans)
