@@ -160,7 +160,8 @@ class Decode:
                 if store:
                     await blocks.engine.delete(blocks.keys[i])
                 sample.asked += 1
-                sample.succeeded += await blocks.move_one(i, store=store)
+                moved = await blocks.move_one(i, store=store)
+                sample.succeeded += moved
                 sample.nbytes += blocks.content.block
                 i = (i + in_flight) % blocks.content.count
 

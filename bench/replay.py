@@ -22,13 +22,18 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kvgds.arguments import parse_size
 from kvgds.bench.blocks import Blocks, Content, opened
 from kvgds.bench.grid import Field
 from kvgds.bench.machine import report
 from kvgds.bench.measure import Contender, Sample, emit, row_of, rows_of
 from kvgds.replay import TOKENS, Latency, Settings, replay, requests_of
 from kvgds.tiers.space import slot_bytes_for
+
+if TYPE_CHECKING:
+    from kvgds.bench.measure import Row
 
 MIB = 1 << 20
 
@@ -48,11 +53,11 @@ def lru_hit_rate(trace: Path, limit: int | None, blocks: int) -> float:
     return hits / asked
 
 
-async def load_rate(root: Path, rounds: int) -> tuple[list[dict[str, object]], float]:
+async def load_rate(root: Path, rounds: int, nbytes: int) -> tuple[list[Row], float]:
     """Rows for 16 MiB loads, and their GB/s."""
     async with opened(root) as engine:
-        place = Field(root, None, rounds, 512 * MIB, {"kvgds": engine})
-        blocks = Blocks(engine, Content(16 * MIB, 32))
+        place = Field(root, None, rounds, nbytes, {"kvgds": engine})
+        blocks = Blocks(engine, Content(16 * MIB, nbytes // (16 * MIB)))
         await blocks.move(16, store=True)
         cell = place.cell("load", 16 * MIB, 16, "load")
         rows = await rows_of(cell, [blocks.contender("kvgds", 16, store=False)], rounds)
@@ -68,6 +73,8 @@ async def main() -> None:
     parser.add_argument("--prefill", type=float, default=10_000)
     parser.add_argument("--token-bytes", type=int, default=70_272)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--rounds", type=int, default=5, help="of the loads of 16 MiB")
+    parser.add_argument("--probe-bytes", type=parse_size, default=512 * MIB, help="of each round")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     requests = list(requests_of(chosen.trace, chosen.limit))
@@ -79,7 +86,7 @@ async def main() -> None:
             place = Field(root, None, 1, 0, {"kvgds": engine})
             path = f"{engine.plan[0].path} {engine.plan[0].backend}"
             emit({"machine": report(root, engine.plan)}, chosen.out)
-        rows, gb_s = await load_rate(root, 3)
+        rows, gb_s = await load_rate(root, chosen.rounds, chosen.probe_bytes)
         emit(rows[0], chosen.out)
         saved_s = TOKENS / chosen.prefill - TOKENS * chosen.token_bytes / (gb_s * 1e9)
         for share in map(float, chosen.capacities.split(",")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,46 +14,135 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 SCENARIOS = {
-    "engine.py": {"disk", "small", "loop", "busy", "latency", "prefix"},
-    "gpu.py": {"paths", "fragments", "decode"},
-    "objects.py": {"objects", "stack"},  # its ticker takes as long again
+    "files.py": {
+        *("store", "load", "batch", "mixed", "burst", "evict", "ticker", "busy", "prefix"),
+        "peers",
+    },
+    "gpu.py": {"fragments", "decode"},
+    "objects.py": {
+        *("objects", "stack: stores acknowledged", "stack: into the bucket", "stack: promotion"),
+    },
+}
+FIELDS = {
+    *("scenario", "memory", "block", "fragments", "in_flight", "direction", "cache", "filesystem"),
+    *("contender", "kind", "tier", "path", "verified", "rounds", "GB/s", "spread", "p50_ms"),
+    *("p95_ms", "p99_ms", "cpu_s_per_GiB", "late_p99_ms", "succeeded", "asked", "note"),
 }
 
 
-def rows_of(name: str, folder: Path, *options: str) -> list[dict[str, Any]]:
+def rows_of(folder: Path, *command: str) -> list[dict[str, Any]]:
     """What a bench says of this machine, and then its rows; its failure is ours."""
     out, root = folder / "out.jsonl", folder / "root"
     root.mkdir()
-    command = [sys.executable, "-W", "error", str(BENCH / name), "--quick", *options]
-    command += ["--root", str(root), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    whole = [sys.executable, "-W", "error", *command, "--root", str(root), "--out", str(out)]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=50)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == out.read_text("utf-8")
     assert list(root.iterdir()) == []  # what it took of the disk, it gives back
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert "cpu" in rows[0]["machine"]
+    assert all(set(row) >= FIELDS for row in rows[1:])
+    assert [row["asked"] for row in rows[1:]] == [row["succeeded"] for row in rows[1:]]
+    assert any(row["asked"] for row in rows[1:])
+    return rows
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("engine.py", ()),
-        ("gpu.py", ("--device", "cpu")),
+        ("files.py", ("--peers", "/nonexistent")),
+        ("gpu.py", ("--gpu", "none")),
         ("objects.py", ("--server", "memory", "--only", "objects,stack")),
     ],
 )
 def test_all_that_is_asked_for_succeeds(
     tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
-    machine, *rows = rows_of(name, tmp_path, *options)
-    assert "cpu" in machine["machine"]
+    _, *rows = rows_of(tmp_path, str(BENCH / name), "--quick", *options)
     assert {row["scenario"] for row in rows} == SCENARIOS[name]
-    moved = [row for row in rows if "asked" in row]
-    assert len(moved) > len(rows) // 2
-    assert [row["asked"] for row in moved] == [row["succeeded"] for row in moved]
     if name == "gpu.py":  # nobody shall take this for what a GPU does
-        assert set(machine["refused"]) == {"bounce", "gds-compat", "gds"}
-        assert {row["device"] for row in rows} == {"cpu"}
         assert all("nothing here is about a GPU" in row["note"] for row in rows)
+
+
+def test_the_command_measures_this_machine(tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--bytes", "1M", "--json")
+    _, *rows = rows_of(tmp_path, "-m", "kvgds", "bench", *options)
+    assert {row["scenario"] for row in rows} == {"store", "load", "ticker"}
+    assert {row["kind"] for row in rows} == {"engine", "limit"}
+    ours = [row for row in rows if row["contender"] == "kvgds"]
+    assert all(row["path"].startswith("direct POSIX/") and row["verified"] for row in ours)
+    assert all(row["late_p99_ms"] is not None for row in ours if row["scenario"] == "ticker")
+
+
+def test_a_replay_hits_what_lru_would(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    requests = [[n % 7, 100 + n % 5, 200 + n] for n in range(60)]
+    trace.write_text("".join(f'{{"hash_ids": {ids}}}\n' for ids in requests), "utf-8")
+    options = ("--capacities", "0.5,1", "--rounds", "1", "--probe-bytes", "32M")
+    _, probe, *rows = rows_of(tmp_path, str(BENCH / "replay.py"), str(trace), *options)
+    assert probe["scenario"] == "load"
+    alone = {row["capacity"]: row for row in rows if row["in_flight"] == 1}
+    assert alone[1.0]["hit_rate"] == alone[1.0]["lru_hit_rate"] > 0.3
+    assert abs(alone[0.5]["hit_rate"] - alone[0.5]["lru_hit_rate"]) < 0.1
+
+
+# In a peer's environment: a package that writes nothing, loads wrong bytes, or dies.
+BAD = """
+import sys
+sys.path.insert(0, {bench!r})
+import filepeers
+
+
+class Bad(filepeers.Threaded):
+    package = "pytest"
+
+    def one(self, i, *, store):
+        path = self.folder / str(i)
+        if {dies}:
+            import os
+            os._exit(3)
+        if store and i:
+            path.write_bytes(self.memory.part(i, store=True))
+        elif not store and path.exists():
+            self.memory.part(i, store=False)[:] = path.read_bytes()
+            self.memory.part(1, store=False)[7:8] = b"!"
+
+
+filepeers.PEERS["bad"] = Bad
+filepeers.main()
+"""
+
+
+async def bad_peer(tmp_path: Path, *, dies: bool) -> list[tuple[int, int]]:
+    """How many of 4 blocks it is said to have stored, and loaded."""
+    started = runpy.run_path(str(BENCH / "peers.py"))["started"]
+    script, folder = tmp_path / "bad.py", tmp_path / "blocks"
+    script.write_text(BAD.format(bench=str(BENCH), dies=dies), "utf-8")
+    folder.mkdir()
+    found = []
+    command = (sys.executable, str(script), "bad", "", str(folder), "8192", "4", "2")
+    async with started("bad", *command) as process:
+        assert "version" in await process.ask(None)
+        for way in ("store", "load"):
+            sample = await process.move(way)
+            found.append((sample.succeeded, sample.asked))
+    return found
+
+
+async def test_a_peer_gets_no_credit_for_what_it_did_not_do(tmp_path: Path) -> None:
+    # Of four blocks one is never written, and of those that load one has other bytes.
+    assert await bad_peer(tmp_path, dies=False) == [(3, 4), (2, 4)]
+
+
+async def test_a_peer_that_dies_is_told_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="bad ended instead of answering"):
+        await bad_peer(tmp_path, dies=True)
+
+
+def test_a_package_that_there_is_not_is_refused() -> None:
+    command = [sys.executable, str(BENCH / "peers.py"), "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 2
+    assert "error: nope: choose from vllm, lmcache" in done.stderr
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -85,8 +175,9 @@ def test_one_command_runs_tests_and_bench_whatever_fails(tmp_path: Path, fails: 
         check=False,
     )
     assert done.returncode == (fails != "nothing"), done.stderr
-    _, tests, bench = asked.read_text("utf-8").splitlines()
+    _, tests, *benches = asked.read_text("utf-8").splitlines()
     assert tests == "1 -m pytest -m gpu"
-    assert bench.startswith(f" bench/gpu.py --root {results}")
-    assert bench.endswith("--rounds 7")
+    assert benches[0].startswith(" bench/files.py --gpu 0 --only sizes,models --root ")
+    assert benches[1].startswith(f" bench/gpu.py --root {results}")
+    assert all(bench.endswith("--rounds 7") for bench in benches)
     assert {path.name for path in results.iterdir()} == {"machine.txt", "tests.txt", "bench.txt"}

@@ -132,7 +132,9 @@ class Blocks:
         self, engine: Engine, content: Content, fragments: int = 1, name: str = ""
     ) -> None:
         self.engine, self.content = engine, content
-        self.keys = [f"{name}{content.block}-{i}".encode() for i in range(content.count)]
+        self.keys = [
+            f"{name}{content.block}x{fragments}-{i}".encode() for i in range(content.count)
+        ]
         self._caches = {
             store: engine.register_cache(content.arrays(fragments, store=store))
             for store in (True, False)

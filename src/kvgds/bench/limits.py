@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgds.bench.measure import Contender, Sample, drive, timed
@@ -21,8 +22,6 @@ from kvgds.transport.agent import Agent
 from kvgds.transport.contract import File
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvgds.bench.blocks import Content
     from kvgds.memory.device import Copying
     from kvgds.transport.agent import Request
@@ -42,6 +41,7 @@ class Disk:
         """Remove the file."""
         os.close(self.fd)
         self.path.unlink()
+        Path(f"{self.path}.fio").unlink(missing_ok=True)
 
     def move(self, i: int, *, store: bool) -> bool:
         """One block by one system call."""
@@ -169,7 +169,7 @@ def fio(disk: Disk, in_flight: int, *, store: bool) -> Contender | None:
     program = shutil.which("fio")
     if program is None:
         return None
-    command = [program, "--name=limit", f"--filename={disk.path}", "--output-format=json"]
+    command = [program, "--name=limit", f"--filename={disk.path}.fio", "--output-format=json"]
     command += [
         f"--direct={int(disk.direct)}",
         f"--bs={disk.content.block}",
