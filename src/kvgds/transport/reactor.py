@@ -48,7 +48,8 @@ GROUP_ROWS = 64
 _SIDE_ROWS = POOL_ROWS // 4  # and a flight may have as many, so both sides never have more than all
 _GROUP_BYTES = 4 << 20
 _CONTENDED_GROUP_BYTES = 32 << 20
-_WINDOW_BYTES = 8 << 20  # less than that need not wait
+_WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick storage, of slow
+_QUICK_S = 4e-3  # a flight; where it takes longer, depth counts, and not the time until the next
 _MERGED_BYTES = 1 << 20
 _ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
@@ -107,6 +108,7 @@ class _Side:
         self.flying_bytes = 0  # but those stuck
         self.flying_rows = 0  # those stuck, too
         self.untold = 0  # flights that no ring tells of: GPU memory's
+        self.took = 0.0  # the last flight, in seconds
 
     def busy(self) -> bool:
         return bool(self.queued_bytes or self.flights or self.stuck)
@@ -119,15 +121,18 @@ class _Side:
         """Whether one more flight may leave: within the window, and not of little among many."""
         if not self.has_rows():
             return False
-        window = max(_WINDOW_BYTES, (self.flying_bytes + self.queued_bytes) // 2)
-        return (self.flying_bytes < window or contention.busy()) and (
+        return (self.flying_bytes < self.window() or contention.busy()) and (
             len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
         )
 
-    @staticmethod
-    def group_bytes() -> int:
+    def window(self) -> int:
+        """Bytes that storage has at most: half of what there is, unless that is little."""
+        least = _WINDOW_BYTES[self.took > _QUICK_S]
+        return max(least, (self.flying_bytes + self.queued_bytes) // 2)
+
+    def group_bytes(self) -> int:
         """How large a flight may be: several make a window, but each costs waits for the lock."""
-        return _CONTENDED_GROUP_BYTES if contention.busy() else _GROUP_BYTES
+        return _CONTENDED_GROUP_BYTES if contention.busy() else min(_GROUP_BYTES, self.window())
 
     def board(self) -> _Flight:
         """The staged transfers that go next."""
@@ -403,6 +408,7 @@ class Lane:
                 return False
         side.land(flight)
         now = self._moved_at = time.monotonic()
+        side.took = now - flight.since
         self._measure(flight.nbytes, now)
         return True
 
