@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -22,9 +23,11 @@ import os
 import resource
 import select
 import shutil
+import socket
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -58,12 +61,14 @@ class Memory:
 def _huge(nbytes: int) -> memoryview:
     whole = mmap.mmap(-1, nbytes + (2 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole.madvise(mmap.MADV_HUGEPAGE)
-    import ctypes  # noqa: PLC0415 - for the address alone
-
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(whole)) % (2 << 20)
+    start = -_address(memoryview(whole)) % (2 << 20)
     part = memoryview(whole)[start : start + nbytes]
     part[::PAGE] = bytes(len(part[::PAGE]))
     return part
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class Peer:
@@ -102,6 +107,12 @@ class Peer:
         """Remove every block."""
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def stored(self) -> int:
+        """How many blocks there are files of."""
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        long = sum(path.stat().st_size >= self.memory.block for path in files)
+        return min(self.memory.count, long)
 
     def close(self) -> None:
         """End."""
@@ -351,6 +362,141 @@ class Aiofiles(Peer):
         await aiofiles.os.replace(f"{path}.tmp", path)
 
 
+class Kvcr(Peer):
+    """NVIDIA's KV Cache Runner with its tier of one file, by NIXL's POSIX plugin.
+
+    Nothing can be stored into the file: a block is put into a pool of memory, and goes there when
+    the pool is wanted for another. So the pool is as small as operations are in flight, and a run
+    of stores ends when as many more have pushed the last blocks out. It tells nobody what has
+    ended, and is asked every millisecond.
+    """
+
+    package = "kvcr"
+    variants = ("O_DIRECT",)
+
+    def open(self) -> None:
+        os.environ.setdefault("UCX_TLS", "self,sm,tcp")
+        os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+        import kvcr  # noqa: F401, PLC0415 - see open
+
+        self._loop = asyncio.new_event_loop()
+        self._pool = _huge(self.in_flight * self.memory.block)
+        self.clear()
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    _runner: Any = None
+
+    def clear(self) -> None:
+        """What lies in the file only this process's memory knows; both are begun anew."""
+        self.close()
+        super().clear()
+        self._runner = self._start()
+
+    def run(self, *, store: bool) -> None:
+        self._loop.run_until_complete(self._run(store=store))
+
+    async def _run(self, *, store: bool) -> None:
+        count = self.memory.count
+        numbers = iter(range(count))
+        waiting: dict[int, asyncio.Future[bool]] = {}
+
+        async def one(i: int, key: int) -> None:
+            call = self._runner.deposit if store else self._runner.deliver
+            owner = self._runner.config.nixl_agent_name
+            element = i if store else count + i
+            handle = call({_kvcr_key(key): [self._reference(owner, element)]})
+            done = waiting[handle] = self._loop.create_future()
+            self.errors += not await done
+
+        async def work() -> None:
+            for i in numbers:
+                started = time.perf_counter()
+                await one(i, i)
+                self.latencies.append(time.perf_counter() - started)
+
+        async def poll() -> None:
+            while True:
+                await asyncio.sleep(1e-3)
+                for handle, results in self._runner.poll_completed():
+                    waiting.pop(handle).set_result(all(r.success for r in results.values()))
+
+        polling = asyncio.ensure_future(poll())
+        await asyncio.gather(*(work() for _ in range(self.in_flight)))
+        if store:
+            for i in range(self.in_flight):
+                await one(i, count + i)
+            while self.stored() < count:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(1e-3)
+        polling.cancel()
+
+    def stored(self) -> int:
+        from kvcr.types import CacheTier  # noqa: PLC0415 - see open
+
+        keys = [_kvcr_key(i) for i in range(self.memory.count)]
+        return sum(tier is CacheTier.G3 for _, tier in self._runner.query(keys))
+
+    @staticmethod
+    def _reference(owner: str, element: int) -> Any:  # noqa: ANN401 - its classes have no types
+        from kvcr.types import MemoryRef  # noqa: PLC0415 - see open
+
+        return MemoryRef(end_point_name=owner, element_index=element)
+
+    def _start(self) -> Any:  # noqa: ANN401 - as above
+        from kvcr import KVCR, KVCRBindings  # noqa: PLC0415 - see open
+        from kvcr.config import (  # noqa: PLC0415
+            G3Options,
+            KVCRBackendConfigs,
+            KVCRConfig,
+            LocalDramOptions,
+        )
+        from kvcr.policy import G3FIFOPolicy  # noqa: PLC0415
+        from kvcr.types import RegionDescriptor  # noqa: PLC0415
+
+        block, memory = self.memory.block, self.memory
+        regions = [
+            RegionDescriptor(addr=_address(whole), size=block, count=memory.count)
+            for whole in (memory.source, memory.target)
+        ]
+        config = KVCRConfig(
+            nixl_agent_name=f"kvcr-{uuid.uuid4()}",
+            pool_layouts=[("", block)],
+            operation_timeout_ms=30_000,  # its own, 1 s, is for operations that are alone
+            abandon_timeout_ms=60_000,
+            nixl_listen_port=_free_port(),
+        )
+        bindings = KVCRBindings(
+            request_pin=lambda _: 0,
+            poll_pin_results=list,
+            release_pin=lambda _: True,
+            policy=G3FIFOPolicy(),
+        )
+        backends = KVCRBackendConfigs(
+            framework_regions=regions,
+            local_dram=LocalDramOptions(pools=[("", _address(self._pool), len(self._pool))]),
+            g3=G3Options(
+                paths=(self.folder / "g3",),
+                capacity_bytes_per_file=(memory.count + 2 * self.in_flight) * block,
+                backend="POSIX",
+            ),
+        )
+        return KVCR(config, bindings, backends)
+
+
+def _kvcr_key(i: int) -> bytes:
+    return i.to_bytes(32, "big")
+
+
+def _free_port() -> int:
+    """NIXL listens; what it listens for is not wanted here."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
 class Kvikio(Threaded):
     """KvikIO, a file a block; it has threads of its own for each call."""
 
@@ -379,6 +525,7 @@ PEERS: dict[str, type[Peer]] = {
     "lmcache-fs": Lmcache,
     "lmcache-fs_native": LmcacheNative,
     "lifeboat": Lifeboat,
+    "kvcr": Kvcr,
     "aiofiles": Aiofiles,
     "kvikio": Kvikio,
 }
@@ -397,16 +544,10 @@ def _turn(peer: Peer, *, store: bool) -> dict[str, Any]:
         "seconds": seconds,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "asked": memory.count,
-        "succeeded": _stored(peer) if store else min(memory.right(), memory.count - peer.errors),
+        "succeeded": peer.stored() if store else min(memory.right(), memory.count - peer.errors),
         "latencies": peer.latencies,
         "late": peer.late,
     }
-
-
-def _stored(peer: Peer) -> int:
-    """How many files hold a block each."""
-    files = (path for path in peer.folder.rglob("*") if path.is_file())
-    return min(peer.memory.count, sum(f.stat().st_size >= peer.memory.block for f in files))
 
 
 def main() -> None:

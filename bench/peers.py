@@ -40,7 +40,7 @@ class Package:
     """
 
     requirements: tuple[tuple[str, ...], ...]
-    alone: str | None = None
+    alone: tuple[str, ...] = ()
     gpu: bool = False
 
 
@@ -68,9 +68,14 @@ _LMCACHE = (
 )
 PACKAGES = {
     # Its extension for files is linked with torch's CUDA build, whether there is a GPU or not.
-    "vllm": Package((("torch==2.14.1", "numpy"),), alone="vllm==0.33.0"),
-    "lmcache": Package((("torch==2.13.0",), _LMCACHE), alone="lmcache==0.5.6"),
+    "vllm": Package((("torch==2.14.1", "numpy"),), alone=("vllm==0.33.0",)),
+    "lmcache": Package((("torch==2.13.0",), _LMCACHE), alone=("lmcache==0.5.6",)),
     "lifeboat": Package((("lifeboatcache==0.1.11", "blake3==1.0.11"),)),
+    # NIXL's builds for both CUDA versions come with it, and the wrong one would be chosen.
+    "kvcr": Package(
+        (("torch==2.13.0", "msgspec>=0.21", "numpy", "pyzmq>=25"),),
+        alone=("kvcr==0.1.1", "nixl==1.5.0", "nixl-cu12==1.5.0"),
+    ),
     "aiofiles": Package((("aiofiles==25.1.0",),)),
     "kvikio": Package((("kvikio-cu12==26.10.0",),), gpu=True),
     "aws": Package((("aiobotocore==3.10.0", "s3fs==2026.9.0"),)),
@@ -86,8 +91,8 @@ def install(name: str, into: Path) -> str:
         return "is there"
     shutil.rmtree(venv, ignore_errors=True)
     calls = [("-m", "pip", "install", "--quiet", *each) for each in package.requirements]
-    if package.alone is not None:
-        calls.append(("-m", "pip", "install", "--quiet", "--no-deps", package.alone))
+    if package.alone:
+        calls.append(("-m", "pip", "install", "--quiet", "--no-deps", *package.alone))
     try:
         subprocess.run([sys.executable, "-m", "venv", venv], check=True, capture_output=True)
         for call in calls:

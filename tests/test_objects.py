@@ -382,6 +382,7 @@ async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
 
 async def test_a_missing_block_is_no_failure(far: Far) -> None:
     """However many there are, the breaker stays closed."""
+    far.tier = far.tier.model_copy(update={"request_timeout_s": 5.0})  # 64 at once take their time
     async with far.engine() as engine:
         keys = [b"%d" % i for i in range(64)]
         items = [(key, bytearray(SIZE)) for key in keys]
@@ -575,6 +576,13 @@ async def test_wrong_settings_are_told_before_anything_is_stored(
     assert says in str(caught.value)
     assert "not-the-secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_keys_that_may_not_write_are_told_when_it_opens(far: Far) -> None:
+    far.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+    with pytest.raises(ConfigError, match=r"see to bucket, keys, region and endpoint: .*403"):
+        async with far.engine():
+            pass
 
 
 async def test_opened_at_once(s3: JuiceServer) -> None:

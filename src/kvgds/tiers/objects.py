@@ -136,7 +136,11 @@ class Objects:
         name = f"trial/{secrets.token_hex(8)}"
         try:
             arena.bytes[:PAGE] = data
-            self._carry(_Trial(region, name, write=True))
+            try:
+                self._carry(_Trial(region, name, write=True))
+            except NotMoved:
+                bucket.write(name, data)  # NIXL gives no reasons; this does, if it fails as well
+                raise
             self._carry(_Trial(region, name, write=False))
         finally:
             self._transport.detach(region).result()
