@@ -168,6 +168,9 @@ class Vllm(Threaded):
             raise ImportError(file)
         io = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(io)
+        # In 0.33.0 each call gives None back once too often. Before Python 3.12, which has stopped
+        # counting, the process ends when that has gone to the last.
+        self._kept = [None] * 5_000_000
         self._io = io
 
     def one(self, i: int, *, store: bool) -> None:

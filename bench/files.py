@@ -474,15 +474,22 @@ async def _peers(setup: Setup, content: Content, stack: AsyncExitStack) -> list[
             if "unavailable" in said:
                 print(f"{full}: {said['unavailable']}", file=sys.stderr)
             else:
-                found.append(_peer(process, folder, said))
+                found.append(_peer(process, folder, said, content.count))
     return found
 
 
-def _peer(process: Process, folder: Path, said: dict[str, Any]) -> Entrant:
+def _peer(process: Process, folder: Path, said: dict[str, Any], count: int) -> Entrant:
+    async def run(way: str) -> Sample:
+        try:
+            return await process.move(way)
+        except RuntimeError as error:  # the others go on
+            print(error, file=sys.stderr)
+            return Sample(asked=count)
+
     def contender(*, store: bool) -> Contender:
         return Contender(
             name=process.name,
-            run=partial(process.move, "store" if store else "load"),
+            run=partial(run, "store" if store else "load"),
             kind="peer",
             path=said["cache"],
             verified=said["verifies"],
