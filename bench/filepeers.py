@@ -42,7 +42,8 @@ class Memory:
 
     def __init__(self, block: int, count: int) -> None:
         self.block, self.count = block, count
-        self.source, self.target = _huge(block * count), _huge(block * count)
+        self.whole = _huge(2 * block * count)
+        self.source, self.target = self.whole[: block * count], self.whole[block * count :]
         self.source[:] = os.urandom(block * count)
 
     def part(self, i: int, *, store: bool) -> memoryview:
@@ -460,10 +461,7 @@ class Kvcr(Peer):
         from kvcr.types import RegionDescriptor  # noqa: PLC0415
 
         block, memory = self.memory.block, self.memory
-        regions = [
-            RegionDescriptor(addr=_address(whole), size=block, count=memory.count)
-            for whole in (memory.source, memory.target)
-        ]
+        region = RegionDescriptor(addr=_address(memory.whole), size=block, count=2 * memory.count)
         config = KVCRConfig(
             nixl_agent_name=f"kvcr-{uuid.uuid4()}",
             pool_layouts=[("", block)],
@@ -478,7 +476,7 @@ class Kvcr(Peer):
             policy=G3FIFOPolicy(),
         )
         backends = KVCRBackendConfigs(
-            framework_regions=regions,
+            framework_regions=[region],
             local_dram=LocalDramOptions(pools=[("", _address(self._pool), len(self._pool))]),
             g3=G3Options(
                 paths=(self.folder / "g3",),

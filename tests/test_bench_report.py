@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_the_page_holds_everything_and_is_the_same_each_time(tmp_path: Path) -> 
     text = "".join(checked.text)
     assert "<b>" in text
     assert "cpu: one <cpu>" in text
-    assert "http" not in pages[0].replace("http://www.w3.org", "").replace("https://matplotlib", "")
+    assert not re.search(r"""(src|href)=["']?http|url\(http|<script""", pages[0])
     names = {path.name for path in (tmp_path / "out").glob("*.svg")}
     assert names == {"load-load-16-O_DIRECT.svg", "replay.svg"}
 
