@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import time
@@ -397,6 +398,20 @@ async def test_a_missing_block_is_no_failure(far: Far) -> None:
         for _ in range(5):
             assert not await engine.load(b"nowhere", bytearray(SIZE))
         assert engine.statistics().tiers[0].out == ""
+
+
+async def test_a_server_that_hangs_is_left_alone_however_short_the_deadlines_are(far: Far) -> None:
+    """Longer than NIXL waits by itself, and than any caller does."""
+    far.tier = far.tier.model_copy(update={"request_timeout_s": 4.0})
+    async with far.engine() as engine:
+        far.wire.hold()
+        numbers = itertools.count()
+        async with asyncio.timeout(15.0):
+            while not engine.statistics().tiers[0].out:
+                with pytest.raises(TransferError):
+                    await engine.load(b"%d" % next(numbers), bytearray(SIZE), timeout_s=0.5)
+        with pytest.raises(TransferError, match="is left alone"):
+            await engine.load(b"another", bytearray(SIZE))
 
 
 async def test_what_is_taken_back_is_not_another_stores(far: Far) -> None:

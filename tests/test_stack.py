@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import signal
 import subprocess
@@ -278,6 +279,21 @@ async def test_deleted_from_both(place: Place, tmp_path: Path) -> None:
         assert not await engine.delete(b"key")
     async with place.opened(root=tmp_path / "other") as engine:
         assert await load(engine, b"key") is None
+
+
+async def test_nothing_is_deleted_while_the_bucket_can_not_be_asked(place: Place) -> None:
+    """Dropped from the directory alone it would come back; and one that is owed would be lost."""
+    async with place.opened("back") as engine:
+        place.wire.refuse()
+        await fill(engine, b"key", *KEYS)
+        await until(lambda: engine.statistics().tiers[1].out != "")
+        with pytest.raises(TransferError, match="is left alone until it answers") as caught:
+            await engine.delete(b"key")
+        assert caught.value.errno == errno.EHOSTDOWN
+        assert await load(engine, b"key") == content(b"key", SIZE)
+        place.wire.ok()
+        await until(lambda: engine.statistics().tiers[1].out == "")
+        assert await engine.delete(b"key")
 
 
 async def test_deleted_while_it_is_uploaded(place: Place) -> None:

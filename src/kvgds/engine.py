@@ -462,7 +462,7 @@ class Engine:
 
         Raises:
             ConfigError: the key or the timeout can't be. ClosedError: the engine is closed.
-            TransferError: the block could not be dropped; it is still there.
+            TransferError: the block could not be dropped, or not from every tier; ask again.
             TransferTimeout: no answer in time; the block may still be dropped.
         """
         self._check_open()
@@ -476,7 +476,10 @@ class Engine:
             if error is None:
                 answer.set_result(there)
             else:
-                answer.set_exception(TransferError(str(error), direction="delete", key=key))
+                number = error.errno if isinstance(error, OSError | TransferError) else None
+                text = (error.strerror if isinstance(error, OSError) else "") or str(error)
+                failed = TransferError(text, direction="delete", key=key, errno=number)
+                answer.set_exception(failed)
 
         self._flights.delete(key, done)
         text = "passed its deadline; it may still happen"

@@ -11,6 +11,7 @@ loop's thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 from collections import OrderedDict
@@ -269,6 +270,9 @@ class Relay:
         if key in self._carrying or key in self._promoting:
             return  # comes here again when that has ended
         near, far = self.near, self.far
+        if far.out:  # from there it would come back
+            self._deleted(key, False, OSError(errno.EHOSTDOWN, self._out_text()))  # noqa: FBT003 - as above
+            return
         owed = self._owed.pop(key, None)
         self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
 
@@ -299,9 +303,12 @@ class Relay:
         self.near.look_again()
         self._go_on()
 
+    def _out_text(self) -> str:
+        return f"{self.far.name} is left alone until it answers again: {self.far.out}"
+
     def _out_error(self, key: BlockKey) -> TransferError:
-        text = f"{self.far.name} is left alone until it answers again: {self.far.out}"
-        return TransferError(f"{text}; {self.near.name} has the block", direction="store", key=key)
+        text = f"{self._out_text()}; {self.near.name} has the block"
+        return TransferError(text, direction="store", key=key)
 
     def _refuse(self, key: BlockKey, error: Exception) -> None:
         self._urgent.pop(key, None)

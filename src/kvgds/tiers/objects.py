@@ -318,6 +318,9 @@ class Objects:
     # --- liveness ---------------------------------------------------------------------
 
     def _count_failure(self, error: BaseException) -> None:
+        """Whoever waited for it, if it was asked at all."""
+        if isinstance(error, TransferError) and error.errno == errno.ECANCELED:
+            return
         pause = self._breaker.failure(str(error))
         if pause is not None:
             self._stay_out(pause)
@@ -401,7 +404,7 @@ class Objects:
             move.error, move.status = None, "miss"
             self._miss(move.place)
             self._breaker.success()
-        elif not move.abandoned:
+        else:
             self._count_failure(error)
 
     def _doubt(self, move: Move) -> None:
@@ -510,7 +513,7 @@ class Objects:
                 self._breaker.success()
                 self._note(move.place, image_bytes(move.nbytes))
                 move.status = "stored"
-            elif not move.abandoned:
+            else:
                 self._count_failure(move.error)
         lost = [move for move in moves if move.abandoned and move.error is None]
         for move in lost:  # nobody was told of it, so it must not be there

@@ -247,7 +247,7 @@ class _Obstore:
 class _Member:
     """A transfer on its way."""
 
-    __slots__ = ("address", "deliver", "nbytes", "request", "since", "transfer", "tries")
+    __slots__ = ("address", "asked", "deliver", "nbytes", "request", "since", "transfer", "tries")
 
     def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
         self.transfer = transfer
@@ -256,7 +256,8 @@ class _Member:
         self.nbytes = 0
         self.tries = 0
         self.request: Any = None
-        self.since = 0.0
+        self.asked = 0.0  # first
+        self.since = 0.0  # the last time
 
 
 _numbers = itertools.count(1)
@@ -284,7 +285,7 @@ class ObjectTransport:
         self._waiting: deque[_Member] = deque()
         self._copying: deque[_Member] = deque()
         self._flying: list[_Member] = []
-        self._asking = 0  # of how many obstore is being asked what went wrong
+        self._asking: list[_Member] = []  # of which obstore is being asked what went wrong
         self._pausing: list[tuple[float, int, _Member]] = []
         self._landing: deque[_Member] = deque()
         self._ended: list[_Member] = []
@@ -417,7 +418,7 @@ class ObjectTransport:
         if self._flying and self.name == _Nixl.name:
             young = now - self._flying[-1].since < _YOUNG_S
             pauses.append(_PAUSE_S[0] if young else _PAUSE_S[1])
-        elif self._flying or self._waiting or self.stuck:
+        elif self._flying or self._waiting or self._asking or self.stuck:
             pauses.append(_SWEEP_S)
         return min(pauses, default=None)
 
@@ -452,6 +453,7 @@ class ObjectTransport:
                     self._client.register(region)
             member.tries += 1
             member.since = time.monotonic()
+            member.asked = member.asked or member.since
             member.request = self._client.post(
                 transfer.place, member.address, member.nbytes, write=transfer.write
             )
@@ -486,7 +488,9 @@ class ObjectTransport:
     def _sweep(self, now: float) -> None:
         """See whether something hangs, and let go of what nobody waits for."""
         longest = self._settings.request_timeout_s
-        stuck = any(now - member.since > longest for member in self._flying)
+        # NIXL gives a request up by itself: what counts is since when there is no good answer.
+        unanswered = (*self._flying, *self._asking, *(entry[2] for entry in self._pausing))
+        stuck = any(now - member.asked > longest for member in unanswered)
         if stuck != self.stuck:
             self.stuck = stuck
             self._tell()
@@ -497,7 +501,7 @@ class ObjectTransport:
             self._pausing = [entry for entry in self._pausing if entry not in late]
             heapq.heapify(self._pausing)
             for member in (*gone, *(entry[2] for entry in late)):
-                self._give_up(member, NotMoved(errno.ETIMEDOUT, "nobody waits for it any more"))
+                self._give_up(member, NotMoved(errno.ECANCELED, "nobody waits for it any more"))
 
     def _end(self, member: _Member) -> None:
         try:
@@ -512,7 +516,7 @@ class ObjectTransport:
         if isinstance(error, NotMoved):  # obstore has tried again itself
             self._give_up(member, error)
             return
-        self._asking += 1
+        self._asking.append(member)
         asking = self._pool.submit(self._diagnose, member, error)
         asking.add_done_callback(lambda ended: self._inbox.put(partial(self._asked, member, ended)))
 
@@ -530,7 +534,7 @@ class ObjectTransport:
         return NotMoved(number, f"{error}, of an object that has {nbytes:,} bytes")
 
     def _asked(self, member: _Member, ended: Future[NotMoved]) -> None:
-        self._asking -= 1
+        self._asking.remove(member)
         reason = ended.exception() or ended.result()
         self._judge(member, reason if isinstance(reason, NotMoved) else NotMoved(None, str(reason)))
 
