@@ -541,7 +541,7 @@ async def main() -> None:
         )
         async with setup.field() as place:
             machine = report(setup.root, place.plans)
-        emit({"machine": machine, "command": " ".join(sys.argv[1:])}, chosen.out)
+        emit({"machine": machine}, chosen.out)
         for name in chosen.only.split(","):
             async for row in SCENARIOS[name](setup):
                 emit(row, chosen.out)

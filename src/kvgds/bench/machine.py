@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,8 @@ _GPU = "--query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link
 def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
     """The machine, as far as it bears on blocks that go to a directory and come back.
 
+    It is published: neither it nor the command that is told names a place on this machine.
+
     Args:
         root: the directory.
         plans: those of the engines that are measured.
@@ -43,9 +46,15 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "gpu": _said("nvidia-smi", _GPU, "--format=csv,noheader") or "none",
         "cufile": cufile().means().text if by_gds else "not opened",
         "versions": {name: text for name in _PACKAGES if (text := _version(name))},
-        "plan": [str(plan).partition("\n")[0] for plan in plans],
+        "plan": list(dict.fromkeys(_how(plan) for plan in plans)),
+        "command": " ".join(each for each in sys.argv if not each.startswith("/")),
         "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
     }
+
+
+def _how(plan: PathPlan) -> str:
+    """The first line of a plan, without the directory."""
+    return str(plan).partition("\n")[0].rpartition(": ")[2]
 
 
 def filesystem(root: Path) -> str:
