@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvgds.bench.measure import Contender, Sample, drive, timed
 from kvgds.memory import region_of
 from kvgds.memory.device import cuda
@@ -165,19 +167,14 @@ class RawNixl:
 
 
 def fio(disk: Disk, in_flight: int, *, store: bool) -> Contender | None:
-    """Fio with io_uring on the same file; None: it is not installed. It checks no bytes."""
+    """Fio with io_uring on a file as large; None: it is not installed. It checks no bytes."""
     program = shutil.which("fio")
     if program is None:
         return None
     command = [program, "--name=limit", f"--filename={disk.path}.fio", "--output-format=json"]
-    command += [
-        f"--direct={int(disk.direct)}",
-        f"--bs={disk.content.block}",
-        "--invalidate=0",
-        "--iomem_align=2m",
-    ]
+    command += [f"--direct={int(disk.direct)}", f"--bs={disk.content.block}", "--invalidate=0"]
     command += [f"--iodepth={in_flight}", f"--size={disk.content.nbytes}", "--ioengine=io_uring"]
-    command += ["--rw=write" if store else "--rw=read", "--mem=malloc"]
+    command += ["--rw=write" if store else "--rw=read", "--mem=malloc", "--iomem_align=2m"]
 
     async def run() -> Sample:
         done = await asyncio.to_thread(
@@ -190,16 +187,15 @@ def fio(disk: Disk, in_flight: int, *, store: bool) -> Contender | None:
 
 def _of_fio(job: dict[str, Any], content: Content, *, store: bool) -> Sample:
     way = job["write" if store else "read"]
-    seconds = way["runtime"] / 1e3
-    shares = way["clat_ns"].get("percentile", {})
-    wanted = [shares[f"{q:f}"] / 1e9 for q in (50, 95, 99) if f"{q:f}" in shares]
+    told = {float(q): ns / 1e9 for q, ns in way["clat_ns"].get("percentile", {}).items()}
+    every = np.interp(np.arange(100) + 0.5, list(told), list(told.values())) if told else []
     return Sample(
         nbytes=way["io_bytes"],
-        seconds=way["io_bytes"] / way["bw_bytes"] if way["bw_bytes"] else seconds,
+        seconds=way["io_bytes"] / way["bw_bytes"] if way["bw_bytes"] else way["runtime"] / 1e3,
         cpu=(job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3,
         asked=content.count,
         succeeded=way["total_ios"] if not job["error"] else 0,
-        latencies=wanted,
+        latencies=[float(each) for each in every],  # as many of each as its quantiles say
     )
 
 
