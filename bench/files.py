@@ -225,8 +225,7 @@ async def _burst(blocks: Blocks, prompts: int, *, first: bool) -> Sample:
 
     async with watched(sample):
         await asyncio.gather(*(prompt(n) for n in range(prompts)))
-    sample.succeeded = min(sample.succeeded, blocks.content.right())
-    return sample
+    return blocks.content.judged(sample, store=False)
 
 
 async def evict(setup: Setup) -> Rows:
@@ -283,10 +282,7 @@ async def loop(setup: Setup) -> Rows:
 
 
 async def busy(setup: Setup) -> Rows:
-    """Throughput left while the loop is 80 % busy in Python, in slices of several lengths.
-
-    Also how much of its own work the loop then gets done: beside a hog alone.
-    """
+    """Throughput left while the loop is 80 % busy in Python, in slices of several lengths."""
     async with opened(setup.root) as engine:
         place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
         for block in setup.some([256 * KIB, MIB]):

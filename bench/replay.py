@@ -106,7 +106,7 @@ async def main() -> None:
                     succeeded=moved,
                 )
                 cell = place.cell("replay", chosen.block_bytes, in_flight, "both")
-                contender = Contender("kvgds", _none, tier="slabs", path=path, verified=True)
+                contender = Contender("kvgds", tier="slabs", path=path, verified=True)
                 row = row_of(
                     cell,
                     contender,
@@ -130,10 +130,6 @@ async def main() -> None:
                 )
     finally:
         shutil.rmtree(root)
-
-
-async def _none() -> Sample:
-    raise NotImplementedError
 
 
 def _times(name: str, of: Latency) -> dict[str, float]:

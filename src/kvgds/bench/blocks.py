@@ -105,7 +105,13 @@ class Content:
         first = self.far(store=store)
         return [_OnGpu(first + n * layer, shape) for n in range(fragments)]
 
-    def right(self) -> int:
+    def judged(self, sample: Sample, *, store: bool) -> Sample:
+        """Of loads, only those of the right bytes have succeeded; clears the target."""
+        if not store:
+            sample.succeeded = min(sample.succeeded, self._right())
+        return sample
+
+    def _right(self) -> int:
         """How many blocks lie right in the target, which is cleared for the next load."""
         if self.gpu is not None:
             self._copy(store=False, down=True)
@@ -160,12 +166,10 @@ class Blocks:
         return await call(self.keys[i], self.memory(i, store=store))
 
     async def move(self, in_flight: int, *, store: bool) -> Sample:
-        """Move every block by a call of its own, so many at a time.
-
-        Loads of wrong bytes have not succeeded.
-        """
+        """Move every block by a call of its own, so many at a time."""
         one = partial(self.move_one, store=store)
-        return self._judged(await self._run(self.content.count, in_flight, one, store=store), store)
+        sample = await self._run(self.content.count, in_flight, one, store=store)
+        return self.content.judged(sample, store=store)
 
     async def move_batches(self, batch: int, *, store: bool) -> Sample:
         """Move them in calls of so many blocks, two calls at a time."""
@@ -181,7 +185,7 @@ class Blocks:
 
         sample = await self._run(-(-count // batch), 2, one, store=store)
         sample.asked, sample.succeeded = count, moved
-        return self._judged(sample, store)
+        return self.content.judged(sample, store=store)
 
     async def _run(
         self, calls: int, in_flight: int, operation: Callable[[int], Any], *, store: bool
@@ -191,11 +195,6 @@ class Blocks:
         sample = Sample(nbytes=self.content.nbytes)
         async with watched(sample):
             await drive(calls, in_flight, sample, operation)
-        return sample
-
-    def _judged(self, sample: Sample, stored: bool) -> Sample:  # noqa: FBT001 - one of ours
-        if not stored:
-            sample.succeeded = min(sample.succeeded, self.content.right())
         return sample
 
     def contender(self, name: str, in_flight: int, *, store: bool) -> Contender:

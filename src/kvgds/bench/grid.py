@@ -14,14 +14,12 @@ from kvgds.bench.measure import Cell, Contender, Sample, rows_of, ticks, timed
 from kvgds.errors import PathUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from kvgds.bench.measure import Row
     from kvgds.engine import Engine
     from kvgds.paths import PathPlan
-
-    Rivals = Callable[[Content, int, bool], Sequence[Contender]]
 
 
 @dataclass
@@ -77,13 +75,7 @@ class Field:
 
 
 @asynccontextmanager
-async def field_of(
-    root: Path,
-    gpu: int | None,
-    rounds: int,
-    nbytes: int,
-    **settings: Any,  # noqa: ANN401 - of many kinds
-) -> AsyncIterator[Field]:
+async def field_of(root: Path, gpu: int | None, rounds: int, nbytes: int) -> AsyncIterator[Field]:
     """Open the engines that there can be: first the one that users get, and then its rivals.
 
     Of host memory that is the same without checksums, of a GPU's each other path.
@@ -93,7 +85,6 @@ async def field_of(
         gpu: see :class:`Field`.
         rounds: see :class:`Field`.
         nbytes: see :class:`Field`.
-        settings: of all engines, EngineConfig's and FileTier's.
 
     Raises:
         PathUnavailable: no NIXL, or no such GPU.
@@ -101,8 +92,8 @@ async def field_of(
     place = Field(root, gpu, rounds, nbytes)
     async with AsyncExitStack() as stack:
 
-        async def add(name: str, **more: Any) -> str:  # noqa: ANN401 - as above
-            engine = await stack.enter_async_context(opened(root, **settings, **more))
+        async def add(name: str, **settings: Any) -> str:  # noqa: ANN401 - of many kinds
+            engine = await stack.enter_async_context(opened(root, **settings))
             place.engines[name] = engine
             return next((plan.path for plan in engine.plan if plan.memory == "gpu"), "none")
 
@@ -124,7 +115,6 @@ async def moves(
     block: int,
     in_flight: int,
     fragments: int = 1,
-    rivals: Rivals | None = None,
 ) -> AsyncIterator[Row]:
     """Stores and then loads of blocks of one size, beside what the disk and the copy alone take.
 
@@ -133,8 +123,6 @@ async def moves(
         block: bytes.
         in_flight: blocks at a time.
         fragments: pieces that a block lies in.
-        rivals: who else takes part, given the content, how many are in flight, and whether they
-            store.
     """
     content = Content(block, place.count(block, in_flight), place.gpu)
     with ExitStack() as stack:
@@ -153,7 +141,6 @@ async def moves(
                 limits.copies(content, in_flight, store=store) if place.gpu is not None else None,
             ]
             there = [each for each in contenders if each is not None]
-            there += rivals(content, in_flight, store) if rivals is not None else []
             direction = "store" if store else "load"
             cell = place.cell(direction, block, in_flight, direction, fragments)
             for row in await rows_of(cell, there, place.rounds):
@@ -165,8 +152,7 @@ async def moves(
 async def ticker(place: Field, block: int, in_flight: int, seconds: float) -> list[Row]:
     """How late a 1 ms ticker is on an idle loop, and with blocks under way both ways."""
     content = Content(block, 2 * in_flight)
-    engine = place.engines["kvgds"]
-    blocks = Blocks(engine, content)
+    blocks = Blocks(place.engines["kvgds"], content)
     await blocks.move(in_flight, store=True)
 
     async def idle() -> Sample:

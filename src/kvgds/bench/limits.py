@@ -1,9 +1,8 @@
-"""What the machine can do without an engine: system calls on threads, NIXL alone, fio, memory."""
+"""What the machine can do without an engine: system calls on threads, NIXL alone, fio, copies."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvgds.bench.measure import Contender, Sample, drive, timed
+from kvgds.bench.measure import Contender, Sample, timed
 from kvgds.memory import region_of
 from kvgds.memory.device import cuda
 from kvgds.transport.agent import Agent
@@ -51,40 +50,16 @@ class Disk:
         part = self.content.part(i, store=store)
         return call(self.fd, [part], i * self.content.block) == self.content.block
 
-    def checked(self, sample: Sample, *, store: bool) -> Sample:
-        """Only loads of the right bytes have succeeded."""
-        if not store:
-            sample.succeeded = min(sample.succeeded, self.content.right())
-        return sample
-
 
 def threads(disk: Disk, count: int, *, store: bool) -> Contender:
     """``preadv`` or ``pwritev`` on so many threads, from and to huge pages."""
 
     async def run() -> Sample:
         with ThreadPoolExecutor(count) as pool:
-            return disk.checked(
-                await asyncio.to_thread(_by_threads, disk, pool, count, store=store), store=store
-            )
+            sample = await asyncio.to_thread(_by_threads, disk, pool, count, store=store)
+        return disk.content.judged(sample, store=store)
 
     name = f"{'pwritev' if store else 'preadv'}, {count} threads"
-    return Contender(name, run, kind="limit", path="system calls")
-
-
-def awaited(disk: Disk, count: int, *, store: bool) -> Contender:
-    """The same calls as an asyncio program makes them: by ``run_in_executor``."""
-
-    async def run() -> Sample:
-        loop, sample = asyncio.get_running_loop(), Sample(nbytes=disk.content.nbytes)
-        with ThreadPoolExecutor(count) as pool, timed(sample):
-
-            async def one(i: int) -> bool:
-                return await loop.run_in_executor(pool, lambda: disk.move(i, store=store))
-
-            await drive(disk.content.count, count, sample, one)
-        return disk.checked(sample, store=store)
-
-    name = f"{'pwritev' if store else 'preadv'}, {count} threads, awaited"
     return Contender(name, run, kind="limit", path="system calls")
 
 
@@ -131,7 +106,7 @@ class RawNixl:
             sample = await loop.run_in_executor(
                 self._pool, lambda: self._run(in_flight, store=store)
             )
-            return self.disk.checked(sample, store=store)
+            return self.disk.content.judged(sample, store=store)
 
         return Contender(
             f"NIXL POSIX/{self.queue} alone", run, kind="limit", path=f"POSIX/{self.queue}"
@@ -199,27 +174,6 @@ def _of_fio(job: dict[str, Any], content: Content, *, store: bool) -> Sample:
     )
 
 
-def memcpy(content: Content, count: int) -> Contender:
-    """Copies from the source to the target on so many threads: what memory alone allows."""
-    to, source = content.near(store=False).address, content.near(store=True).address
-
-    def copy(part: range) -> int:
-        for i in part:
-            ctypes.memmove(to + i * content.block, source + i * content.block, content.block)
-        return len(part)
-
-    async def run() -> Sample:
-        sample = Sample(nbytes=content.nbytes, asked=content.count)
-        parts = [range(n, content.count, count) for n in range(count)]
-        with ThreadPoolExecutor(count) as pool, timed(sample):
-            copying = [asyncio.wrap_future(pool.submit(copy, part)) for part in parts]
-            copied = sum(await asyncio.gather(*copying))
-        sample.succeeded = min(copied, content.right())
-        return sample
-
-    return Contender(f"memcpy, {count} threads", run, kind="limit", path="memory")
-
-
 def copies(content: Content, in_flight: int, *, store: bool) -> Contender:
     """Copies between a GPU and page-locked memory of the host, so many blocks at a time."""
     device = content.gpu or 0
@@ -248,9 +202,6 @@ def copies(content: Content, in_flight: int, *, store: bool) -> Contender:
         return sample
 
     async def run() -> Sample:
-        sample = await asyncio.to_thread(run_now)
-        if not store:
-            sample.succeeded = min(sample.succeeded, content.right())
-        return sample
+        return content.judged(await asyncio.to_thread(run_now), store=store)
 
     return Contender("copy alone", run, kind="limit", path="cudaMemcpyAsync")

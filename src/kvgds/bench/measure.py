@@ -60,13 +60,17 @@ class Sample:
         return self.cpu / (self.nbytes / 2**30) if self.nbytes else 0.0
 
 
+async def _not_run() -> Sample:
+    raise NotImplementedError("its samples come from elsewhere")
+
+
 @dataclass(frozen=True)
 class Contender:
     """Whoever takes part.
 
     Attributes:
         name: in results.
-        run: runs it once.
+        run: runs it once; not needed of one whose samples come from elsewhere.
         kind: of what: kvgds, what the machine gives without it, or what others use instead.
         tier: of an engine: ``slabs``, ``files``, ``bucket``.
         path: how bytes move.
@@ -75,7 +79,7 @@ class Contender:
     """
 
     name: str
-    run: Callable[[], Awaitable[Sample]]
+    run: Callable[[], Awaitable[Sample]] = _not_run
     kind: Literal["engine", "limit", "peer"] = "engine"
     tier: str | None = None
     path: str | None = None
