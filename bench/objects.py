@@ -22,7 +22,6 @@ import os
 import secrets
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import boto3
 from obstore.store import S3Store
+from peers import AIOBOTOCORE, Package, Process, make, started
 from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks_beside
 from s3server import KEYS, Server, server
 
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     Run = Callable[[], Awaitable[Sample]]
 
 MIB = 1 << 20
-AIOBOTOCORE = "aiobotocore==3.10.0"
 IN_FLIGHT = 16
 
 
@@ -334,21 +333,12 @@ async def move(peer: Peer, memory: Memory, stem: str, *, write: bool) -> Sample:
 class Child:
     """A client in a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, block: int, count: int) -> None:
+    def __init__(self, process: Process, block: int, count: int) -> None:
         self._process = process
         self._nbytes = block * count
 
     async def ask(self, **asked: object) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise RuntimeError("no pipes")
-        if asked:
-            stdin.write(json.dumps(asked).encode() + b"\n")
-        line = await stdout.readline()
-        if not line:
-            raise RuntimeError("the other process ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return await self._process.ask(json.dumps(asked))
 
     async def move(self, stem: str, *, write: bool) -> Sample:
         op = "store" if write else "load"
@@ -359,23 +349,12 @@ class Child:
 async def child(
     setup: Setup, python: Path, client: str, block: int, count: int
 ) -> AsyncIterator[Child]:
-    script = Path(__file__).with_name("s3peers.py")
     where = setup.where
-    process = await asyncio.create_subprocess_exec(
-        *(str(python), str(script), client, where.endpoint, where.bucket, where.region),
-        *(str(block), str(count)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        limit=1 << 24,
-    )
-    try:
-        made = Child(process, block, count)
-        await made.ask()
-        yield made
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        await process.wait()
+    place = (where.endpoint, where.bucket, where.region, str(block), str(count))
+    script = str(Path(__file__).with_name("s3peers.py"))
+    async with started(client, str(python), script, client, *place) as process:
+        await process.ask(None)
+        yield Child(process, block, count)
 
 
 @asynccontextmanager
@@ -650,9 +629,7 @@ def environment(venv: Path) -> Path:
     """The interpreter of an environment with aiobotocore; made if there is none."""
     python = venv / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", AIOBOTOCORE]
-        subprocess.run(pip, check=True)
+        make(venv, Package(((AIOBOTOCORE,),)))
     return python.absolute()
 
 

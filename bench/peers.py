@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 FOLDER = Path(__file__).parents[1] / ".peers"
+AIOBOTOCORE = "aiobotocore==3.10.0"
 ANSWER_S = 120  # for one turn, imports too; then it hangs
 
 
@@ -78,8 +79,22 @@ PACKAGES = {
     ),
     "aiofiles": Package((("aiofiles==25.1.0",),)),
     "kvikio": Package((("kvikio-cu12==26.10.0",),), gpu=True),
-    "aws": Package((("aiobotocore==3.10.0", "s3fs==2026.9.0"),)),
+    "aws": Package(((AIOBOTOCORE, "s3fs==2026.9.0"),)),
 }
+
+
+def make(venv: Path, package: Package) -> None:
+    """Make an environment with a package.
+
+    Raises:
+        CalledProcessError: it can't be had.
+    """
+    pip = (str(venv / "bin/python"), "-m", "pip", "install", "--quiet")
+    calls: list[tuple[str, ...]] = [(sys.executable, "-m", "venv", str(venv))]
+    calls += [(*pip, *each) for each in package.requirements]
+    calls += [(*pip, "--no-deps", *package.alone)] if package.alone else []
+    for call in calls:
+        subprocess.run(call, check=True, capture_output=True, text=True)
 
 
 def install(name: str, into: Path) -> str:
@@ -90,14 +105,8 @@ def install(name: str, into: Path) -> str:
     if (venv / "made").exists():
         return "is there"
     shutil.rmtree(venv, ignore_errors=True)
-    calls = [("-m", "pip", "install", "--quiet", *each) for each in package.requirements]
-    if package.alone:
-        calls.append(("-m", "pip", "install", "--quiet", "--no-deps", *package.alone))
     try:
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True, capture_output=True)
-        for call in calls:
-            python = str(venv / "bin/python")
-            subprocess.run([python, *call], check=True, capture_output=True, text=True)
+        make(venv, package)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()[-1:]
         return f"failed: {' '.join(last) or error}"
