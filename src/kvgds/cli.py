@@ -110,6 +110,13 @@ Config = Annotated[
 Endpoint = Annotated[str | None, typer.Option(help="The bucket's server, if it is not AWS.")]
 Region = Annotated[str | None, typer.Option(help="The bucket's region.")]
 CaBundle = Annotated[Path | None, typer.Option(help="PEM file of authorities to trust.")]
+
+
+def _size(*names: str, help: str) -> Any:  # noqa: A002, ANN401 - typer's own
+    """An option that is a size; what it is if it is not given, its help says."""
+    return typer.Option(*names, parser=parse_size, metavar="SIZE", show_default=False, help=help)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Named = Annotated[
     str | None,
@@ -412,11 +419,9 @@ def gc(
     ] = None,
     keep_bytes: Annotated[
         int | None,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
+        _size(
             help="Drop the least recently used blocks beyond this size, of a bucket those stored "
-            "first. 100G is 100 GiB.",
+            "first. 100G is 100 GiB."
         ),
     ] = None,
     namespace: Named = None,
@@ -465,7 +470,7 @@ def _print_retention(done: Retention) -> None:
         typer.echo("a slab keeps its file while it holds a block; new blocks use its free slots")
 
 
-# --- replay and demo ------------------------------------------------------------------------
+# --- replay, bench and demo -----------------------------------------------------------------
 
 
 @app.command()
@@ -477,23 +482,10 @@ def replay(
         int | None, typer.Option(min=1, max=MOST, help="Only the first so many requests.")
     ] = None,
     block_bytes: Annotated[
-        int,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            show_default=False,
-            help="Size of a block, whole pages; 64K (64 KiB) if not given.",
-        ),
+        int, _size(help="Size of a block, whole pages; 64K (64 KiB) if not given.")
     ] = 64 << 10,
-    capacity: Annotated[
-        int,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            show_default=False,
-            help="Most bytes of blocks kept; 2G (2 GiB) if not given.",
-        ),
-    ] = 2 << 30,
+    capacity: Annotated[int, _size(help="Most bytes of blocks kept; 2G (2 GiB) if not given.")] = 2
+    << 30,
     in_flight: Annotated[int, typer.Option(min=1, max=MOST, help="Requests at a time.")] = 8,
     layout: Annotated[str, typer.Option(help="slabs or files.")] = "slabs",
     as_json: AsJson = False,
@@ -553,9 +545,6 @@ def _times(of: Latency) -> str:
     return f"{counted(of.calls, 'call')}, p50 / p95 / p99: {spread}"
 
 
-# --- bench --------------------------------------------------------------------------------
-
-
 @app.command()
 def bench(
     *,
@@ -568,11 +557,8 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each contender.")] = 3,
     nbytes: Annotated[
         int,
-        typer.Option(
+        _size(
             "--bytes",
-            parser=parse_size,
-            metavar="SIZE",
-            show_default=False,
             help="What a run moves, and twice the largest block; 256M (256 MiB) if not given.",
         ),
     ] = 256 << 20,
