@@ -476,8 +476,8 @@ class Engine:
             if error is None:
                 answer.set_result(there)
             else:
-                number = error.errno if isinstance(error, OSError | TransferError) else None
-                text = (error.strerror if isinstance(error, OSError) else "") or str(error)
+                text = getattr(error, "strerror", None) or str(error)  # an OSError's has its number
+                number = getattr(error, "errno", None)
                 failed = TransferError(text, direction="delete", key=key, errno=number)
                 answer.set_exception(failed)
 

@@ -271,7 +271,8 @@ class Relay:
             return  # comes here again when that has ended
         near, far = self.near, self.far
         if far.out:  # from there it would come back
-            self._deleted(key, False, OSError(errno.EHOSTDOWN, self._out_text()))  # noqa: FBT003 - as above
+            error = OSError(errno.EHOSTDOWN, self._out_text())
+            self._loop.call_soon(self._deleted, key, False, error)  # noqa: FBT003 - as above
             return
         owed = self._owed.pop(key, None)
         self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
