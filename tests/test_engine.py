@@ -183,9 +183,18 @@ async def test_a_priority_is_one_of_three(tmp_path: Path, priority: Any) -> None
 
 
 async def test_a_batch_that_is_no_batch_leaves_nothing_behind(tmp_path: Path) -> None:
+    engine: Any
     async with opened(tmp_path / "kv") as engine:
-        with pytest.raises((TypeError, ValueError)):
-            await engine.store_many([(b"a", bytes(8)), b"b"])  # type: ignore[list-item]
+        one = (b"a", bytes(8))
+        for wrong in ([one, b"b"], {b"a": bytes(8)}, [(*one, 1)], "ab", None, 7):
+            for call in (engine.store_many, engine.load_many):
+                with pytest.raises(ConfigError, match=r"items=.*must be pairs"):
+                    await call(wrong)
+            with pytest.raises(ConfigError, match=r"items=.*must be pairs"):
+                [outcome async for outcome in engine.load_each(wrong)]
+        for keys in (None, 7):
+            with pytest.raises(ConfigError, match=r"keys=.*must be a list of keys"):
+                await engine.prefix(keys)
         await turns()
         assert engine.statistics().queued == 0
         assert await engine.prefix([b"a"]) == 0

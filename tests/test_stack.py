@@ -28,6 +28,7 @@ from kvgds import (
 from kvgds.testing import TierContract, skip_time
 from support import MIB, NAMESPACE, PAGE, Watched, content, image, opened, turns, until
 from wire import Wire
+from wirefaults import s3_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -419,6 +420,30 @@ async def test_a_request_that_hangs_holds_up_the_backlog_no_longer_than_itself(
         place.wire.drop()
         await asyncio.gather(loading, return_exceptions=True)
         await until(lambda: relay(engine)[0] == 0)
+
+
+async def test_a_bucket_that_comes_after_the_engine_is_told_of_the_namespace(place: Place) -> None:
+    """By its name `kvgds ls` and `kvgds gc` know the blocks."""
+    place.wire.refuse()
+    async with place.opened("back") as engine:
+        (_, plan) = engine.plan
+        assert "it did not answer when it was opened" in plan.evidence[0]
+        await fill(engine, b"key")
+        place.wire.ok()
+        await until(lambda: relay(engine)[0] == 0)
+    names = await asyncio.to_thread(place.server.names, place.bucket)
+    assert f"{support.digest(support.NAMESPACE).hex()}/namespace.json" in names
+
+
+async def test_a_store_that_does_not_get_through_is_told_where_the_block_is(place: Place) -> None:
+    async with place.opened("through") as engine:
+        place.wire.answer(s3_error(503, "SlowDown"), method="PUT")
+        for key in KEYS:
+            with pytest.raises(TransferError, match=f"{place.root} has the block") as caught:
+                await engine.store(key, content(key, SIZE))
+            assert (caught.value.key, caught.value.direction) == (key, "store")
+            assert engine.near(key)
+        place.wire.ok()
 
 
 async def test_a_damaged_block_is_healed_from_the_bucket(place: Place) -> None:

@@ -310,10 +310,17 @@ def list_blocks(
 
 
 def _print_listing(found: Listing) -> None:
-    title = f"{found.root}: layout {found.layout}, {size_text(found.allocated_bytes)} allocated"
+    size = size_text(found.allocated_bytes)
+    title = f"{found.root}: layout {found.layout}, {size} allocated"
+    bucket = found.layout == "objects"
+    if bucket:
+        title = f"{found.root}: {size}"
+    if bucket and not found.namespaces:
+        title += ", no blocks; if engines use a prefix, name that as well"
     if found.quarantined:
         title += f", {counted(found.quarantined, 'place')} in quarantine (kvgds fsck --repair)"
-    table = _table(title, "namespace", "digest", "blocks", "payload", "on disk", "block sizes")
+    taken = "stored" if bucket else "on disk"
+    table = _table(title, "namespace", "digest", "blocks", "payload", taken, "block sizes")
     for use in found.namespaces:
         sizes = [f"{size_text(nbytes)} x {count:,}" for nbytes, count in use.sizes.items()]
         table.add_row(

@@ -28,9 +28,9 @@ from kvgds.memory.device import cuda
 from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import owner_of
 from kvgds.transport import NixlTransport, NotMoved
-from kvgds.transport.bucket import Bucket
+from kvgds.transport.bucket import Bucket, fix_of
 from kvgds.upkeep import layout_of, listing
-from kvgds.upkeep.objects import fix_of, root_of
+from kvgds.upkeep.objects import root_of
 from kvgds.upkeep.records import counted
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.flights import Batch, Flights, Memory
+from kvgds.flights import Batch, Flights, Memory, listed, pairs
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
@@ -367,7 +367,7 @@ class Engine:
         stream: object = None,
     ) -> list[Outcome]:
         """Store blocks; an outcome for each, in order. One bad block fails no other."""
-        items = [(key, memory) for key, memory in items]
+        items = pairs(items)
         batch = self._open_batch(len(items), priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, items)
         return batch.outcomes
@@ -381,7 +381,7 @@ class Engine:
         stream: object = None,
     ) -> list[Outcome]:
         """Load blocks; an outcome for each, in order. One bad block fails no other."""
-        items = [(key, memory) for key, memory in items]
+        items = pairs(items)
         batch = self._open_batch(len(items), priority, timeout_s, stream, write=False)
         await self._flights.carry_out(batch, items)
         return batch.outcomes
@@ -444,7 +444,7 @@ class Engine:
         """
         self._check_open()
         timeout = self._flights.timeout_of(timeout_s)
-        wanted = tuple(keys)
+        wanted = listed("keys", keys, "must be a list of keys")
         for key in wanted:
             check_key(key)
         answer: asyncio.Future[int] = self._loop.create_future()

@@ -69,6 +69,7 @@ class TransferError(KvgdsError, OSError):
         path: ``"direct"``, ``"bounce"``, ``"gds"`` or ``"gds-compat"``; "" where no byte had to
             move.
         backend: the transport that failed, for example ``"POSIX/uring"``.
+        reason: what went wrong, without which block's operation it was.
         errno: the system's error number where it could be found out, else ``None``.
     """
 
@@ -85,8 +86,10 @@ class TransferError(KvgdsError, OSError):
         where = f"{direction} of block {key.hex()[:32]}: " if key else ""
         # For a deadline the system's words would be of a connection that timed out.
         own = isinstance(self, TransferTimeout)
-        why = f" ({os.strerror(errno)})" if errno and not own else ""
-        super().__init__(f"{where}{message}{why}")
+        words = os.strerror(errno) if errno and not own else ""
+        why = f" ({words})" if words and words not in message else ""
+        self.reason = f"{message}{why}"
+        super().__init__(f"{where}{self.reason}")
         self.direction = direction
         self.key = key
         self.path = path

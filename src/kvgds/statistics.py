@@ -64,9 +64,9 @@ def statistics_of(flights: Flights) -> Statistics:
 
 
 _TIERS = (
-    ("kvgds_blocks", "blocks", "blocks that a load would find"),
+    ("kvgds_blocks", "blocks", "blocks that a load would find; of a bucket: that were seen there"),
     ("kvgds_used_bytes", "bytes_used", "bytes of blocks, padding included"),
-    ("kvgds_capacity_bytes", "capacity_bytes", "limit on them; 0: there is none"),
+    ("kvgds_capacity_bytes", "capacity_bytes", "limit on them; 0: a bucket, which has none"),
     ("kvgds_evictions", "evictions", "blocks dropped to make room"),
     ("kvgds_dropped", "dropped", "those of them that the next tier lacked"),
     ("kvgds_quarantined", "quarantined", "places out of use"),

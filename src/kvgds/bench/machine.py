@@ -69,12 +69,13 @@ def _disk(root: Path) -> str:
     """The block device below a directory, as the kernel names it."""
     number = os.stat(root).st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not device.exists():
+    try:
+        name = device.resolve(strict=True).name
+        whole = device if (device / "queue").exists() else device.resolve().parent
+    except OSError:  # there is none, or a container does not show it
         return "none"
-    whole = device if (device / "queue").exists() else device.resolve().parent
     spins = _read(whole / "queue/rotational") == "1"
-    model = _read(whole / "device/model") or device.resolve().name
-    return f"{model}, {'rotating' if spins else 'solid state'}"
+    return f"{_read(whole / 'device/model') or name}, {'rotating' if spins else 'solid state'}"
 
 
 def _version(package: str) -> str | None:

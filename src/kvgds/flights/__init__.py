@@ -25,7 +25,7 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.flights.batch import Batch, Flight, Settled, Waiter
+from kvgds.flights.batch import Batch, Flight, Settled, Waiter, listed, pairs
 from kvgds.flights.relay import Errand, Relay
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.memory.device import stream_of
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvgds.config import EngineConfig
     from kvgds.tiers import Tier
 
-__all__ = ["Batch", "Flights", "Memory"]
+__all__ = ["Batch", "Flights", "Memory", "listed", "pairs"]
 
 Memory: TypeAlias = Any
 """Memory of one block: a View (`cache.block(i)`, `region[a:b]`), a whole Region, or what
@@ -645,7 +645,7 @@ class Flights:
         stream: object,
     ) -> AsyncGenerator[Outcome, None]:
         """Carry out a call and give its outcomes as they come."""
-        items = [(key, memory) for key, memory in items]
+        items = pairs(items)
         batch = self.open_batch(
             len(items), priority, timeout_s, write=write, each=True, stream=stream
         )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome
-from kvgds.errors import BusyError
+from kvgds.errors import BusyError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
     from kvgds.blocks import BlockKey
     from kvgds.deadlines import Deadlines
@@ -24,7 +24,35 @@ if TYPE_CHECKING:
     from kvgds.paths import Move, Path
     from kvgds.schedule import Priority, Ticket
 
+T = TypeVar("T")
 _PENDING = Outcome(b"", "pending")
+
+
+def listed(field: str, items: Iterable[T], rule: str) -> list[T]:
+    """What a caller gave to go through.
+
+    Raises:
+        ConfigError: there is nothing to go through.
+    """
+    try:
+        walk = iter(items)
+    except TypeError:
+        raise ConfigError(field, type(items).__name__, rule) from None
+    return list(walk)
+
+
+def pairs(items: Iterable[tuple[BlockKey, Any]]) -> list[tuple[BlockKey, Any]]:
+    """The blocks of a call.
+
+    Raises:
+        ConfigError: they are no pairs.
+    """
+    rule = "must be pairs: [(key, memory), ...]"
+    found = listed("items", items, rule)
+    for item in found:
+        if not isinstance(item, tuple | list) or len(item) != 2:  # noqa: PLR2004 - a pair
+            raise ConfigError("items", type(item).__name__, rule)
+    return found
 
 
 class Settled:

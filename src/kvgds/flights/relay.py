@@ -413,7 +413,10 @@ class Relay:
         self._refusals += 1
         if self._refusals == _REFUSALS:
             self._loop.call_soon(self.near.look_again)
-        self._refuse(upload.key, error)
+        number = error.errno if isinstance(error, TransferError) else None
+        text = f"{getattr(error, 'reason', error)}; {self.near.name} has the block"
+        failed = TransferError(text, direction="store", key=upload.key, errno=number)
+        self._refuse(upload.key, failed)
         self._owed.setdefault(upload.key, upload.nbytes)
         if self._pause is None:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret

@@ -546,7 +546,7 @@ def region_of(buffer: object, *, zero_copy: bool = True, claims: Claims | None =
     """
     strided = _describe(buffer, "buffer")
     if not _contiguous(strided):
-        rule = "must be contiguous; pass buffer.contiguous(), or a cache to register_cache"
+        rule = "must be contiguous; pass a contiguous copy of it, or a cache to register_cache"
         raise ConfigError("buffer", strided.shape, rule)
     return Region([strided], zero_copy=zero_copy, claims=claims)
 

@@ -53,7 +53,8 @@ def prepare_root(root: Path, layout: str) -> None:
             raise
         raise ConfigError("root", str(root), f"can't be used: {error}") from None
     if found != {"format": _FORMAT, "layout": layout}:
-        raise ConfigError("root", str(root), f"holds {found}, not layout={layout!r}; use another")
+        rule = f"holds {found}, not layout={layout!r}; use another directory"
+        raise ConfigError("root", str(root), rule)
     if layout == "slabs":
         check_index(root)
 

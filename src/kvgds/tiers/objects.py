@@ -25,12 +25,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from kvgds.blocks import PAGE, XXH3_128, Stamp, image_bytes, place_of
-from kvgds.errors import BlockCorrupt, ConfigError, PathUnavailable, TransferError
+from kvgds.errors import (
+    BlockCorrupt,
+    ConfigError,
+    PathUnavailable,
+    TransferError,
+    TransferTimeout,
+)
 from kvgds.memory import Arena, region_of
 from kvgds.paths import PathPlan
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.breaker import Breaker
 from kvgds.transport import File, NotMoved
+from kvgds.transport.bucket import fix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +99,7 @@ class Objects:
         self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
         self._under_way = 0
         self._quarantined = 0
+        self._described = False
         self._trial: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -105,16 +113,16 @@ class Objects:
             PathUnavailable: it does not answer, or not as it should.
         """
         transport, evidence = self._transport, ""
-        transport.watch(partial(self._services.post, self._tell))
+        transport.watch(partial(self._services.post, self._hangs))
         try:
             transport.bucket.check()
             evidence = self._round_trip()
         except NotMoved as error:
             if error.errno in _WRONG:
-                rule = f"can't be used; see to bucket, keys, region and endpoint: {error}"
+                rule = f"can't be used; {fix_of(error)}: {error}"
                 raise ConfigError("bucket", self._settings.bucket, rule) from None
             if self._changed is None:
-                text = f"{self.name} does not answer; start it, or see to endpoint"
+                text = f"{self.name} does not answer as it should; {fix_of(error)}"
                 raise PathUnavailable(text, (str(error), *transport.refused)) from None
             self._services.post(self._go_out, str(error))
             evidence = f"it did not answer when it was opened: {error}"
@@ -146,14 +154,19 @@ class Objects:
             self._transport.detach(region).result()
         if arena.bytes[PAGE:] != data:
             raise NotMoved(errno.EIO, "an object came back with other bytes")
-        description = f"{self._space}/namespace.json"
         try:
-            if bucket.size(description) is None:
-                bucket.write(description, self._namespace.text.encode())
+            self._describe()
             bucket.delete(name)
         except NotMoved as error:
             return f"an object went there and back, but could not be deleted: {error}"
         return "an object went there and back"
+
+    def _describe(self) -> None:
+        """Say in the bucket what the namespace is, for `kvgds ls` and the like."""
+        bucket, name = self._transport.bucket, f"{self._space}/namespace.json"
+        if bucket.size(name) is None:
+            bucket.write(name, self._namespace.text.encode())
+        self._described = True
 
     def _carry(self, trial: _Trial) -> None:
         ended: Future[None] = Future()
@@ -171,10 +184,7 @@ class Objects:
     @property
     def out(self) -> str:
         """See ``Tier.out``."""
-        if self._breaker.reason:
-            return self._breaker.reason
-        limit = self._settings.request_timeout_s
-        return f"a request got no answer for {limit:g} s" if self._transport.stuck else ""
+        return self._breaker.reason
 
     def contains(self, key: BlockKey) -> bool:
         """See ``Tier.contains``."""
@@ -318,8 +328,13 @@ class Objects:
     # --- liveness ---------------------------------------------------------------------
 
     def _count_failure(self, error: BaseException) -> None:
-        """Whoever waited for it, if it was asked at all."""
-        if isinstance(error, TransferError) and error.errno == errno.ECANCELED:
+        """Whoever waited, if it was asked at all. One that got no answer in time is enough."""
+        number = getattr(error, "errno", None)
+        if number == errno.ECANCELED:
+            return
+        own = not isinstance(error, TransferTimeout)  # and no caller's deadline
+        if number == errno.ETIMEDOUT and own and not self.out:
+            self._go_out(str(error))
             return
         pause = self._breaker.failure(str(error))
         if pause is not None:
@@ -327,6 +342,13 @@ class Objects:
 
     def _go_out(self, reason: str) -> None:
         self._stay_out(self._breaker.trip(reason))
+
+    def _hangs(self) -> None:
+        if not self.out:
+            self._go_out(self._no_answer())
+
+    def _no_answer(self) -> str:
+        return f"a request got no answer for {self._settings.request_timeout_s:g} s"
 
     def _stay_out(self, pause: float) -> None:
         _log.warning("%s is left alone: %s", self.name, self._breaker.reason)
@@ -340,14 +362,19 @@ class Objects:
 
     def _try(self) -> None:
         if not self._closed:
-            self._run(self._transport.bucket.check, self._tried)
+            self._run(self._check, self._tried)
+
+    def _check(self) -> None:
+        self._transport.bucket.check()
+        if not self._described:  # the server was not there when this was opened
+            self._describe()
 
     def _tried(self, ended: Future[None]) -> None:
         if self._closed:
             return
         error = ended.exception()
         if error is not None or self._transport.stuck:
-            self._try_later(self._breaker.trip(str(error) if error else self.out))
+            self._try_later(self._breaker.trip(str(error) if error else self._no_answer()))
             return
         self._breaker.close()
         _log.warning("%s answers again", self.name)

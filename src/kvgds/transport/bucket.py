@@ -63,6 +63,31 @@ _OTHER_ENDPOINTS = (
 )
 
 
+_LOOK = "see to bucket, keys, region and endpoint"
+_FIXES = (
+    ("/latest/api/token", "give access_key and secret_key, or set what AWS's usual chain looks at"),
+    ("SignatureDoesNotMatch", "see to secret_key"),
+    ("InvalidAccessKeyId", "see to access_key and endpoint"),
+    ("ExpiredToken", "get new keys"),
+    ("RequestTimeTooSkewed", "set this machine's clock"),
+    ("NoSuchBucket", "make the bucket, or see to bucket, region and endpoint"),
+    ("UnknownIssuer", "name the authority of the server's certificate in ca_bundle"),
+    ("InvalidContentType", "the server speaks no TLS there: endpoint must begin with http://"),
+    ("AuthorizationHeaderMalformed", "see to region"),
+    ("status code: 301", "see to region"),
+    ("status code: 403", "see to the keys, and what those may do: list, get, put and delete"),
+    ("Connection refused", "start the server, or see to endpoint"),
+    ("failed to lookup", "see to endpoint"),
+)
+
+
+def fix_of(error: NotMoved) -> str:
+    """What to do about what a server has answered, or has not."""
+    text = str(error)
+    found = next((fix for sign, fix in _FIXES if sign in text), "")
+    return found or ("see whether the server is well" if error.errno == errno.ETIMEDOUT else _LOOK)
+
+
 class Found(NamedTuple):
     """An object: its name without the tier's prefix, bytes, and when it was stored."""
 
@@ -75,8 +100,6 @@ class Bucket:
     """The objects below a tier's prefix, by names that don't show it."""
 
     def __init__(self, settings: ObjectTier) -> None:
-        self._bucket = settings.bucket
-        self._prefix = settings.prefix
         self._store = _open(settings)
 
     def put(self, name: str, address: int, nbytes: int) -> None:

@@ -321,7 +321,7 @@ class ObjectTransport:
         return self._pool.submit(function)
 
     def watch(self, tell: Callable[[], None]) -> None:
-        """Be told, on the transport's thread, when ``stuck`` changes."""
+        """Be told, on the transport's thread, when ``stuck`` becomes true."""
         self._tell = tell
 
     def add_gpu(self, plugin: str) -> None:
@@ -445,9 +445,10 @@ class ObjectTransport:
                     self._ended.append(member)
                     return
                 ((member.address, _, member.nbytes),) = coalesce(rows, _LARGEST)
-            if not transfer.write:  # a short answer must not leave an older stamp there
-                page = bytes_at(member.address, min(member.nbytes, PAGE))
-                page[:] = bytes(len(page))
+            if not transfer.write:  # a short answer must leave no older stamp there, nor older end
+                whole = bytes_at(member.address, member.nbytes)
+                for part in (whole[:PAGE], whole[-PAGE:]):
+                    part[:] = bytes(len(part))
             for region in transfer.regions:
                 if not region.closed:
                     self._client.register(region)
@@ -487,12 +488,12 @@ class ObjectTransport:
 
     def _sweep(self, now: float) -> None:
         """See whether something hangs, and let go of what nobody waits for."""
-        longest = self._settings.request_timeout_s
         # NIXL gives a request up by itself: what counts is since when there is no good answer.
         unanswered = (*self._flying, *self._asking, *(entry[2] for entry in self._pausing))
-        stuck = any(now - member.asked > longest for member in unanswered)
-        if stuck != self.stuck:
-            self.stuck = stuck
+        since = min((member.asked for member in unanswered), default=now)
+        was = self.stuck
+        self.stuck = now - since > self._settings.request_timeout_s
+        if self.stuck and not was:
             self._tell()
         gone = [member for member in self._waiting if member.transfer.abandoned]
         late = [entry for entry in self._pausing if entry[2].transfer.abandoned]

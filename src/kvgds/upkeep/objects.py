@@ -24,7 +24,7 @@ import xxhash
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.transport import NotMoved
-from kvgds.transport.bucket import Bucket, Found
+from kvgds.transport.bucket import Bucket, Found, fix_of
 from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of, no_match
 
 if TYPE_CHECKING:
@@ -47,34 +47,10 @@ _ENOUGH = 100  # failures after which nothing more is tried
 _TOLD = 10  # failures that are told
 _TIMES = 1 << 16  # moments that are told apart
 
-_LOOK = "see to bucket, keys, region and endpoint"
-_FIXES = (
-    ("/latest/api/token", "give access_key and secret_key, or set what AWS's usual chain looks at"),
-    ("SignatureDoesNotMatch", "see to secret_key"),
-    ("InvalidAccessKeyId", "see to access_key and endpoint"),
-    ("ExpiredToken", "get new keys"),
-    ("RequestTimeTooSkewed", "set this machine's clock"),
-    ("NoSuchBucket", "make the bucket, or see to bucket, region and endpoint"),
-    ("UnknownIssuer", "name the authority of the server's certificate in ca_bundle"),
-    ("InvalidContentType", "the server speaks no TLS there: endpoint must begin with http://"),
-    ("AuthorizationHeaderMalformed", "see to region"),
-    ("status code: 301", "see to region"),
-    ("status code: 403", "see to the keys, and what those may do: list, get, put and delete"),
-    ("Connection refused", "start the server, or see to endpoint"),
-    ("failed to lookup", "see to endpoint"),
-)
-
 
 def root_of(settings: ObjectTier) -> str:
     """What to call a bucket, and where in it."""
     return f"s3://{settings.bucket}/{settings.prefix}"
-
-
-def fix_of(error: NotMoved) -> str:
-    """What to do about what a server has answered, or has not."""
-    text = str(error)
-    found = next((fix for sign, fix in _FIXES if sign in text), "")
-    return found or ("see whether the server is well" if error.errno == errno.ETIMEDOUT else _LOOK)
 
 
 @contextlib.contextmanager
