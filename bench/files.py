@@ -31,7 +31,7 @@ from peers import FOLDER, Process, python_of, started
 from kvgds import EngineConfig, FileTier, Namespace, open_engine
 from kvgds.bench import limits
 from kvgds.bench.blocks import Blocks, Content, cold, opened
-from kvgds.bench.grid import Field, field_of, moves, ticker
+from kvgds.bench.grid import Field, copies, field_of, moves, ticker
 from kvgds.bench.machine import filesystem, report
 from kvgds.bench.measure import (
     Contender,
@@ -104,6 +104,8 @@ class Setup:
 async def sizes(setup: Setup) -> Rows:
     """Blocks of every size, 16 in flight, beside what disk and copies alone take."""
     async with setup.field() as place:
+        for row in await copies(place, MIB):
+            yield row
         for block in setup.some(SIZES):
             async for row in moves(place, block, 16):
                 yield row

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from simulator import environment
+
 BENCH = Path(__file__).parents[1] / "bench"
 SCENARIOS = {
     "files.py": {
-        *("store", "load", "batch", "mixed", "burst", "evict", "ticker", "busy", "prefix"),
+        *("copy", "store", "load", "batch", "mixed", "burst", "evict", "ticker", "busy", "prefix"),
         "peers",
     },
     "gpu.py": {"fragments", "decode"},
@@ -30,12 +32,12 @@ FIELDS = {
 }
 
 
-def rows_of(folder: Path, *command: str) -> list[dict[str, Any]]:
+def rows_of(folder: Path, *command: str, env: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """What a bench says of this machine, and then its rows; its failure is ours."""
     out, root = folder / "out.jsonl", folder / "root"
     root.mkdir()
     whole = [sys.executable, "-W", "error", *command, "--root", str(root), "--out", str(out)]
-    done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=50, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(root.iterdir()) == []  # what it took of the disk, it gives back
     rows: list[dict[str, Any]] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
@@ -66,11 +68,32 @@ def test_all_that_is_asked_for_succeeds(
 def test_the_command_measures_this_machine(tmp_path: Path) -> None:
     options = ("--rounds", "1", "--bytes", "1M", "--json")
     _, *rows = rows_of(tmp_path, "-m", "kvgds", "bench", *options)
-    assert {row["scenario"] for row in rows} == {"store", "load", "ticker"}
+    assert {row["scenario"] for row in rows} == {"copy", "store", "load", "ticker"}
     assert {row["kind"] for row in rows} == {"engine", "limit"}
     ours = [row for row in rows if row["contender"] == "kvgds"]
     assert all(row["path"].startswith("direct POSIX/") and row["verified"] for row in ours)
     assert all(row["late_p99_ms"] is not None for row in ours if row["scenario"] == "ticker")
+
+
+@pytest.mark.parametrize(
+    ("machine", "path"),
+    [
+        ({}, "gds GDS_MT"),
+        ({"driver_open": 5033}, "bounce POSIX/"),
+    ],
+)
+def test_the_command_measures_gpu_memory(
+    tmp_path: Path, machine: dict[str, Any], path: str
+) -> None:
+    """On a simulated GPU: whichever path it has is in every row, beside the copies' own rate."""
+    env = {"NIXL_LOG_LEVEL": "FATAL", **environment(**machine)}
+    options = ("--rounds", "1", "--bytes", "1M", "--json", "--gpu", "0")
+    _, *rows = rows_of(tmp_path, "-m", "kvgds", "bench", *options, env=env)
+    ours = [row for row in rows if row["contender"] == "kvgds" and row["memory"] == "gpu"]
+    assert {row["scenario"] for row in ours} == {"store", "load"}
+    assert all(row["path"].startswith(path) and row["verified"] for row in ours)
+    copies = [row for row in rows if row["contender"] == "copy alone"]
+    assert {row["direction"] for row in copies} == {"store", "load"}
 
 
 def test_a_replay_hits_what_lru_would(tmp_path: Path) -> None:

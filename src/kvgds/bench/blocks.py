@@ -105,18 +105,25 @@ class Content:
         first = self.far(store=store)
         return [_OnGpu(first + n * layer, shape) for n in range(fragments)]
 
-    def judged(self, sample: Sample, *, store: bool) -> Sample:
-        """Of loads, only those of the right bytes have succeeded; clears the target."""
+    def judged(self, sample: Sample, *, store: bool, on_gpu: bool | None = None) -> Sample:
+        """Of loads, only those of the right bytes have succeeded; clears the target.
+
+        Args:
+            sample: what was moved.
+            store: which way.
+            on_gpu: whether loads went to the GPU; None: if there is one.
+        """
         if not store:
-            sample.succeeded = min(sample.succeeded, self._right())
+            on_gpu = self.gpu is not None if on_gpu is None else on_gpu
+            sample.succeeded = min(sample.succeeded, self._right(on_gpu=on_gpu))
         return sample
 
-    def _right(self) -> int:
+    def _right(self, *, on_gpu: bool) -> int:
         """How many blocks lie right in the target, which is cleared for the next load."""
-        if self.gpu is not None:
+        if on_gpu:
             self._copy(store=False, down=True)
         wrong = self._pattern.differing(range(self.count), self.target)
-        if self.gpu is not None:
+        if on_gpu:
             self._copy(store=False, down=False)
         return self.count - len(wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,15 @@ async def moves(
                 yield row
         for each in blocks.values():
             await each.close()
+
+
+async def copies(place: Field, block: int) -> list[Row]:
+    """What this machine's memory takes, on one thread and on as many as it has cores."""
+    content = Content(block, place.count(block, 1))
+    cell = place.cell("copy", block, 1, "copy")
+    cell = replace(cell, memory="host", cache="memory", filesystem="none")
+    counts = sorted({1, len(os.sched_getaffinity(0))})
+    return await rows_of(cell, [limits.memory(content, n) for n in counts], place.rounds)
 
 
 async def ticker(place: Field, block: int, in_flight: int, seconds: float) -> list[Row]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from kvgds.transport.agent import Agent
 from kvgds.transport.contract import File
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvgds.bench.blocks import Content
     from kvgds.memory.device import Copying
     from kvgds.transport.agent import Request
@@ -55,17 +58,35 @@ def threads(disk: Disk, count: int, *, store: bool) -> Contender:
     """``preadv`` or ``pwritev`` on so many threads, from and to huge pages."""
 
     async def run() -> Sample:
-        with ThreadPoolExecutor(count) as pool:
-            sample = await asyncio.to_thread(_by_threads, disk, pool, count, store=store)
-        return disk.content.judged(sample, store=store)
+        one = partial(disk.move, store=store)
+        sample = await asyncio.to_thread(_by_threads, one, disk.content, count)
+        return disk.content.judged(sample, store=store, on_gpu=False)
 
     name = f"{'pwritev' if store else 'preadv'}, {count} threads"
     return Contender(name, run, kind="limit", path="system calls")
 
 
-def _by_threads(disk: Disk, pool: ThreadPoolExecutor, count: int, *, store: bool) -> Sample:
-    numbers, lock = iter(range(disk.content.count)), threading.Lock()
-    sample = Sample(nbytes=disk.content.nbytes, asked=disk.content.count)
+def memory(content: Content, count: int) -> Contender:
+    """Copies within the host's memory on so many threads."""
+
+    def one(i: int) -> bool:
+        np.copyto(
+            np.frombuffer(content.part(i, store=False), np.uint8),
+            np.frombuffer(content.part(i, store=True), np.uint8),
+        )
+        return True
+
+    async def run() -> Sample:
+        sample = await asyncio.to_thread(_by_threads, one, content, count)
+        return content.judged(sample, store=False, on_gpu=False)
+
+    return Contender(f"memcpy, {count} threads", run, kind="limit", path="memcpy")
+
+
+def _by_threads(move: Callable[[int], bool], content: Content, count: int) -> Sample:
+    """Move every block by a call that gives up the interpreter's lock."""
+    numbers, lock = iter(range(content.count)), threading.Lock()
+    sample = Sample(nbytes=content.nbytes, asked=content.count)
     moved: list[bool] = []
 
     def work() -> None:
@@ -75,10 +96,10 @@ def _by_threads(disk: Disk, pool: ThreadPoolExecutor, count: int, *, store: bool
             if i is None:
                 return
             started = time.perf_counter()
-            moved.append(disk.move(i, store=store))
+            moved.append(move(i))
             sample.latencies.append(time.perf_counter() - started)
 
-    with timed(sample):
+    with ThreadPoolExecutor(count) as pool, timed(sample):
         for future in [pool.submit(work) for _ in range(count)]:
             future.result()
     sample.succeeded = sum(moved)
@@ -106,7 +127,7 @@ class RawNixl:
             sample = await loop.run_in_executor(
                 self._pool, lambda: self._run(in_flight, store=store)
             )
-            return self.disk.content.judged(sample, store=store)
+            return self.disk.content.judged(sample, store=store, on_gpu=False)
 
         return Contender(
             f"NIXL POSIX/{self.queue} alone", run, kind="limit", path=f"POSIX/{self.queue}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvgds.bench.grid import field_of, moves, ticker
+from kvgds.bench.grid import copies, field_of, moves, ticker
 from kvgds.bench.machine import report
 from kvgds.bench.measure import quiet
 from kvgds.errors import PathUnavailable
@@ -75,6 +75,8 @@ async def quick(below: Path, gpu: int | None, scale: Scale, told: Told) -> Async
                 "machine": report(root, [plan for each in places.values() for plan in each.plans])
             }
             stack.enter_context(quiet())
+            for row in await copies(places[None], min(MIB, scale.nbytes // 2)):
+                yield row
             for n, (memory, (block, in_flight)) in enumerate(steps):
                 told("measuring", n, len(steps) + 1)
                 async for row in moves(places[memory], block, in_flight):

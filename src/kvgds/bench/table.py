@@ -36,7 +36,8 @@ def _cell(row: Row) -> str:
     what = f"{row['memory']} memory, {row['scenario']}"
     cut = f" of {row['fragments']} fragments" if row["fragments"] > 1 else ""
     size = size_text(row["block"])
-    return f"{what} of {size} blocks{cut}, {row['in_flight']} in flight, {row['cache']}"
+    where = f", {row['in_flight']} in flight, {row['cache']}" if row["scenario"] != "copy" else ""
+    return f"{what} of {size} blocks{cut}{where}"
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[str]:
