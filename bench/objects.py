@@ -1,7 +1,7 @@
 """The object tier against other clients of S3, its cost to the event loop, and a stack of tiers.
 
     python bench/objects.py [--root DIR] [--rounds 5] [--only objects,ticker,stack] [--quick]
-                            [--aiobotocore VENV] [--out FILE]
+                            [--peers DIR] [--out FILE]
                             [--server juicefs|memory | --endpoint URL --bucket NAME]
 
 One JSON line a contender; speeds are medians of runs that alternate. `--quick` is one round of few
@@ -9,8 +9,8 @@ blocks, to see that it runs. It starts a server of its own: `juicefs gateway` be
 that has all in memory and costs little, s3memory.py. To an `--endpoint`, keys come from the
 environment (AWS_ACCESS_KEY_ID ...), and all that is made in the bucket is removed.
 
-aiobotocore wants a botocore of its own, so it runs in another process, of the virtual environment
-that `--aiobotocore` names: if there is none, it is made.
+aiobotocore and s3fs want a botocore of their own, so each runs in another process, of the
+environment that `python bench/peers.py aws` has made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import boto3
 from obstore.store import S3Store
-from peers import AIOBOTOCORE, Package, Process, make, started
+from peers import FOLDER, PACKAGES, Process, started
 from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks_beside
 from s3server import KEYS, Server, server
 
@@ -77,7 +77,7 @@ class Setup:
         prefix: what all names in the bucket begin with.
         kind: of server.
         served: the server, if it is ours.
-        aiobotocore: an interpreter that has it.
+        aws: an interpreter that has aiobotocore and s3fs; None: they are left out.
     """
 
     root: Path
@@ -87,7 +87,7 @@ class Setup:
     prefix: str
     kind: str
     served: Server | None
-    aiobotocore: Path | None
+    aws: Path | None
     janitor: Janitor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -371,9 +371,9 @@ async def contenders(
             await peer.open()
             stack.push_async_callback(peer.close)
             found.peers[name] = peer
-        if setup.aiobotocore is not None:
-            made = child(setup, setup.aiobotocore, "aiobotocore", block, count)
-            found.children["aiobotocore"] = await stack.enter_async_context(made)
+        for name in ("aiobotocore", "s3fs") if setup.aws is not None else ():
+            made = child(setup, setup.aws, name, block, count)
+            found.children[name] = await stack.enter_async_context(made)
         await found.prepare()
         yield found
 
@@ -625,14 +625,6 @@ SCENARIOS = {"objects": objects, "ticker": ticker, "stack": stack}
 # --- running --------------------------------------------------------------------------------
 
 
-def environment(venv: Path) -> Path:
-    """The interpreter of an environment with aiobotocore; made if there is none."""
-    python = venv / "bin" / "python"
-    if not python.exists():
-        make(venv, Package(((AIOBOTOCORE,),)))
-    return python.absolute()
-
-
 def make_bucket(where: Where) -> None:
     client = boto3.client("s3", endpoint_url=where.endpoint, region_name=where.region)
     client.create_bucket(Bucket=where.bucket)
@@ -645,7 +637,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--aiobotocore", type=Path)
+    parser.add_argument("--peers", type=Path, default=FOLDER)
     parser.add_argument("--server", choices=("juicefs", "memory"), default="juicefs")
     parser.add_argument("--endpoint")
     parser.add_argument("--bucket", default="kvgds-bench")
@@ -656,7 +648,7 @@ async def main() -> None:
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
     if options.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
         parser.error("--endpoint: give its keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    python = environment(options.aiobotocore) if options.aiobotocore else None
+    python = (options.peers / "aws/bin/python").absolute()
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.root)))
         served = None
@@ -676,11 +668,12 @@ async def main() -> None:
             prefix=f"bench-{secrets.token_hex(4)}/",
             kind=options.server if served else "given",
             served=served,
-            aiobotocore=python,
+            aws=python if python.exists() else None,
         )
         stack.enter_context(quiet())
         machine = report(root)
-        machine["aiobotocore"] = AIOBOTOCORE if python else "left out: no --aiobotocore"
+        left_out = "left out: python bench/peers.py aws"
+        machine["aws"] = PACKAGES["aws"].requirements[0] if setup.aws else left_out
         emit({"machine": machine}, options.out)
         try:
             for name in options.only.split(","):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 FOLDER = Path(__file__).parents[1] / ".peers"
-AIOBOTOCORE = "aiobotocore==3.10.0"
 ANSWER_S = 120  # for one turn, imports too; then it hangs
 
 
@@ -79,7 +78,7 @@ PACKAGES = {
     ),
     "aiofiles": Package((("aiofiles==25.1.0",),)),
     "kvikio": Package((("kvikio-cu12==26.10.0",),), gpu=True),
-    "aws": Package(((AIOBOTOCORE, "s3fs==2026.9.0"),)),
+    "aws": Package((("aiobotocore==3.10.0", "s3fs==2026.9.0"),)),
 }
 
 

@@ -221,6 +221,34 @@ class Aiobotocore(Peer):
         return at
 
 
+class S3fs(Peer):
+    """s3fs's coroutines, of fsspec's asynchronous kind."""
+
+    async def open(self) -> None:
+        from s3fs import S3FileSystem  # noqa: PLC0415 - see the module's docstring
+
+        self._files = S3FileSystem(
+            asynchronous=True,
+            endpoint_url=self.where.endpoint,
+            client_kwargs={"region_name": self.where.region},
+            config_kwargs=boto_settings(self.in_flight),
+            use_listings_cache=False,
+        )
+        self._session = await self._files.set_session()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def call(self, job: Job) -> int:
+        path, nbytes = f"{self.where.bucket}/{job.name}", len(job.memory)
+        if job.write:
+            await self._files._pipe_file(path, bytes(job.memory))  # noqa: SLF001 - fsspec's name for it
+            return nbytes
+        found = await self._files._cat_file(path, start=0, end=nbytes)  # noqa: SLF001 - as above
+        job.memory[: len(found)] = found
+        return len(found)
+
+
 def boto_settings(in_flight: int) -> dict[str, Any]:
     """A connection for each in flight, in both directions; no checksums but those of signing."""
     return {
@@ -237,6 +265,7 @@ PEERS: dict[str, type[Peer]] = {
     "obstore, threads": ObstoreThreads,
     "boto3, threads": Boto3,
     "aiobotocore": Aiobotocore,
+    "s3fs": S3fs,
 }
 
 

@@ -53,7 +53,10 @@ def rows_of(folder: Path, *command: str, env: dict[str, str] | None = None) -> l
     [
         ("files.py", ("--peers", "/nonexistent")),
         ("gpu.py", ("--gpu", "none")),
-        ("objects.py", ("--server", "memory", "--only", "objects,stack")),
+        (
+            "objects.py",
+            ("--server", "memory", "--only", "objects,stack", "--peers", "/nonexistent"),
+        ),
     ],
 )
 def test_all_that_is_asked_for_succeeds(
