@@ -10,6 +10,7 @@ Time limits are in pyproject.toml, `[tool.pytest]`.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,12 @@ def own_s3(tmp_path: Path) -> Iterator[JuiceServer]:
 
     with JuiceServer(tmp_path / "s3") as server:
         yield server
+
+
+def pytest_configure() -> None:
+    """Let interrupts reach the children that are to be interrupted: a shell's `&` ignores them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
