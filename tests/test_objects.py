@@ -395,6 +395,20 @@ async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
         assert far.wire.requests["HEAD"] == before + 1
 
 
+async def test_what_was_seen_there_is_not_believed_for_ever(far: Far) -> None:
+    """Others delete too: `kvgds gc`, and the bucket's own rules."""
+    async with far.engine() as engine:
+        data = content(b"key", SIZE)
+        await engine.store(b"key", data)
+        await asyncio.to_thread(far.server.delete, far.bucket, name_of(b"key"))
+        assert not await engine.store(b"key", data)
+        assert await engine.prefix([b"key"]) == 1
+        skip_time(600)
+        assert await engine.prefix([b"key"]) == 0
+        assert await engine.store(b"key", data)
+        assert await asyncio.to_thread(far.stored, b"key") == data
+
+
 async def test_a_missing_block_is_no_failure(far: Far) -> None:
     """However many there are, the breaker stays closed."""
     far.tier = far.tier.model_copy(update={"request_timeout_s": 5.0})  # 64 at once take their time

@@ -16,7 +16,6 @@ import asyncio
 import errno
 import logging
 import secrets
-import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future
 from functools import partial
@@ -50,9 +49,17 @@ if TYPE_CHECKING:
     from kvgds.transport.objects import ObjectTransport
 
 _REMEMBERED = 1 << 16  # blocks that were seen there
+_BELIEVED_S = 600.0  # then somebody else may have deleted it
 _LATELY_S = 10.0
 _WRONG = (errno.EACCES, errno.ENODEV)  # settings, not weather
 _log = logging.getLogger("kvgds")
+
+
+class _Seen(NamedTuple):
+    """An object that was seen there: bytes of the image, and when."""
+
+    nbytes: int
+    at: float
 
 
 class _Turn(NamedTuple):
@@ -91,7 +98,7 @@ class Objects:
         self._transport = transport
         self._changed = changed
         self._breaker = Breaker()
-        self._seen: OrderedDict[str, int] = OrderedDict()  # bytes of the image; oldest first
+        self._seen: OrderedDict[str, _Seen] = OrderedDict()  # oldest first
         self._seen_bytes = 0
         self._asking: Counter[str] = Counter()  # names about which an answer is on its way
         self._doubtful: set[str] = set()  # of those: deleted meanwhile
@@ -188,7 +195,7 @@ class Objects:
 
     def contains(self, key: BlockKey) -> bool:
         """See ``Tier.contains``."""
-        return self._place(key) in self._seen
+        return self._seen_there(self._place(key)) is not None
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``: one look-up at first, then ever more at once."""
@@ -197,7 +204,7 @@ class Objects:
     def _look(
         self, keys: Sequence[BlockKey], start: int, width: int, done: Callable[[int], None]
     ) -> None:
-        while start < len(keys) and self._place(keys[start]) in self._seen:
+        while start < len(keys) and self.contains(keys[start]):
             start += 1
         if start == len(keys) or self.out:
             done(start)
@@ -286,23 +293,30 @@ class Objects:
     def _miss(self, place: str) -> None:
         """It was not there just now, so a store that follows soon need not look again."""
         self._forget(place)
-        self._missed[place] = time.monotonic()
+        self._missed[place] = _now()
         self._missed.move_to_end(place)
         if len(self._missed) > _REMEMBERED:
             self._missed.popitem(last=False)
 
     def _missed_lately(self, place: str) -> bool:
-        return time.monotonic() - self._missed.pop(place, -_LATELY_S) < _LATELY_S
+        return _now() - self._missed.pop(place, -_LATELY_S) < _LATELY_S
 
     def _note(self, place: str, nbytes: int) -> None:
         self._forget(place)
-        self._seen[place] = nbytes
+        self._seen[place] = _Seen(nbytes, _now())
         self._seen_bytes += nbytes
         if len(self._seen) > _REMEMBERED:
             self._forget(next(iter(self._seen)))
 
     def _forget(self, place: str) -> None:
-        self._seen_bytes -= self._seen.pop(place, 0)
+        found = self._seen.pop(place, None)
+        if found is not None:
+            self._seen_bytes -= found.nbytes
+
+    def _seen_there(self, place: str) -> int | None:
+        """Bytes of an object that was seen there lately; None: it was not, or others had time."""
+        found = self._seen.get(place)
+        return found.nbytes if found is not None and _now() - found.at < _BELIEVED_S else None
 
     # --- one after the other ----------------------------------------------------------
 
@@ -497,7 +511,7 @@ class Objects:
 
     def _has(self, move: Move) -> bool:
         """Whether the block was seen there; then its store has ended."""
-        if self._seen.get(move.place) != image_bytes(move.nbytes):
+        if self._seen_there(move.place) != image_bytes(move.nbytes):
             return False
         move.status = "present"
         return True
@@ -634,6 +648,10 @@ class _Trial:
 
     def fail(self, error: Exception) -> None:
         self.error = error
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _matches(stamp: Stamp, image: bytes) -> bool:
