@@ -5,6 +5,7 @@ their prefix and store the rest, in GPU memory if there is a GPU. More than the 
 that it evicts. Settings are the engine's own, as ``KVGDS_*`` variables; metrics are on port 9400.
 """
 
+# ruff: noqa: INP001 - a script, not a package
 from __future__ import annotations
 
 import asyncio
@@ -21,6 +22,7 @@ import torch
 import kvgds
 
 PORT = 9400
+LOG = logging.getLogger(__name__)
 LAYERS = 4
 LAYER_BYTES = 256 << 10  # of one block
 PROMPT_BLOCKS = 8
@@ -45,12 +47,12 @@ async def _requests(engine: kvgds.Engine, cache: kvgds.Cache, first: int) -> Non
     """One request after the other, in the places from `first` on."""
     places = [cache.block(first + i) for i in range(PROMPT_BLOCKS)]
     while True:
-        prompt = min(int(random.paretovariate(0.6)), PROMPTS)  # noqa: S311 - no cryptography
+        prompt = min(int(random.paretovariate(0.6)), PROMPTS)
         keys = [f"prompt {prompt}, block {i}".encode() for i in range(PROMPT_BLOCKS)]
         await engine.load_many(list(zip(keys, places, strict=True)))
         for outcome in await engine.store_many(list(zip(keys, places, strict=True))):
             if outcome.error is not None:
-                logging.warning("%s", outcome.error)
+                LOG.warning("%s", outcome.error)
         await asyncio.sleep(PAUSE_S)
 
 
@@ -62,9 +64,7 @@ async def main() -> None:
     async with kvgds.open_engine(kvgds.load_config(None, os.environ)) as engine:
         print(*engine.plan, flush=True)  # noqa: T201 - how bytes move, for the container's log
         cache = engine.register_cache(_cache())
-        server, thread = prometheus_client.start_http_server(
-            PORT, registry=engine.metrics.registry
-        )
+        server, thread = prometheus_client.start_http_server(PORT, registry=engine.metrics.registry)
         try:
             async with asyncio.TaskGroup() as requests:
                 for i in range(AT_ONCE):
