@@ -7,6 +7,7 @@ what docker/README.md says; that takes minutes, root, buildah and debootstrap.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import re
@@ -280,4 +281,5 @@ def test_verify() -> None:
     missing = [name for name in ("buildah", "debootstrap") if not shutil.which(name)]
     if missing or os.geteuid() != 0:
         pytest.skip(f"docker/verify needs root, buildah and debootstrap; missing: {missing}")
+    faulthandler.cancel_dump_traceback_later()  # the backstop for tests that hang: five minutes
     subprocess.run([DOCKER / "verify", "tests/test_engine.py"], check=True, timeout=1500)
