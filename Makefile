@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Where tools may look for Python files: those of these folders that exist.
-SOURCES := $(wildcard src tests bench)
+SOURCES := $(wildcard src tests bench docker)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types imports check format clean
+.PHONY: help venv docker-tools demo test lint types imports check format clean
 
 help:
 	@echo "make venv      install everything for development into .venv"
+	@echo "make docker-tools  what the tests of docker/ look at it with"
 	@echo "make demo      run the demo"
 	@echo "make test      run the whole test suite"
 	@echo "make lint      ruff: rules and format"
@@ -33,6 +34,9 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--build-constraint constraints.txt --group dev --editable '.[demo]'
 	@touch $@
+
+docker-tools: venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/tools.txt
 
 demo: venv
 	$(BIN)/kvgds demo
