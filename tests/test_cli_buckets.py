@@ -113,7 +113,9 @@ def test_ls_by_the_usual_chain(shell: Shell) -> None:
         "ls", where, "--endpoint", shell.endpoint, "--region", "us-east-1", env=chain
     )
     assert result.exit_code == 0, result.output
-    assert "layout objects" in result.stdout
+    assert f"{where}/: 8.0 KiB" in result.stdout
+    empty = shell.run("ls", f"{where}/elsewhere", "--endpoint", shell.endpoint, env=chain)
+    assert "no blocks; if engines use a prefix, name that as well" in " ".join(empty.stdout.split())
 
 
 def test_fsck_finds_and_puts_away(shell: Shell) -> None:
