@@ -386,7 +386,8 @@ def contender(name: str) -> Contender:
     if not name.startswith("kvgds"):
         return Contender(name, kind="peer")
     backend = next((each for each in ("nixl", "obstore") if each in name), None)
-    return Contender(name, tier="bucket", path=backend, verified=True)
+    tier = "slabs" if "file tier" in name else "slabs, bucket" if "stack" in name else "bucket"
+    return Contender(name, tier=tier, path=backend, verified=True)
 
 
 async def objects(setup: Setup) -> Rows:

@@ -133,11 +133,13 @@ def lost(run: Run) -> list[str]:
     """Cells in which a peer is faster than every engine that does as it does, and by how much."""
     found = []
     for cell, rows in run.cells():
+        if cell["scenario"] == "ticker":  # not about rates
+            continue
         peer, ours = best(rows, "peer"), best(rows, "engine")
         if peer is not None and ours is not None and faster(peer, ours):
             times = peer["GB/s"] / ours["GB/s"]
             found.append(
-                f"{cell_text(cell)}: {peer['contender']} {times:.2f} of {ours['contender']}"
+                f"{cell_text(cell)}: {peer['contender']} {times:.2f} times {ours['contender']}"
             )
     return found
 
@@ -354,13 +356,10 @@ def page(runs: Sequence[Run], drawn: Sequence[Sequence[Plot]]) -> str:
         for plot in its_plots:
             image = plot.svg.replace("<svg", f"<svg role='img' aria-label='{say(plot.title)}'", 1)
             parts.append(f"<figure><figcaption>{say(plot.title)}</figcaption>{image}</figure>")
-        worse = lost(run)
-        parts.append("<h3>Where a peer is faster by more than noise</h3>")
-        parts += [
-            f"<ul>{''.join(f'<li>{say(text)}</li>' for text in worse)}</ul>"
-            if worse
-            else "<p>Nowhere.</p>"
-        ]
+        if any(row["kind"] == "peer" for row in run.rows):
+            worse = "".join(f"<li>{say(text)}</li>" for text in lost(run))
+            parts.append("<h3>Where a peer is faster by more than noise than every engine</h3>")
+            parts.append(f"<ul>{worse}</ul>" if worse else "<p>Nowhere.</p>")
         parts.append("<h3>All rows</h3>")
         parts += [_details(cell, rows) for cell, rows in run.cells()]
     return "".join(parts) + "</html>\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,7 @@ def test_a_replay_hits_what_lru_would(tmp_path: Path) -> None:
 # In a peer's environment: a package that writes nothing, loads wrong bytes, or dies.
 BAD = """
 import sys
+import time
 sys.path.insert(0, {bench!r})
 import filepeers
 
@@ -207,3 +210,39 @@ def test_one_command_runs_tests_and_bench_whatever_fails(tmp_path: Path, fails: 
     assert benches[1].startswith(f" bench/gpu.py --root {results}")
     assert all(bench.endswith("--rounds 7") for bench in benches)
     assert {path.name for path in results.iterdir()} == {"machine.txt", "tests.txt", "bench.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--bytes", "4K"), "at least 8K"),
+        (("--bytes", "100P"), "free; give it"),
+        (("--root", "nowhere"), "must be a directory; make it first"),
+    ],
+)
+def test_what_can_not_be_measured_is_told_in_one_line(
+    tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    """And leaves no file of results, which would be in the way of the next."""
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "kvgds", "bench", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "kvgds", "bench", "--root", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.rglob("limit")):
+            assert time.monotonic() < deadline
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert list(tmp_path.iterdir()) == []

@@ -184,6 +184,7 @@ class Objects(TierContract):
     """What every tier must pass, in a bucket."""
 
     backend = "nixl"
+    late_stores_appear = True
 
     @pytest.fixture(autouse=True)
     def _server(self, s3: JuiceServer) -> None:
@@ -459,8 +460,8 @@ async def test_a_question_that_hangs_is_as_bad_as_a_transfer(
         assert await engine.store(b"key", content(b"key", SIZE))
 
 
-async def test_what_is_taken_back_is_not_another_stores(far: Far) -> None:
-    """Its deadline has passed when it arrives; who stores the block meanwhile is told of it."""
+async def test_who_stores_what_arrives_late_is_told_once_it_is_there(far: Far) -> None:
+    """Its deadline has passed when it arrives."""
     data = content(b"key", SIZE)
     async with far.engine() as engine:
         far.wire.hold(method="PUT")
@@ -474,6 +475,26 @@ async def test_what_is_taken_back_is_not_another_stores(far: Far) -> None:
         far.wire.ok()
         await again
         assert await asyncio.to_thread(far.stored, b"key") == data
+
+
+async def test_a_late_store_takes_back_nothing_that_another_was_told_of(far: Far) -> None:
+    """Two engines: the second finds the block there, and counts on it."""
+    data = content(b"key", SIZE)
+    async with far.engine() as engine, contextlib.AsyncExitStack() as stack:
+        far.wire.hold(method="PUT", target="*.kv")
+        storing = asyncio.ensure_future(engine.store(b"key", data))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        skip_time(100)
+        with pytest.raises(TransferTimeout):
+            await storing
+        direct = far.tier.model_copy(update={"endpoint": far.server.endpoint})
+        config = EngineConfig(namespace=NAMESPACE, tiers=(direct,), bounce_bytes=2 * MIB)
+        other = await stack.enter_async_context(open_engine(config))
+        await other.store(b"key", data)
+        far.wire.ok()
+        await until(lambda: not engine.busy())
+        assert await asyncio.to_thread(far.stored, b"key") == data
+        assert await other.load(b"key", bytearray(SIZE))
 
 
 async def test_a_store_that_waits_for_another_ends_at_its_deadline(far: Far) -> None:
@@ -578,6 +599,74 @@ async def test_a_dead_server_is_left_alone_and_comes_back(
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["left alone" in line for line in said] == [True, False]
     assert "answers again" in said[-1]
+
+
+async def test_late_loads_speak_for_the_server(far: Far) -> None:
+    """What arrives after its caller's deadline has arrived."""
+    far.tier = far.tier.model_copy(update={"request_timeout_s": 5.0})
+    async with far.engine() as engine:
+        keys = [b"%d" % n for n in range(5)]
+        for key in keys:
+            await engine.store(key, content(key, SIZE))
+        far.wire.delay(0.2)
+        for key in keys:
+            with pytest.raises(TransferTimeout):
+                await engine.load(key, bytearray(SIZE), timeout_s=0.05)
+        await until(lambda: not engine.busy())
+        assert engine.statistics().tiers[0].out == ""
+
+
+async def test_failures_are_in_a_row_only_without_answers_in_between(far: Far) -> None:
+    async with far.engine() as engine:
+        for n in range(6):
+            far.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+            with pytest.raises(TransferError):
+                await engine.store(b"%d" % n, content(b"key", SIZE))
+            far.wire.ok()
+            assert not await engine.load(b"nowhere", bytearray(SIZE))
+        for n in range(2):
+            assert await engine.prefix([b"nowhere %d" % n]) == 0
+        assert engine.statistics().tiers[0].out == ""
+
+
+async def test_what_was_asked_before_a_trial_says_nothing_after_it(
+    far: Far, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Questions that hung come to their end one after the other, while the server is well."""
+    far.tier = far.tier.model_copy(update={"request_timeout_s": 2.0})
+    async with far.engine() as engine:
+        far.wire.black_hole()
+        asked = []
+        for n in range(10):
+            asked.append(asyncio.ensure_future(engine.prefix([b"%d" % n])))
+            await asyncio.wait(asked[-1:], timeout=0.1)
+        await until(lambda: engine.statistics().tiers[0].out != "")
+        far.wire.ok()
+        await asyncio.gather(*asked)
+        await until(lambda: engine.statistics().tiers[0].out == "")
+        for _ in range(20):
+            await asyncio.wait([asyncio.ensure_future(engine.prefix([b"more"]))])
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["left alone" in line for line in said] == [True, False]
+
+
+async def test_a_namespace_that_can_not_be_described_keeps_nobody_out(far: Far) -> None:
+    def deny() -> None:
+        far.wire.answer(s3_error(403, "AccessDenied"), method="PUT", target="*namespace.json*")
+
+    deny()
+    async with far.engine() as engine:
+        (plan,) = engine.plan
+        assert "namespace.json could not be written" in plan.evidence[0]
+        assert await engine.store(b"key", content(b"key", SIZE))
+        far.wire.refuse()
+        while not engine.statistics().tiers[0].out:
+            with pytest.raises(TransferError):
+                await engine.load(b"key", bytearray(SIZE))
+        deny()
+        await until(lambda: engine.statistics().tiers[0].out == "")
+    names = await asyncio.to_thread(far.server.names, far.bucket)
+    assert [name.rpartition("/")[2] for name in names] == [name_of(b"key").rpartition("/")[2]]
 
 
 async def test_a_hanging_server_is_left_alone(far: Far) -> None:

@@ -13,10 +13,11 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from kvgds.upkeep import Listing, Report, Retention
 
 _SHOWN = 50  # problems printed one by one; --json has all
+_LEAST_BENCH = 8 << 10  # two of its smallest blocks
+_BENCH_ROOM = 512 << 20  # slabs are made whole
 
 
 class _Group(TyperGroup):
@@ -559,14 +562,15 @@ def bench(
         Path, typer.Option(help="Directory on the disk to measure, which gets its room back.")
     ] = Path(),
     gpu: Annotated[
-        int | None, typer.Option(min=0, max=MOST, help="This GPU; the first one if not given.")
+        int | None, typer.Option(min=0, max=63, help="This GPU; the first one if not given.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each contender.")] = 3,
     nbytes: Annotated[
         int,
         _size(
             "--bytes",
-            help="What a run moves, and twice the largest block; 256M (256 MiB) if not given.",
+            help="What a run moves at most, and twice the largest block: 256M (256 MiB) if not"
+            " given. Takes some five times as much of the disk.",
         ),
     ] = 256 << 20,
     out: Annotated[
@@ -579,18 +583,29 @@ def bench(
     Contenders take turns; what is told are medians of their runs, and the
     range. A load is ok if its bytes were right, whoever made it.
     """
+    signal.signal(signal.SIGTERM, _end)
+    if not root.is_dir():
+        raise ConfigError("--root", str(root), "must be a directory; make it first")
+    if nbytes < _LEAST_BENCH:
+        raise typer.BadParameter("--bytes: at least 8K, two of the smallest blocks")
+    free, needed = shutil.disk_usage(root).free, 5 * nbytes + _BENCH_ROOM
+    if free < needed:
+        rule = f"has {size_text(free)} free; give it {size_text(needed)}, or less --bytes"
+        raise ConfigError("--root", str(root), rule)
     from kvgds.bench.quick import Scale, first_gpu, quick
     from kvgds.bench.table import print_rows
 
-    async def run() -> list[Row]:
+    rows: list[Row] = []
+
+    async def run(keep: Callable[[str], object]) -> None:
         chosen = first_gpu() if gpu is None else gpu
         with _progress() as told:
-            return [row async for row in quick(root, chosen, Scale(nbytes, rounds), told)]
+            async for row in quick(root, chosen, Scale(nbytes, rounds), told):
+                rows.append(row)
+                keep(f"{json.dumps(row)}\n")
 
-    with open(out, "x", encoding="utf-8") if out is not None else nullcontext() as file:
-        rows = asyncio.run(run())
-        if file is not None:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    with _kept(out) as keep:
+        asyncio.run(run(keep))
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
@@ -607,6 +622,20 @@ def demo(
 
     signal.signal(signal.SIGTERM, _end)
     raise typer.Exit(run(root, Console()))
+
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[Callable[[str], object]]:
+    """What adds to a file that is not there yet. One to which nothing was added is removed."""
+    if out is None:
+        yield lambda _: None
+        return
+    with open(out, "x", encoding="utf-8", buffering=1) as file:
+        try:
+            yield file.write
+        finally:
+            if not file.tell():
+                out.unlink()
 
 
 def _end(number: int, _: object) -> None:

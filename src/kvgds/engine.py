@@ -205,7 +205,7 @@ class Engine:
         if not await self._flights.drained(deadline):
             for transport in self._transports:
                 transport.abandon()
-            left, waited = len(self._flights.running), self.config.drain_timeout_s
+            left, waited = self._flights.scheduler.running, self.config.drain_timeout_s
             raise TransferTimeout(f"{left} transfers in flight {waited} s after closing")
         self._flights.stop()
         try:

@@ -98,7 +98,9 @@ class TransferError(KvgdsError, OSError):
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """The operation passed its deadline. Nothing of it becomes visible later, but a delete may.
+    """The operation passed its deadline. What becomes visible later is a delete at most.
+
+    But in a bucket: there a store that was under way may appear later, whole.
 
     Attributes:
         settled: ``None`` where the caller's memory is free already (the transfer was

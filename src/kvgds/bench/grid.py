@@ -94,7 +94,8 @@ async def field_of(root: Path, gpu: int | None, rounds: int, nbytes: int) -> Asy
     async with AsyncExitStack() as stack:
 
         async def add(name: str, **settings: Any) -> str:  # noqa: ANN401 - of many kinds
-            engine = await stack.enter_async_context(opened(root, **settings))
+            given = {"capacity_bytes": max(4 << 30, 4 * nbytes), **settings}
+            engine = await stack.enter_async_context(opened(root, **given))
             place.engines[name] = engine
             return next((plan.path for plan in engine.plan if plan.memory == "gpu"), "none")
 
@@ -138,7 +139,7 @@ async def moves(
                 *(each.contender(name, in_flight, store=store) for name, each in blocks.items()),
                 limits.threads(disk, in_flight, store=store),
                 raw.contender(in_flight, store=store),
-                limits.fio(disk, in_flight, store=store),
+                limits.fio(disk, place.queue, in_flight, store=store),
                 limits.copies(content, in_flight, store=store) if place.gpu is not None else None,
             ]
             there = [each for each in contenders if each is not None]

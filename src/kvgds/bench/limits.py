@@ -162,23 +162,33 @@ class RawNixl:
         return sample
 
 
-def fio(disk: Disk, in_flight: int, *, store: bool) -> Contender | None:
-    """Fio with io_uring on a file as large; None: it is not installed. It checks no bytes."""
+def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | None:
+    """Fio on a file as large; None: it is not installed. It checks no bytes.
+
+    Args:
+        disk: where.
+        queue: what NIXL uses, ``"uring"`` or ``"aio"``: what is forbidden to it is to fio, too.
+        in_flight: blocks at a time.
+        store: which way.
+    """
     program = shutil.which("fio")
     if program is None:
         return None
     command = [program, "--name=limit", f"--filename={disk.path}.fio", "--output-format=json"]
     command += [f"--direct={int(disk.direct)}", f"--bs={disk.content.block}", "--invalidate=0"]
-    command += [f"--iodepth={in_flight}", f"--size={disk.content.nbytes}", "--ioengine=io_uring"]
+    engine = "io_uring" if queue == "uring" else "libaio"
+    command += [f"--iodepth={in_flight}", f"--size={disk.content.nbytes}", f"--ioengine={engine}"]
     command += ["--rw=write" if store else "--rw=read", "--mem=malloc", "--iomem_align=2m"]
 
     async def run() -> Sample:
         done = await asyncio.to_thread(
-            subprocess.run, command, env=_HUGE_PAGES, capture_output=True, check=True
+            subprocess.run, command, env=_HUGE_PAGES, capture_output=True, check=False, text=True
         )
+        if done.returncode:
+            raise OSError(f"fio: {done.stderr.strip().rpartition(chr(10))[2] or done.returncode}")
         return _of_fio(json.loads(done.stdout)["jobs"][0], disk.content, store=store)
 
-    return Contender("fio io_uring", run, kind="limit", path="io_uring")
+    return Contender(f"fio {engine}", run, kind="limit", path=engine)
 
 
 def _of_fio(job: dict[str, Any], content: Content, *, store: bool) -> Sample:

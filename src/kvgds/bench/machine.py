@@ -47,7 +47,7 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "cufile": cufile().means().text if by_gds else "not opened",
         "versions": {name: text for name in _PACKAGES if (text := _version(name))},
         "plan": list(dict.fromkeys(_how(plan) for plan in plans)),
-        "command": " ".join(each for each in sys.argv if not each.startswith("/")),
+        "command": _command(sys.argv),
         "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
     }
 
@@ -75,7 +75,17 @@ def _disk(root: Path) -> str:
     except OSError:  # there is none, or a container does not show it
         return "none"
     spins = _read(whole / "queue/rotational") == "1"
-    return f"{_read(whole / 'device/model') or name}, {'rotating' if spins else 'solid state'}"
+    model = _read(whole / "device/model")  # a virtual disk has none, and its kind means nothing
+    return f"{model}, {'rotating' if spins else 'solid state'}" if model else name
+
+
+def _command(words: Sequence[str]) -> str:
+    """A command without the options that name places, as far as those are absolute."""
+    told = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if not word.startswith("/") and not (word.startswith("--") and following.startswith("/")):
+            told.append(word)
+    return " ".join(told)
 
 
 def _version(package: str) -> str | None:

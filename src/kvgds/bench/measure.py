@@ -129,6 +129,7 @@ def row_of(cell: Cell, contender: Contender, samples: Sequence[Sample], **more: 
     rates = sorted(sample.rate for sample in samples)
     every = [each for sample in samples for each in sample.latencies]
     late = [each for sample in samples for each in sample.late]
+    cpu = statistics.median(sample.cpu_per_gib for sample in samples)
     quantiles = {f"p{q}_ms": _ms(every, q / 100) for q in (50, 95, 99)}
     return {
         **asdict(cell),
@@ -141,7 +142,7 @@ def row_of(cell: Cell, contender: Contender, samples: Sequence[Sample], **more: 
         "GB/s": _round(statistics.median(rates)),
         "spread": [_round(rates[0]), _round(rates[-1])],
         **quantiles,
-        "cpu_s_per_GiB": _round(statistics.median(sample.cpu_per_gib for sample in samples)),
+        "cpu_s_per_GiB": _round(cpu) if any(sample.cpu for sample in samples) else None,
         "late_p99_ms": _ms(late, 0.99),
         "succeeded": sum(sample.succeeded for sample in samples),
         "asked": sum(sample.asked for sample in samples),

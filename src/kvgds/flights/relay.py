@@ -126,7 +126,7 @@ class Relay:
         self._deleting: dict[BlockKey, list[Done]] = {}  # and who is to be told
         self._waiting: dict[BlockKey, list[Flight]] = {}
         self._pause: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._opened = self._closing = False
         self._refusals = 0  # uploads that failed since one went well
         self._uploaded = self._failed = self._promoted = 0
 
@@ -143,6 +143,7 @@ class Relay:
 
     def open(self) -> None:
         """Begin."""
+        self._opened = True
         self._go_on()
 
     def close(self) -> None:
@@ -298,6 +299,8 @@ class Relay:
 
     def changed(self) -> None:
         """The next tier has gone out, or come back."""
+        if not self._opened:
+            return
         if self.far.out:
             for key in list(self._waiting):
                 self._refuse(key, self._out_error(key))
@@ -309,7 +312,7 @@ class Relay:
 
     def _out_error(self, key: BlockKey) -> TransferError:
         text = f"{self._out_text()}; {self.near.name} has the block"
-        return TransferError(text, direction="store", key=key)
+        return TransferError(text, direction="store", key=key, errno=errno.EHOSTDOWN)
 
     def _refuse(self, key: BlockKey, error: Exception) -> None:
         self._urgent.pop(key, None)

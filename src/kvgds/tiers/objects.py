@@ -13,9 +13,11 @@ Belongs to the event loop's thread, but for what a method's docstring says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import secrets
+import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future
 from functools import partial
@@ -107,6 +109,8 @@ class Objects:
         self._under_way = 0
         self._quarantined = 0
         self._described = False
+        self._since: dict[Move, float] = {}  # when transfers under way were asked for
+        self._answered_at = 0.0  # a trial, the last time
         self._trial: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -161,12 +165,16 @@ class Objects:
             self._transport.detach(region).result()
         if arena.bytes[PAGE:] != data:
             raise NotMoved(errno.EIO, "an object came back with other bytes")
-        try:
-            self._describe()
-            bucket.delete(name)
-        except NotMoved as error:
-            return f"an object went there and back, but could not be deleted: {error}"
-        return "an object went there and back"
+        told = ["an object went there and back"]
+        for what, act in (
+            ("namespace.json could not be written", self._describe),
+            ("it could not be deleted", partial(bucket.delete, name)),
+        ):
+            try:
+                act()
+            except NotMoved as error:
+                told.append(f"{what}: {error}")
+        return "; ".join(told)
 
     def _describe(self) -> None:
         """Say in the bucket what the namespace is, for `kvgds ls` and the like."""
@@ -215,7 +223,7 @@ class Objects:
 
         def looked(n: int, ended: Future[int | None]) -> None:
             nonlocal left
-            sizes[n] = self._result(ended)
+            sizes[n] = None if ended.exception() else ended.result()
             left -= 1
             if left:
                 return
@@ -240,27 +248,28 @@ class Objects:
     def _ask(self, call: Callable[[], Any], done: Callable[[Future[Any]], None]) -> None:
         """Ask the bucket something on a thread, then go on here.
 
-        What has to wait for a thread until the bucket is left alone is not asked any more.
+        What has to wait for a thread until the bucket is left alone is not asked any more. Whether
+        it answered is noted, whatever becomes of the answer.
         """
+        since = time.monotonic()
 
         def ask() -> Any:  # noqa: ANN401 - what was asked for
             if self._breaker.reason:
                 raise NotMoved(errno.EHOSTDOWN, f"it is left alone: {self._breaker.reason}")
             return call()
 
-        self._run(ask, done)
+        def answered(ended: Future[Any]) -> None:
+            error = ended.exception()
+            if error is None:
+                self._breaker.success()
+            else:
+                self._count_failure(error, since)
+            done(ended)
+
+        self._run(ask, answered)
 
     def _run(self, call: Callable[[], Any], done: Callable[[Future[Any]], None]) -> None:
         self._transport.run(call).add_done_callback(lambda ended: self._services.post(done, ended))
-
-    def _result(self, ended: Future[Any]) -> Any:  # noqa: ANN401 - what was asked for
-        """What the bucket said; None: nothing."""
-        error = ended.exception()
-        if error is None:
-            self._breaker.success()
-            return ended.result()
-        self._count_failure(error)
-        return None
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``: of blocks, those that were seen there; a bucket has no limit."""
@@ -323,8 +332,7 @@ class Objects:
     def _in_turn(self, place: str, turn: _Turn) -> None:
         """Begin what may change an object once all that changes it has ended.
 
-        What one finds out of it then still holds when it acts: an upload nobody waits for any
-        more is taken back before another store finds it there.
+        What one finds out of it then still holds when it acts.
         """
         if place in self._turns:
             self._turns[place].append(turn)
@@ -341,13 +349,27 @@ class Objects:
 
     # --- liveness ---------------------------------------------------------------------
 
-    def _count_failure(self, error: BaseException) -> None:
-        """Whoever waited, if it was asked at all. One that got no answer in time is enough."""
+    def _count(self, move: Move) -> None:
+        """What an ended transfer says of the server; it has answered, if only too late."""
+        error, since = move.error, self._since.pop(move)
+        answers = (errno.ENOENT, errno.ERANGE)  # there is none, or it is empty
+        told = isinstance(error, TransferError) and error.errno in answers
+        if error is None or told or isinstance(error, TransferTimeout | BlockCorrupt):
+            self._breaker.success()
+        else:
+            self._count_failure(error, since)
+
+    def _count_failure(self, error: BaseException, since: float) -> None:
+        """Whoever waited, if it was asked at all. One that got no answer in time is enough.
+
+        Args:
+            error: what went wrong.
+            since: when it was asked: what is older than the last trial says nothing any more.
+        """
         number = getattr(error, "errno", None)
-        if number == errno.ECANCELED:
+        if number == errno.ECANCELED or since < self._answered_at:
             return
-        own = not isinstance(error, TransferTimeout)  # and no caller's deadline
-        if number == errno.ETIMEDOUT and own and not self.out:
+        if number == errno.ETIMEDOUT and not self.out:
             self._go_out(str(error))
             return
         pause = self._breaker.failure(str(error))
@@ -357,12 +379,9 @@ class Objects:
     def _go_out(self, reason: str) -> None:
         self._stay_out(self._breaker.trip(reason))
 
-    def _hangs(self) -> None:
-        if not self.out:
-            self._go_out(self._no_answer())
-
-    def _no_answer(self) -> str:
-        return f"a request got no answer for {self._settings.request_timeout_s:g} s"
+    def _hangs(self, since: float) -> None:
+        if not self.out and since > self._answered_at:
+            self._go_out(f"a request got no answer for {self._settings.request_timeout_s:g} s")
 
     def _stay_out(self, pause: float) -> None:
         _log.warning("%s is left alone: %s", self.name, self._breaker.reason)
@@ -381,16 +400,18 @@ class Objects:
     def _check(self) -> None:
         self._transport.bucket.check()
         if not self._described:  # the server was not there when this was opened
-            self._describe()
+            with contextlib.suppress(NotMoved):  # blocks can do without
+                self._describe()
 
     def _tried(self, ended: Future[None]) -> None:
         if self._closed:
             return
         error = ended.exception()
-        if error is not None or self._transport.stuck:
-            self._try_later(self._breaker.trip(str(error) if error else self._no_answer()))
+        if error is not None:
+            self._try_later(self._breaker.trip(str(error)))
             return
         self._breaker.close()
+        self._answered_at = time.monotonic()
         _log.warning("%s answers again", self.name)
         self._tell()
 
@@ -418,11 +439,16 @@ class Objects:
             move.place = self._place(move.key)
             self._asking[move.place] += 1
         self._under_way += len(moves)
-        self._services.transport.submit(moves, partial(self._services.post, self._loaded))
+        self._submit(moves, self._loaded)
+
+    def _submit(self, moves: Sequence[Move], ended: Callable[[list[Move]], None]) -> None:
+        self._since.update(dict.fromkeys(moves, time.monotonic()))
+        self._services.transport.submit(moves, partial(self._services.post, ended))
 
     def _loaded(self, moves: list[Move]) -> None:
         ended = []
         for move in moves:
+            self._count(move)
             sure = self._answered(move.place)
             if isinstance(move.error, TransferError) and move.error.errno == errno.ERANGE:
                 move.error = move.corrupt("it is empty")
@@ -440,13 +466,9 @@ class Objects:
             move.status = "hit"
             if sure:
                 self._note(move.place, image_bytes(move.nbytes))
-            self._breaker.success()
         elif isinstance(error, TransferError) and error.errno == errno.ENOENT:
             move.error, move.status = None, "miss"
             self._miss(move.place)
-            self._breaker.success()
-        else:
-            self._count_failure(error)
 
     def _doubt(self, move: Move) -> None:
         self._ask(partial(self._judge, move), partial(self._judged, move))
@@ -475,7 +497,6 @@ class Objects:
     def _judged(self, move: Move, ended: Future[Exception | None]) -> None:
         error = ended.exception()
         if error is not None:  # it stays where it is, and will be found out again
-            self._count_failure(error)
             text = (
                 f"what arrived is wrong ({move.error}), and what is stored can't be read: {error}"
             )
@@ -525,7 +546,7 @@ class Objects:
             self._ask(partial(self._transport.bucket.size, move.place), partial(self._asked, move))
 
     def _upload(self, move: Move) -> None:
-        self._services.transport.submit([move], partial(self._services.post, self._written))
+        self._submit([move], self._written)
 
     def _stored(self, moves: list[Move]) -> None:
         for move in moves:
@@ -538,7 +559,6 @@ class Objects:
         if move.abandoned:
             move.error = move.timeout()
         elif error is not None:
-            self._count_failure(error)
             move.fail(error)  # type: ignore[arg-type]  # no thread raises BaseException
         elif ended.result() == image_bytes(move.nbytes):
             move.status = "present"
@@ -550,25 +570,14 @@ class Objects:
 
     def _written(self, moves: list[Move]) -> None:
         for move in moves:
+            self._count(move)
             if move.error is None:
-                self._breaker.success()
                 self._note(move.place, image_bytes(move.nbytes))
-                move.status = "stored"
-            else:
-                self._count_failure(move.error)
-        lost = [move for move in moves if move.abandoned and move.error is None]
-        for move in lost:  # nobody was told of it, so it must not be there
-            move.status, move.error = "", move.timeout()
-            self._forget(move.place)
-            self._ask(
-                partial(self._transport.bucket.delete, move.place), partial(self._undone, move)
-            )
-        self._stored([move for move in moves if move not in lost])
-
-    def _undone(self, move: Move, ended: Future[None]) -> None:
-        self._result(ended)
-        self._deleted(move.place)
-        self._stored([move])
+                if move.abandoned:  # it stays: others may have been told by now that it is there
+                    move.error = move.timeout()
+                else:
+                    move.status = "stored"
+        self._stored(moves)
 
     def _deleted(self, place: str) -> None:
         """What was seen of an object, or is being seen, holds no more."""
@@ -606,7 +615,7 @@ class Objects:
             self._deleted(place)
             self._next_turn(place)
             error = ended.exception()
-            there = bool(self._result(ended))
+            there = error is None and ended.result()
             done(there, error if isinstance(error, Exception) else None)
 
         self._under_way += 1

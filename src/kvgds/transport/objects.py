@@ -247,7 +247,9 @@ class _Obstore:
 class _Member:
     """A transfer on its way."""
 
-    __slots__ = ("address", "asked", "deliver", "nbytes", "request", "since", "transfer", "tries")
+    __slots__ = (
+        "address", "asked", "deliver", "late", "nbytes", "request", "since", "transfer", "tries",
+    )  # fmt: skip
 
     def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
         self.transfer = transfer
@@ -257,6 +259,7 @@ class _Member:
         self.tries = 0
         self.request: Any = None
         self.asked = 0.0  # first
+        self.late = False  # without an answer for longer than may be
         self.since = 0.0  # the last time
 
 
@@ -269,15 +272,13 @@ class ObjectTransport:
     Attributes:
         name: ``"OBJ"`` or ``"obstore"``, once started.
         refused: why not the other, if that was tried.
-        stuck: whether a request has gone unanswered for longer than it may.
         bucket: for all that is no transfer; blocks.
     """
 
     def __init__(self, settings: ObjectTier) -> None:
         self.name = ""
         self.refused: tuple[str, ...] = ()
-        self.stuck = False
-        self._tell: Callable[[], None] = _nothing
+        self._tell: Callable[[float], None] = _ignore
         self.bucket: Bucket
         self._settings = settings
         self._inbox = Inbox()
@@ -320,8 +321,11 @@ class ObjectTransport:
         """Run what asks the bucket something, on a thread of those for that."""
         return self._pool.submit(function)
 
-    def watch(self, tell: Callable[[], None]) -> None:
-        """Be told, on the transport's thread, when ``stuck`` becomes true."""
+    def watch(self, tell: Callable[[float], None]) -> None:
+        """Be told, on the transport's thread, of requests without an answer for longer than may be.
+
+        Each is told of once: when it was made, by ``time.monotonic()``.
+        """
         self._tell = tell
 
     def add_gpu(self, plugin: str) -> None:
@@ -418,7 +422,7 @@ class ObjectTransport:
         if self._flying and self.name == _Nixl.name:
             young = now - self._flying[-1].since < _YOUNG_S
             pauses.append(_PAUSE_S[0] if young else _PAUSE_S[1])
-        elif self._flying or self._waiting or self._asking or self.stuck:
+        elif self._flying or self._waiting or self._asking:
             pauses.append(_SWEEP_S)
         return min(pauses, default=None)
 
@@ -490,11 +494,12 @@ class ObjectTransport:
         """See whether something hangs, and let go of what nobody waits for."""
         # NIXL gives a request up by itself: what counts is since when there is no good answer.
         unanswered = (*self._flying, *self._asking, *(entry[2] for entry in self._pausing))
-        since = min((member.asked for member in unanswered), default=now)
-        was = self.stuck
-        self.stuck = now - since > self._settings.request_timeout_s
-        if self.stuck and not was:
-            self._tell()
+        oldest = now - self._settings.request_timeout_s
+        for member in unanswered:
+            if member.late or member.asked >= oldest:
+                continue
+            member.late = True
+            self._tell(member.asked)
         gone = [member for member in self._waiting if member.transfer.abandoned]
         late = [entry for entry in self._pausing if entry[2].transfer.abandoned]
         if gone or late:
@@ -564,3 +569,7 @@ class ObjectTransport:
 
 def _nothing() -> None:
     """Only wakes the thread that is asked for it."""
+
+
+def _ignore(_: float) -> None:
+    """Nobody watches."""
