@@ -360,9 +360,16 @@ def page(runs: Sequence[Run], drawn: Sequence[Sequence[Plot]]) -> str:
             worse = "".join(f"<li>{say(text)}</li>" for text in lost(run))
             parts.append("<h3>Where a peer is faster by more than noise than every engine</h3>")
             parts.append(f"<ul>{worse}</ul>" if worse else "<p>Nowhere.</p>")
-        parts.append("<h3>All rows</h3>")
+        parts.append(f"<h3>All rows</h3><p>{say(_LEGEND)}</p>")
         parts += [_details(cell, rows) for cell, rows in run.cells()]
     return "".join(parts) + "</html>\n"
+
+
+_LEGEND = (
+    "Medians of the runs, and their range. of limit: of the fastest limit in the cell; of peer: of "
+    "the fastest peer. p50, p95, p99: one block, ms. late: a ticker on the event loop, p99, ms. "
+    "ok: blocks that came right, of those asked for. Empty: not measured."
+)
 
 
 def _details(cell: Row, rows: Sequence[Row]) -> str:
