@@ -583,7 +583,6 @@ def bench(
     Contenders take turns; what is told are medians of their runs, and the
     range. A load is ok if its bytes were right, whoever made it.
     """
-    signal.signal(signal.SIGTERM, _end)
     if not root.is_dir():
         raise ConfigError("--root", str(root), "must be a directory; make it first")
     if nbytes < _LEAST_BENCH:
@@ -598,6 +597,9 @@ def bench(
     rows: list[Row] = []
 
     async def run(keep: Callable[[str], object]) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         chosen = first_gpu() if gpu is None else gpu
         with _progress() as told:
             async for row in quick(root, chosen, Scale(nbytes, rounds), told):
@@ -605,7 +607,10 @@ def bench(
                 keep(f"{json.dumps(row)}\n")
 
     with _kept(out) as keep:
-        asyncio.run(run(keep))
+        try:
+            asyncio.run(run(keep))
+        except asyncio.CancelledError:
+            raise typer.Exit(128 + signal.SIGTERM) from None
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
