@@ -435,9 +435,7 @@ async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, k
         entrants = [_own(blocks, name) for name, blocks in ours.items()]
         folder = setup.root / "limit"
         folder.mkdir()
-        first = next(iter(engines.values()))  # others may go through the page cache
-        direct = all(plan.direct_io for plan in first.plan)
-        disk = limits.Disk(folder / "file", content, direct=direct)
+        disk = limits.Disk(folder / "file", content, direct=place.direct)
         stack.callback(shutil.rmtree, folder)
         entrants.append(Entrant(folder, partial(limits.threads, disk, 16), cached=False))
         entrants += await _peers(setup, content, stack)

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from errno import ETIMEDOUT
@@ -40,7 +39,14 @@ from kvgds.transport import NixlTransport, Transport
 from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Generator,
+        Iterable,
+    )
     from contextlib import AbstractAsyncContextManager
 
     from kvgds.blocks import BlockKey, Namespace
@@ -626,11 +632,11 @@ def _arena(nbytes: int, field: str = "bounce_bytes") -> Arena:
         raise ConfigError(field, nbytes, rule) from None
 
 
-def _list_of(layers: object) -> list[object]:
-    if hasattr(layers, "shape") or not isinstance(layers, Iterable):  # a tensor has a shape
-        rule = "must be a list of tensors; for a single one give [tensor]"
+def _list_of(layers: Iterable[object]) -> list[object]:
+    rule = "must be a list of tensors; for a single one give [tensor]"
+    if hasattr(layers, "shape"):  # a tensor has one
         raise ConfigError("layers", type(layers).__name__, rule)
-    return list(layers)
+    return listed("layers", layers, rule)
 
 
 def _value(outcome: Outcome) -> bool:

@@ -47,8 +47,8 @@ class Field:
 
     @property
     def direct(self) -> bool:
-        """Whether files are opened with O_DIRECT, as the engines' are."""
-        return all(plan.direct_io for plan in self.plans)
+        """Whether files are opened with O_DIRECT, as the first engine's are."""
+        return bool(self.plans[0].direct_io)
 
     @property
     def queue(self) -> str:
