@@ -233,12 +233,11 @@ async def _burst(blocks: Blocks, prompts: int, *, first: bool) -> Sample:
 async def evict(setup: Setup) -> Rows:
     """Stores into a tier with room, and into a full one, where each makes another block go."""
     for block in setup.some([64 * KIB, MIB]):
-        count = max(16, setup.nbytes // block // (1 if block >= MIB else 4))
+        count = max(64, setup.nbytes // block // (1 if block >= MIB else 4))
         async with AsyncExitStack() as stack:
             engines = {}
             for name, room in (("with room", 4 * count), ("full", count // 2)):
-                capacity = room * slot_bytes_for(block) + (16 << 20)
-                opening = opened(setup.root, capacity_bytes=capacity)
+                opening = opened(setup.root, capacity_bytes=room * slot_bytes_for(block))
                 engines[name] = await stack.enter_async_context(opening)
             place = Field(setup.root, None, setup.rounds, setup.nbytes, engines)
             content = Content(block, count)

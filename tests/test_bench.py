@@ -68,6 +68,9 @@ def test_all_that_is_asked_for_succeeds(
     assert {row["scenario"] for row in rows} == SCENARIOS[name]
     if name == "gpu.py":  # nobody shall take this for what a GPU does
         assert all("nothing here is about a GPU" in row["note"] for row in rows)
+    evictions = {row["contender"]: row["evictions"] for row in rows if "evictions" in row}
+    if name == "files.py":
+        assert evictions["kvgds, with room"] == 0 < evictions["kvgds, full"]
 
 
 def test_the_command_measures_this_machine(tmp_path: Path) -> None:
