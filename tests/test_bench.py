@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvgds.bench.machine import report
 from simulator import environment
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -114,6 +115,26 @@ def test_a_replay_hits_what_lru_would(tmp_path: Path) -> None:
     alone = {row["capacity"]: row for row in rows if row["in_flight"] == 1}
     assert alone[1.0]["hit_rate"] == alone[1.0]["lru_hit_rate"] > 0.3
     assert abs(alone[0.5]["hit_rate"] - alone[0.5]["lru_hit_rate"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("bench/files.py --root scratch --rounds 7 --out a/b.jsonl", "files.py --rounds 7"),
+        ("/home/me/replay.py traces/of/us.jsonl --limit 9", "replay.py us.jsonl --limit 9"),
+        ("files.py --roo=x --ou y --only sizes,models", "files.py --only sizes,models"),
+        ("kvgds bench --json --bytes=1M --root ..", "kvgds bench --json --bytes=1M"),
+        (
+            "objects.py --endpoint http://me:9000 --bucket mine --peers ../p --quick",
+            "objects.py --quick",
+        ),
+    ],
+)
+def test_results_name_no_place_of_whoever_took_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert report(tmp_path)["command"] == told
 
 
 # In a peer's environment: a package that writes nothing, loads wrong bytes, or dies.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from kvgds.memory.cufile import cufile
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 _HERE = os.fspath(Path(__file__).parent)
 _PACKAGES = ("kvgds", "nixl-cu12", "nixl-cu13", "obstore", "numpy", "torch")
+_PLACES = ("--root", "--out", "--peers", "--endpoint", "--bucket")
 _GPU = "--query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max"
 
 
 def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
     """The machine, as far as it bears on blocks that go to a directory and come back.
 
-    It is published: neither it nor the command that is told names a place on this machine.
+    It is published: neither it nor the command that is told names a place of the user's.
 
     Args:
         root: the directory.
@@ -80,11 +81,17 @@ def _disk(root: Path) -> str:
 
 
 def _command(words: Sequence[str]) -> str:
-    """A command without the options that name places, as far as those are absolute."""
+    """A command without the options that name places, and of any other path only its last part."""
     told = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if not word.startswith("/") and not (word.startswith("--") and following.startswith("/")):
-            told.append(word)
+    rest = iter(words)
+    for word in rest:
+        option, given, _ = word.partition("=")
+        # argparse takes an option's beginning for it.
+        if option.startswith("--") and any(each.startswith(option) for each in _PLACES):
+            if not given:
+                next(rest, None)
+        else:
+            told.append(PurePath(word).name)
     return " ".join(told)
 
 
