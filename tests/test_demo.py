@@ -84,7 +84,7 @@ def test_an_unusable_directory_is_one_clear_line(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_demo_that_is_ended_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
     """Nor its temporary directory, if it could do anything about that."""
     root, scratch = tmp_path / "kv", tmp_path / "tmp"
@@ -112,10 +112,38 @@ def test_a_demo_that_is_ended_leaves_no_process(tmp_path: Path, how: signal.Sign
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(alive, signal.SIGKILL)
             os.close(alive)
-    if how == signal.SIGTERM:
+    if how != signal.SIGKILL:
         assert parent.returncode == 128 + how, output
         assert list(scratch.iterdir()) == []
     assert "Traceback" not in output
+
+
+def test_an_end_that_comes_before_the_first_process_is_not_lost() -> None:
+    """Nor does it break off what is done just then."""
+
+    class Screen(io.StringIO):
+        written = 0
+
+        def write(self, text: str) -> int:
+            if not self.written:
+                signal.raise_signal(signal.SIGTERM)
+            self.written += 1
+            return super().write(text)
+
+    screen, unheard = Screen(), []
+    before = signal.signal(signal.SIGTERM, lambda number, _: unheard.append(number))
+    try:
+        assert (
+            run(None, Console(file=screen, force_terminal=True), size="small")
+            == 128 + signal.SIGTERM
+        )
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert unheard == [signal.SIGTERM]  # what was there before is back
+    assert screen.written > 1
+    assert "new process" not in screen.getvalue()  # it did not get that far
+    assert "failed" not in screen.getvalue()
 
 
 def keys_of(tokens: list[int], root: bytes = b"") -> list[bytes]:

@@ -625,7 +625,6 @@ def demo(
     """Serve prompts with a small random model, exit, and go on from its blocks in a new process."""
     from kvgds.demo import run
 
-    signal.signal(signal.SIGTERM, _end)
     raise typer.Exit(run(root, Console()))
 
 
@@ -641,9 +640,3 @@ def _kept(out: Path | None) -> Iterator[Callable[[str], object]]:
         finally:
             if not file.tell():
                 out.unlink()
-
-
-def _end(number: int, _: object) -> None:
-    """End as after an exception, so that what was begun is cleaned up."""
-    signal.signal(number, signal.SIG_IGN)  # not a second time, amid the cleaning up
-    raise SystemExit(128 + number)

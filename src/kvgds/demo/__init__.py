@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,8 @@ _STEPS = {
 def run(root: Path | None, console: Console, *, size: str = "full", tamper: bool = False) -> int:
     """Run the demo; return the exit status: 1 if anything failed or differed.
 
+    SIGINT and SIGTERM end it, with 128 more than their number. Call it on the main thread.
+
     Args:
         root: directory for the blocks; a temporary one by default.
         console: where progress and results are printed.
@@ -62,20 +65,62 @@ def run(root: Path | None, console: Console, *, size: str = "full", tamper: bool
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         return _fail(console, f"kvgds demo needs {' and '.join(missing)}: {_PACKAGES}")
-    with tempfile.TemporaryDirectory(prefix="kvgds-demo-") as scratch:
-        processes = Processes(root or Path(scratch, "blocks"), Path(scratch), size)
+    ending, failure = Ending(), ""
+    with ending.by_signals(), tempfile.TemporaryDirectory(prefix="kvgds-demo-") as scratch:
+        processes = Processes(root or Path(scratch, "blocks"), Path(scratch), size, ending=ending)
         try:
             with _progress(console, processes):
                 first = processes.run("first")
                 second = processes.run("second", *(["--tamper"] if tamper else []))
         except ChildFailed as error:
-            return _fail(console, str(error))
+            failure = str(error)
+    if ending.status or failure:
+        return ending.status or _fail(console, failure)
     console.print(_table(first, second, SIZES[size]))
     return _verdict(console, first, second)
 
 
 class ChildFailed(Exception):
     """One of the two processes did not end well."""
+
+
+class Ending:
+    """What signals ask for: the process that runs is killed, and so is any that starts later.
+
+    The demo then fails as if that process had died by itself. An exception out of a handler would
+    come in the midst of anything, the removal of a directory too.
+
+    Attributes:
+        status: the exit status that a signal asks for; 0: none has come.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._child: subprocess.Popen[str] | None = None
+
+    @contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """Listen to them, but for those that this process is to ignore."""
+        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        heard = [each for each, handler in before.items() if handler is not signal.SIG_IGN]
+        for each in heard:
+            signal.signal(each, self._end)
+        try:
+            yield
+        finally:
+            for each in heard:
+                signal.signal(each, before[each])
+
+    def watch(self, child: subprocess.Popen[str]) -> None:
+        """Kill this one from now on, and at once if a signal came while it was started."""
+        self._child = child
+        if self.status:
+            child.kill()
+
+    def _end(self, number: int, _: object) -> None:
+        self.status = 128 + number
+        if self._child is not None:
+            self._child.kill()
 
 
 @dataclass
@@ -88,6 +133,7 @@ class Processes:
         size: a name in ``SIZES``.
         salt: makes this run's block keys its own, so that it starts cold in any directory.
         threads: threads of the model, the same in both processes.
+        ending: what may end them early.
     """
 
     root: Path
@@ -95,6 +141,7 @@ class Processes:
     size: str = "full"
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     threads: int = field(default_factory=lambda: min(len(os.sched_getaffinity(0)), 8))
+    ending: Ending = field(default_factory=Ending)
     bars: Progress | None = None
     tasks: dict[str, TaskID] = field(default_factory=dict)
 
@@ -132,6 +179,7 @@ class Processes:
             text=True,
             env=os.environ | settings,
         ) as child:
+            self.ending.watch(child)
             killer = threading.Timer(_DEADLINE_S, child.kill)
             killer.start()
             try:
