@@ -29,7 +29,7 @@ from filepeers import PEERS
 from peers import FOLDER, Process, python_of, started
 
 from kvgds import EngineConfig, FileTier, Namespace, open_engine
-from kvgds.bench import limits
+from kvgds.bench import ending, limits
 from kvgds.bench.blocks import Blocks, Content, cold, opened
 from kvgds.bench.grid import Field, copies, field_of, moves, ticker
 from kvgds.bench.machine import filesystem, report
@@ -181,10 +181,11 @@ async def _beside_stores(wanted: Blocks, others: Blocks) -> Sample:
             await others.move_one(i, store=True)
             i = (i + 32) % 64
 
-    storing = [asyncio.ensure_future(stores(n)) for n in range(32)]
-    sample = await wanted.move(4, store=False)
-    stop.set()
-    await asyncio.gather(*storing)
+    async with asyncio.TaskGroup() as storing:
+        for n in range(32):
+            storing.create_task(stores(n))
+        sample = await wanted.move(4, store=False)
+        stop.set()
     return sample
 
 
@@ -313,10 +314,10 @@ async def _hogged(run: Run, slice_s: float) -> Sample:
                 pass
             await asyncio.sleep(slice_s / 4)
 
-    hogging = asyncio.ensure_future(hog())
-    sample = await run()
-    stop.set()
-    await hogging
+    async with asyncio.TaskGroup() as hogging:
+        hogging.create_task(hog())
+        sample = await run()
+        stop.set()
     return sample
 
 
@@ -513,7 +514,7 @@ SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--gpu", type=int)
@@ -545,4 +546,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    ending.run(main())

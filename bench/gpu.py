@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvgds.bench import ending
 from kvgds.bench.blocks import Blocks, Content, opened
 from kvgds.bench.grid import Field, field_of
 from kvgds.bench.machine import report
@@ -166,10 +167,11 @@ class Decode:
                 i = (i + in_flight) % blocks.content.count
 
         with timed(sample):
-            moving = [asyncio.ensure_future(mover(n)) for n in range(in_flight)]
-            sample.latencies = await asyncio.to_thread(self.run)
-            stop.set()
-            await asyncio.gather(*moving)
+            async with asyncio.TaskGroup() as moving:
+                for n in range(in_flight):
+                    moving.create_task(mover(n))
+                sample.latencies = await asyncio.to_thread(self.run)
+                stop.set()
         return sample
 
 
@@ -200,7 +202,7 @@ SCENARIOS: dict[str, Callable[[Setup], Rows]] = {"fragments": fragments, "decode
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
@@ -227,4 +229,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    ending.run(main())

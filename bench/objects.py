@@ -41,6 +41,8 @@ from s3peers import PEERS, Job, Peer, Where, blocks, both_ways, jobs, ticks_besi
 from s3server import KEYS, Server, server
 
 import kvgds
+from kvgds.bench import ending
+from kvgds.bench.blocks import running
 from kvgds.bench.machine import report
 from kvgds.bench.measure import (
     Cell,
@@ -59,6 +61,7 @@ from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from kvgds.bench.measure import Row
 
@@ -226,16 +229,10 @@ class Own(Peer):
         await asyncio.gather(*(self.engine.delete(name.encode()) for name in names))
 
 
-@asynccontextmanager
-async def opened(
+def opened(
     settings: kvgds.EngineConfig, objects: ObjectTransport | None = None
-) -> AsyncIterator[kvgds.Engine]:
-    engine = kvgds.Engine(settings, None, objects)
-    await engine.open()
-    try:
-        yield engine
-    finally:
-        await engine.aclose()
+) -> AbstractAsyncContextManager[kvgds.Engine]:
+    return running(kvgds.Engine(settings, None, objects))
 
 
 async def own_peers(
@@ -634,7 +631,7 @@ def make_bucket(where: Where) -> None:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
@@ -685,4 +682,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    ending.run(main())

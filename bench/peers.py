@@ -154,12 +154,13 @@ class Process:
 
 @asynccontextmanager
 async def started(name: str, *command: str) -> AsyncIterator[Process]:
-    """A process that dies with this one."""
+    """A process that dies with this one, which is the only one that Ctrl-C reaches."""
     process = await asyncio.create_subprocess_exec(
         *("setpriv", "--pdeathsig", "KILL", "--", *command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         limit=1 << 26,
+        process_group=0,
     )
     try:
         yield Process(name, process)

@@ -17,7 +17,6 @@ DeepSeek-R1's.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -25,10 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgds.arguments import parse_size
+from kvgds.bench import ending
 from kvgds.bench.blocks import Blocks, Content, opened
 from kvgds.bench.grid import Field
 from kvgds.bench.machine import report
 from kvgds.bench.measure import Contender, Sample, emit, row_of, rows_of
+from kvgds.errors import ConfigError
 from kvgds.replay import TOKENS, Latency, Settings, replay, requests_of
 from kvgds.tiers.space import slot_bytes_for
 
@@ -67,7 +68,7 @@ async def load_rate(root: Path, rounds: int, nbytes: int) -> tuple[list[Row], fl
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
     parser.add_argument("--capacities", default="0.01,0.1,0.5")
     parser.add_argument("--block-bytes", type=int, default=4096)
     parser.add_argument("--prefill", type=float, default=10_000)
@@ -77,7 +78,10 @@ async def main() -> None:
     parser.add_argument("--probe-bytes", type=parse_size, default=512 * MIB, help="of each round")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    requests = list(requests_of(chosen.trace, chosen.limit))
+    try:
+        requests = list(requests_of(chosen.trace, chosen.limit))
+    except ConfigError as error:
+        parser.error(str(error))
     every = len({block for ids in requests for block in ids})
     slot = slot_bytes_for(chosen.block_bytes)
     root = Path(tempfile.mkdtemp(dir=chosen.root))
@@ -137,4 +141,4 @@ def _times(name: str, of: Latency) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    ending.run(main())

@@ -57,7 +57,7 @@ def _juicefs(where: Path) -> Iterator[Server]:
     }
     made = [str(JUICEFS), "--no-agent", "format", "--storage", "file", "--trash-days", "0"]
     made += ["--bucket", f"{where}/data/", meta, "kvgds"]
-    subprocess.run(made, env=environ, capture_output=True, check=True)
+    subprocess.run(made, env=environ, capture_output=True, check=True, process_group=0)
     port = _free_port()
     command = [str(JUICEFS), "--no-agent", "gateway"]
     command += ["--no-usage-report", "--backup-meta", "0", "--metrics", f"{HOST}:0"]
@@ -80,7 +80,7 @@ def _memory() -> Iterator[Server]:
 
 @contextmanager
 def _process(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Run this until the end, ours in any case."""
+    """Run this until the end, ours in any case. Ctrl-C, at which it is still needed, leaves it."""
     with subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "--", *command],  # noqa: S607 - wherever that is
         env=environ,
@@ -89,6 +89,7 @@ def _process(command: list[str], environ: dict[str, str]) -> Iterator[subprocess
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        process_group=0,
     ) as process:
         try:
             yield process

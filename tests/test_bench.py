@@ -206,6 +206,62 @@ def test_a_scenario_that_there_is_not_is_refused(name: str) -> None:
     assert f"{name}: error: --only: nope: choose from " in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        *(
+            ((name, "--root", "nowhere"), "argument --root: nowhere must be a directory")
+            for name in SCENARIOS
+        ),
+        (("replay.py", "nowhere"), "trace='nowhere': can't be read: "),
+        (("replay.py", "trace", "--root", "trace"), "trace must be a directory; make it first"),
+        (("replay.py", "trace"), "trace='trace, line 1': is not JSON: "),
+    ],
+)
+def test_what_a_bench_can_not_use_is_a_wrong_call(
+    tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "trace").write_text("no trace")
+    command = [sys.executable, str(BENCH / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("files.py", ("--only", "loop")),
+        ("gpu.py", ("--gpu", "none", "--only", "decode")),
+        ("objects.py", ("--server", "memory", "--peers", "/nonexistent")),
+        ("replay.py", ("trace", "--rounds", "100")),
+    ],
+)
+def test_a_script_that_is_ended_leaves_nothing(
+    tmp_path: Path, name: str, options: tuple[str, ...], number: signal.Signals
+) -> None:
+    """Neither on the disk nor on the screen. Ctrl-C is for its processes, too."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "trace").write_text('{"hash_ids": [1, 2]}\n')
+    with subprocess.Popen(
+        [sys.executable, str(BENCH / name), *options, "--root", str(root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        end = os.killpg if number == signal.SIGINT else os.kill
+        end(process.pid, number)
+        _, errors = process.communicate(timeout=40)
+    assert (process.returncode, errors) == (128 + number, "")
+    assert list(root.iterdir()) == []
+
+
 # In Python's place: writes down what it is asked to run, and fails at the tests or at the bench.
 STUB = """#!/bin/sh
 echo "$KVGDS_REQUIRE_GPU $*" >> "{asked}"

@@ -14,7 +14,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import sqlite3
 import sys
 from contextlib import contextmanager
@@ -591,15 +590,13 @@ def bench(
     if free < needed:
         rule = f"has {size_text(free)} free; give it {size_text(needed)}, or less --bytes"
         raise ConfigError("--root", str(root), rule)
+    from kvgds.bench import ending
     from kvgds.bench.quick import Scale, first_gpu, quick
     from kvgds.bench.table import print_rows
 
     rows: list[Row] = []
 
     async def run(keep: Callable[[str], object]) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         chosen = first_gpu() if gpu is None else gpu
         with _progress() as told:
             async for row in quick(root, chosen, Scale(nbytes, rounds), told):
@@ -607,10 +604,7 @@ def bench(
                 keep(f"{json.dumps(row)}\n")
 
     with _kept(out) as keep:
-        try:
-            asyncio.run(run(keep))
-        except asyncio.CancelledError:
-            raise typer.Exit(128 + signal.SIGTERM) from None
+        ending.run(run(keep))
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))

@@ -174,13 +174,12 @@ async def ticker(place: Field, block: int, in_flight: int, seconds: float) -> li
 
     async def busy() -> Sample:
         sample, stop = Sample(), asyncio.Event()
-        movers = [
-            asyncio.create_task(_to_and_fro(blocks, i, stop, sample)) for i in range(in_flight)
-        ]
-        with timed(sample):
-            sample.late = await ticks(seconds)
-        stop.set()
-        await asyncio.gather(*movers)
+        async with asyncio.TaskGroup() as movers:
+            for i in range(in_flight):
+                movers.create_task(_to_and_fro(blocks, i, stop, sample))
+            with timed(sample):
+                sample.late = await ticks(seconds)
+            stop.set()
         return sample
 
     cell = place.cell("ticker", block, 2 * in_flight, "both")

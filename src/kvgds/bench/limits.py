@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvgds.memory.device import Copying
     from kvgds.transport.agent import Request
 
+T = TypeVar("T")
 _HUGE_PAGES = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -54,12 +55,21 @@ class Disk:
         return call(self.fd, [part], i * self.content.block) == self.content.block
 
 
+async def _on_thread(function: Callable[..., T], *given: Any, **settings: Any) -> T:  # noqa: ANN401 - its own
+    """Call it on a thread. Cancelled, wait for its end: what it works with goes away after that."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *given, **settings))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        await asyncio.wait([running])
+
+
 def threads(disk: Disk, count: int, *, store: bool) -> Contender:
     """``preadv`` or ``pwritev`` on so many threads, from and to huge pages."""
 
     async def run() -> Sample:
         one = partial(disk.move, store=store)
-        sample = await asyncio.to_thread(_by_threads, one, disk.content, count)
+        sample = await _on_thread(_by_threads, one, disk.content, count)
         return disk.content.judged(sample, store=store, on_gpu=False)
 
     name = f"{'pwritev' if store else 'preadv'}, {count} threads"
@@ -77,7 +87,7 @@ def memory(content: Content, count: int) -> Contender:
         return True
 
     async def run() -> Sample:
-        sample = await asyncio.to_thread(_by_threads, one, content, count)
+        sample = await _on_thread(_by_threads, one, content, count)
         return content.judged(sample, store=False, on_gpu=False)
 
     return Contender(f"memcpy, {count} threads", run, kind="limit", path="memcpy")
@@ -181,7 +191,7 @@ def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | N
     command += ["--rw=write" if store else "--rw=read", "--mem=malloc", "--iomem_align=2m"]
 
     async def run() -> Sample:
-        done = await asyncio.to_thread(
+        done = await _on_thread(
             subprocess.run, command, env=_HUGE_PAGES, capture_output=True, check=False, text=True
         )
         if done.returncode:
@@ -233,6 +243,6 @@ def copies(content: Content, in_flight: int, *, store: bool) -> Contender:
         return sample
 
     async def run() -> Sample:
-        return content.judged(await asyncio.to_thread(run_now), store=store)
+        return content.judged(await _on_thread(run_now), store=store)
 
     return Contender("copy alone", run, kind="limit", path="cudaMemcpyAsync")
