@@ -217,6 +217,17 @@ class Own(Peer):
         views = [self._region[n * size : (n + 1) * size] for n in range(memory.count)]
         self._views = {id(p): view for p, view in zip(memory.pieces, views, strict=True)}
 
+    @property
+    def tier(self) -> str:
+        """Where blocks lie, the first tier first."""
+        return ", ".join(getattr(each, "layout", "bucket") for each in self.engine.config.tiers)
+
+    @property
+    def path(self) -> str:
+        """How bytes move to each of its tiers."""
+        plans = [plan for plan in self.engine.plan if plan.memory == "host"]
+        return ", ".join(f"{plan.path} {plan.backend}" for plan in plans)
+
     def view(self, piece: memoryview) -> kvgds.View:
         return self._views[id(piece)]
 
@@ -378,13 +389,11 @@ async def contenders(
 # --- scenarios ------------------------------------------------------------------------------
 
 
-def contender(name: str) -> Contender:
+def contender(name: str, peer: Peer | None) -> Contender:
     """Of ours, each verifies what it loads; of the others, none."""
-    if not name.startswith("kvgds"):
+    if not isinstance(peer, Own):
         return Contender(name, kind="peer")
-    backend = next((each for each in ("nixl", "obstore") if each in name), None)
-    tier = "slabs" if "file tier" in name else "slabs, bucket" if "stack" in name else "bucket"
-    return Contender(name, tier=tier, path=backend, verified=True)
+    return Contender(name, tier=peer.tier, path=peer.path, verified=True)
 
 
 async def objects(setup: Setup) -> Rows:
@@ -394,7 +403,10 @@ async def objects(setup: Setup) -> Rows:
             for write in (True, False):
                 all_of_them.served.clear()
                 entries = [
-                    replace(contender(name), run=all_of_them.run(name, write=write))
+                    replace(
+                        contender(name, all_of_them.peers.get(name)),
+                        run=all_of_them.run(name, write=write),
+                    )
                     for name in all_of_them.names
                     if write or "HEAD" not in name
                 ]
@@ -439,7 +451,7 @@ async def ticker(setup: Setup) -> Rows:
                 worst = [max(sample.late) for sample in samples]
                 yield row_of(
                     setup.cell("ticker", block, 2 * IN_FLIGHT, "both"),
-                    contender(name),
+                    contender(name, there.peers.get(name)),
                     samples,
                     idle_p99_ms=round(before * 1e3, 3),
                     p99_more_ms=round((statistics.median(runs) - before) * 1e3, 3),
@@ -524,7 +536,10 @@ async def _stores(setup: Setup, memory: Memory) -> Rows:
 
             return store
 
-        own = {name: replace(contender(f"kvgds, {name}"), run=run(name)) for name in tiers}
+        own = {
+            name: replace(contender(f"kvgds, {name}", peer), run=run(name))
+            for name, peer in peers.items()
+        }
         runs = await alternate(list(own.values()), setup.rounds)
         taken = dict(zip(own, (samples for _, samples in runs), strict=True))
     acknowledged = setup.cell("stack: stores acknowledged", memory.block, IN_FLIGHT, "store")
@@ -559,6 +574,7 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
     kept: list[list[float]] = []
     async with opened(config(settings(setup, "promoted"))) as alone:
         peer = Own(alone, memory)
+        owners = {"object tier alone": peer}
         views = [peer.view(piece) for piece in memory.pieces]
         for key, view in zip(keys, views, strict=False):
             await alone.store(key, view)
@@ -568,7 +584,7 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
             async with AsyncExitStack() as opening:
                 tiers = (_file_tier(setup, opening), settings(setup, "promoted"))
                 engine = await opening.enter_async_context(opened(config(*tiers)))
-                other = Own(engine, memory)
+                other = owners["stack"] = owners["stack, again"] = Own(engine, memory)
                 theirs = [other.view(piece) for piece in memory.pieces]
                 memory.clear()
                 first = await _loads(engine, keys, theirs, promotes=True)
@@ -592,7 +608,7 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
             Sample(memory.block * len(run), sum(run), 0.0, len(run), len(run), latencies=run)
             for run in runs[1:]
         ]
-        yield row_of(cell, contender(f"kvgds, {name}"), samples, **more)
+        yield row_of(cell, contender(f"kvgds, {name}", owners[name]), samples, **more)
 
 
 def p50_of(usable: list[float], kept: list[float]) -> float:

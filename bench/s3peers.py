@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     Drive = Callable[[threading.Event], Awaitable["Moved"]]
 
-HUGE_PAGE = 2 << 20
-
 
 @dataclass(frozen=True)
 class Where:

@@ -69,6 +69,12 @@ def test_all_that_is_asked_for_succeeds(
     assert {row["scenario"] for row in rows} == SCENARIOS[name]
     if name == "gpu.py":  # nobody shall take this for what a GPU does
         assert all("nothing here is about a GPU" in row["note"] for row in rows)
+    if name == "objects.py":  # of which each tells by what ways its engine's bytes went
+        ways = {row["contender"]: (row["tier"], row["path"]) for row in rows}
+        assert ways["kvgds, obstore"] == ("bucket", "bounce obstore")
+        assert ways["kvgds, stack"][0] == "slabs, bucket"
+        assert ways["kvgds, stack"][1].startswith("direct POSIX/")
+        assert ways["kvgds, stack"][1].endswith(", bounce OBJ")
     evictions = {row["contender"]: row["evictions"] for row in rows if "evictions" in row}
     if name == "files.py":
         assert evictions["kvgds, with room"] == 0 < evictions["kvgds, full"]
