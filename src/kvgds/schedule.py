@@ -224,6 +224,7 @@ class Ticket(Generic[T]):
     ) -> None:
         """Use `Scheduler.submit`."""
         self.op = op
+        """Gone once it is done: it may hold the ticket, and a cycle waits for the collector."""
         self.lane = lane
         self.nbytes = nbytes
         self.bounce_bytes = bounce_bytes
@@ -388,6 +389,7 @@ class Scheduler(Generic[T]):
             return False
         # The entry stays in its heap until it comes up: finding it there would cost O(n).
         ticket.state = "done"
+        del ticket.op
         self._queued -= 1
         self._queued_bytes -= ticket.nbytes
         self._lanes[ticket.lane].drop()
@@ -433,6 +435,7 @@ class Scheduler(Generic[T]):
         queue = self._lanes[ticket.lane]
         queue.part.give(ticket.offset, ticket.bounce_bytes)
         ticket.state = "done"
+        del ticket.op
         # Whoever still holds the ticket must not reach into the next one's lease.
         ticket.offset = None
         queue.ops -= 1

@@ -342,11 +342,11 @@ class Flights:
             return
         loads: list[tuple[int, Move]] = []
         stores: list[Move] = []
-        errands: list[Ticket[Errand]] = []
+        errands: list[tuple[Errand, Ticket[Any]]] = []
         for ticket in tickets:
             flight = ticket.op
             if not isinstance(flight, Flight):
-                errands.append(ticket)
+                errands.append((flight, ticket))
                 continue
             move = self._make_move(flight, ticket)
             if flight.write:
@@ -359,8 +359,8 @@ class Flights:
                 tier.load(mine)
         if stores:
             self.tiers[0].store(stores)
-        for ticket in errands:
-            ticket.op.start(ticket)
+        for errand, ticket in errands:
+            errand.start(ticket)
 
     def _make_move(self, flight: Flight, ticket: Ticket[Flight]) -> Move:
         view, tier = flight.leader.view, self.tiers[flight.level]
@@ -403,6 +403,7 @@ class Flights:
 
     def _settle(self, move: Move) -> None:
         flight: Any = move.owner
+        move.owner = None  # who may hold the move: a cycle would wait for the collector
         if not isinstance(flight, Flight):
             flight.ended(move)
             return

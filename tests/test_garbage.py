@@ -1,0 +1,138 @@
+"""Nothing is left to the cyclic garbage collector: servers freeze it, or turn it off.
+
+What it does not collect would keep the caller's memory, and every operation would add to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import buckets
+from kvgds import Engine, open_engine
+from support import PAGE, aligned, config, content, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from s3 import JuiceServer
+
+SIZE = 3 * PAGE
+KEYS = [b"%d" % i for i in range(8)]
+
+
+class Uncollected:
+    """What the collector would have to free, of kvgds's classes."""
+
+    def __enter__(self) -> Counter[str]:
+        gc.collect()
+        gc.disable()
+        self._found: Counter[str] = Counter()
+        return self._found
+
+    def __exit__(self, *_: object) -> None:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            classes = map(type, gc.garbage)
+            self._found.update(each.__name__ for each in classes if "kvgds" in each.__module__)
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+
+async def stored(engine: Engine, room: Any) -> None:
+    for key in KEYS:
+        assert await engine.store(key + b"+", room)
+        assert not await engine.store(key + b"+", room)
+
+
+async def loaded(engine: Engine, room: Any) -> None:
+    for key in KEYS:
+        assert await engine.load(key, room)
+        assert not await engine.load(key + b"-", room)
+
+
+async def together(engine: Engine, room: Any) -> None:
+    """Those that want one block share an I/O."""
+    others = [bytearray(SIZE) for _ in range(3)]
+    found = await asyncio.gather(*(engine.load(KEYS[0], each) for each in (room, *others)))
+    assert all(found)
+    assert engine.statistics().joined == 3
+
+
+async def in_batches(engine: Engine, room: Any) -> None:
+    items = [(key, bytearray(SIZE)) for key in KEYS]
+    assert all(each.hit for each in await engine.load_many([(KEYS[0], room), *items[1:]]))
+    outcomes = [each async for each in engine.load_each(items)]
+    assert all(each.hit for each in outcomes)
+
+
+async def cancelled(engine: Engine, room: Any) -> None:
+    """Queued, and under way."""
+    tasks = [asyncio.ensure_future(engine.load(key, room)) for key in KEYS[:1]]
+    tasks += [asyncio.ensure_future(engine.load(key, bytearray(SIZE))) for key in KEYS]
+    for turn in range(2):
+        await asyncio.sleep(0)
+        for task in tasks[turn::2]:
+            task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def dropped(engine: Engine, room: Any) -> None:
+    assert await engine.prefix(KEYS) == len(KEYS)
+    for key in KEYS:
+        assert await engine.delete(key)
+    assert not await engine.load(KEYS[0], room)
+
+
+def uploaded(engine: Engine) -> int:
+    relay = engine.statistics().relay
+    assert relay is not None
+    return relay.uploaded
+
+
+CALLS = (stored, loaded, together, in_batches, cancelled, dropped)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", ["direct", "bounce"])
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_operations_leave_nothing(
+    tmp_path: Path, layout: str, way: str, call: Callable[[Engine, Any], Awaitable[None]]
+) -> None:
+    settings = config(tmp_path / "kv", tier={"layout": layout}, inflight_ops=4)
+    async with open_engine(settings) as engine:
+        for key in KEYS:
+            await engine.store(key, content(key, SIZE))
+        room = engine.register(aligned(SIZE)) if way == "direct" else bytearray(SIZE)
+        with Uncollected() as found:
+            await call(engine, room)
+            await until(lambda: not engine.statistics().in_flight)
+    assert not found
+
+
+@pytest.mark.parametrize("write", ["back", "through", "demote"])
+async def test_what_moves_between_tiers_leaves_nothing(
+    tmp_path: Path, s3: JuiceServer, write: Any
+) -> None:
+    """Uploads, loads from the bucket, and promotions."""
+    bucket = buckets.settings(s3, s3.make_bucket(), write=write)
+    settings = config(tmp_path / "kv", objects=bucket)
+    async with open_engine(settings) as engine:
+        with Uncollected() as found:
+            for key in KEYS:
+                await engine.store(key, content(key, SIZE))
+                assert await engine.load(key, bytearray(SIZE))
+            if write != "demote":
+                await until(lambda: uploaded(engine) == len(KEYS))
+    assert not found
