@@ -42,7 +42,6 @@ from s3server import KEYS, Server, server
 
 import kvgds
 from kvgds.bench import ending
-from kvgds.bench.blocks import running
 from kvgds.bench.machine import report
 from kvgds.bench.measure import (
     Cell,
@@ -56,6 +55,7 @@ from kvgds.bench.measure import (
     ticks,
     timed,
 )
+from kvgds.engine import running
 from kvgds.memory import Arena
 from kvgds.transport.objects import ObjectTransport
 

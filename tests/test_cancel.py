@@ -22,6 +22,7 @@ from kvgds import (
     TransferTimeout,
     open_engine,
 )
+from kvgds.engine import running
 from kvgds.testing import HeldTransport, Stage, skip_time
 from kvgds.transport import NixlTransport
 from support import (
@@ -637,6 +638,32 @@ async def test_closing_drains(tmp_path: Path) -> None:
         await closing
         assert [outcome.status for outcome in await storing] == ["stored"] * 6
         await engine.aclose()
+
+
+async def test_closing_is_cancelled_only_when_it_is_done(tmp_path: Path) -> None:
+    """Whoever leaves ``async with`` may remove the directory, however often it was cancelled."""
+    settings = config(tmp_path / "kv")
+    engine = Watched(settings, HeldTransport(NixlTransport()))
+    storing: list[asyncio.Future[bool]] = []
+
+    async def serve() -> None:
+        async with running(engine):
+            engine.held.hold("landing")
+            storing.append(soon(engine.store(b"a", content("a", SIZE))))
+            await asyncio.Event().wait()
+
+    serving = soon(serve())
+    await until(lambda: bool(storing))
+    await engine.held.wait_held("landing")
+    for _ in range(4):
+        serving.cancel()
+        await turns()
+        assert not serving.done()
+    engine.held.release()
+    await is_cancelled(serving)
+    assert await storing[0]
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.prefix([b"a"]) == 1
 
 
 async def test_closing_with_a_wedged_transfer_fails_at_its_own_deadline(tmp_path: Path) -> None:

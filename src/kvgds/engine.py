@@ -137,7 +137,7 @@ class Engine:
             self._flights.ways = await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._closing = asyncio.ensure_future(self._unopen(starting))
-            await asyncio.shield(self._closing)
+            await _outlast(self._closing)
             raise
         except BaseException:
             self._executor.shutdown(wait=False)
@@ -566,7 +566,7 @@ class Engine:
 def open_engine(
     config: EngineConfig, *, progress: Callable[[str, int, int], None] | None = None
 ) -> AbstractAsyncContextManager[Engine]:
-    """Open an engine, for ``async with`` to close.
+    """Open an engine, for ``async with`` to close: it ends once that is done, cancelled or not.
 
     Args:
         config: the settings.
@@ -590,12 +590,33 @@ def open_engine(
 async def _opened(
     config: EngineConfig, progress: Callable[[str, int, int], None] | None
 ) -> AsyncIterator[Engine]:
-    engine = Engine(config)
+    async with running(Engine(config), progress) as engine:
+        yield engine
+
+
+@contextlib.asynccontextmanager
+async def running(
+    engine: Engine, progress: Callable[[str, int, int], None] | None = None
+) -> AsyncIterator[Engine]:
+    """Open an engine, and close it again."""
     await engine.open(progress)
     try:
         yield engine
     finally:
-        await engine.aclose()
+        await _outlast(asyncio.ensure_future(engine.aclose()))
+
+
+async def _outlast(task: asyncio.Future[None]) -> None:
+    """Wait for its end, however often that is cancelled: nobody may go on before."""
+    gone = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as cancelled:
+            gone = cancelled
+    task.result()
+    if gone is not None:
+        raise gone
 
 
 def _closed(transport: Transport) -> None:

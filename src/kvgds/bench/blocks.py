@@ -18,7 +18,7 @@ import numpy as np
 from kvgds.bench.measure import Contender, Sample, drive, watched
 from kvgds.blocks import PAGE, Namespace
 from kvgds.config import EngineConfig, FileTier
-from kvgds.engine import Engine
+from kvgds.engine import open_engine
 from kvgds.memory import Arena
 from kvgds.memory.device import cuda
 from kvgds.replay import Pattern
@@ -26,6 +26,7 @@ from kvgds.replay import Pattern
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from kvgds.engine import Engine
     from kvgds.flights import Memory
     from kvgds.memory import Span
 
@@ -243,24 +244,10 @@ async def opened(below: Path, **settings: Any) -> AsyncIterator[Engine]:  # noqa
     tier = FileTier(root=root / "kv", **{"capacity_bytes": 4 << 30, **of_tier})
     config = EngineConfig(namespace=Namespace("kvgds-bench"), tiers=(tier,), **others)
     try:
-        async with running(Engine(config)) as engine:
+        async with open_engine(config) as engine:
             yield engine
     finally:
         shutil.rmtree(root)
-
-
-@asynccontextmanager
-async def running(engine: Engine) -> AsyncIterator[Engine]:
-    """Open it, and close it to the end, cancelled or not: its directory is removed after that."""
-    await engine.open()
-    try:
-        yield engine
-    finally:
-        try:
-            await engine.aclose()
-        except asyncio.CancelledError:
-            await engine.aclose()  # it goes on
-            raise
 
 
 def cold(folder: Path) -> str | None:
