@@ -17,6 +17,7 @@ from kvgds.memory.device import cuda
 from simulator.checks_direct import later
 from simulator.checks_engine import NAMESPACE, PAGE, Rows, config, filled, gpu, simulator
 from support import spoil, until
+from test_garbage import Uncollected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -427,3 +428,24 @@ async def test_layers_that_were_freed_are_an_error_of_their_block(
         sound = Paged(clean, "sound", 1)
         assert await engine.load(b"there", sound.register(engine).block(0))
         assert sound.read() == paged.data
+
+
+@pytest.mark.parametrize("way", ["gathered", "direct", "bounce"])
+async def test_blocks_of_a_gpu_leave_nothing(clean: Simulator, tmp_path: Path, way: str) -> None:
+    """See tests/test_garbage.py."""
+    settings = gathering(tmp_path / "kv", 0 if way == "direct" else 64 * PAGE)
+    if way == "bounce":
+        settings = config(tmp_path / "kv", path="bounce")
+    paged = Paged(clean, way, 4)
+    async with open_engine(settings) as engine:
+        cache = paged.register(engine)
+        items = [(b"%d" % i, cache.block(i)) for i in range(4)]
+        for _ in range(2):  # kernels and staging memory are made once
+            with Uncollected() as found:
+                assert {each.status for each in await engine.store_many(items)} == {"stored"}
+                assert all(each.hit for each in await engine.load_many(items))
+                for key, _ in items:
+                    assert await engine.delete(key)
+                await until(lambda: not engine.statistics().in_flight)
+        await engine.deregister(cache)
+    assert not found
