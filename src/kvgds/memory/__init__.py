@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 _HUGE_PAGE = 2 << 20
 _HELD_BYTES = 4 << 20
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+# An array of ctypes would need a class for each size: slow to make, and left to the collector.
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_view_of.restype = ctypes.py_object
 
 
 class Span(NamedTuple):
@@ -41,7 +47,8 @@ class Span(NamedTuple):
 
 def bytes_at(address: int, nbytes: int) -> memoryview:
     """The bytes at an address. Whoever calls this keeps the memory alive."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+    view: memoryview = _view_of(address, nbytes, _WRITABLE)
+    return view
 
 
 def _overlaps(

@@ -103,15 +103,16 @@ def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
     """A future that ends when all have; with the first error there was."""
     whole: Future[None] = Future()
     left = [len(futures)]
+    errors: list[BaseException] = []
     lock = threading.Lock()
 
-    def ended(_: Future[None]) -> None:
+    def ended(one: Future[None]) -> None:
         with lock:
             left[0] -= 1
+            errors.extend(filter(None, [one.exception()]))
             if left[0] or not whole.set_running_or_notify_cancel():
                 return
-        error = next((e for f in futures if (e := f.exception())), None)
-        whole.set_exception(error) if error else whole.set_result(None)
+        whole.set_exception(errors[0]) if errors else whole.set_result(None)
 
     for future in futures:
         future.add_done_callback(ended)
