@@ -666,6 +666,44 @@ async def test_closing_is_cancelled_only_when_it_is_done(tmp_path: Path) -> None
         assert await engine.prefix([b"a"]) == 1
 
 
+@pytest.mark.parametrize("turn", range(0, 60, 4))
+async def test_closing_goes_on_when_every_task_is_cancelled(tmp_path: Path, turn: int) -> None:
+    """As asyncio.run does at its end, and servers do when they are told to end at once."""
+
+    async def serve() -> None:
+        async with open_engine(config(tmp_path / "kv")) as engine:
+            engine.store_nowait(b"a", content("a", SIZE))
+            await asyncio.sleep(0)
+
+    serving = soon(serve())
+    before = asyncio.all_tasks()
+    await until(lambda: serving.done() or bool(asyncio.all_tasks() - before))
+    await turns(turn)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.prefix([b"b"]) == 0
+
+
+@pytest.mark.parametrize("turn", [0, 1, 3, 10, 100])
+async def test_opening_is_undone_when_every_task_is_cancelled(tmp_path: Path, turn: int) -> None:
+    async def serve() -> None:
+        async with open_engine(config(tmp_path / "kv")):
+            await asyncio.Event().wait()
+
+    serving = soon(serve())
+    await turns(turn)
+    for _ in range(3):
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await turns(2)
+    await is_cancelled(serving)
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.prefix([b"a"]) == 0
+
+
 async def test_closing_with_a_wedged_transfer_fails_at_its_own_deadline(tmp_path: Path) -> None:
     """Loudly, and nobody gets the directory meanwhile; what waits ends by its own deadline."""
     settings = config(tmp_path / "kv", drain_timeout_s=0.1)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import mmap
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import buckets
-from kvgds import Engine, open_engine
-from support import PAGE, aligned, config, content, until
+from kvgds import BlockCorrupt, BusyError, ConfigError, Engine, TransferTimeout, open_engine
+from support import PAGE, aligned, config, content, spoil, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -87,6 +88,41 @@ async def cancelled(engine: Engine, room: Any) -> None:
             await task
 
 
+async def cancelled_together(engine: Engine, room: Any) -> None:
+    items = [(key, bytearray(SIZE)) for key in KEYS]
+    for turn in range(4):
+        task = asyncio.ensure_future(engine.load_many([(KEYS[0], room), *items[1:]]))
+        for _ in range(turn):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def refused(engine: Engine, room: Any) -> None:
+    """Wrong keys and sizes, memory in use, nothing in time."""
+    wrong: Any = "text"
+    for call in (engine.load, engine.store):
+        with contextlib.suppress(ConfigError):
+            await call(wrong, room)
+        with contextlib.suppress(TransferTimeout):
+            await call(b"new", room, timeout_s=1e-9)
+    with contextlib.suppress(ConfigError):
+        await engine.load(KEYS[0], bytearray(SIZE + 1))
+    task = asyncio.ensure_future(engine.load(KEYS[0], room))
+    await asyncio.sleep(0)
+    with contextlib.suppress(BusyError):
+        await engine.load(KEYS[1], room)
+    assert await task
+    items = [(KEYS[0], room), (wrong, bytearray(1)), (KEYS[1], bytearray(7))]
+    found = [each.status for each in await engine.load_many(items)]
+    assert found == ["hit", "error", "error"]
+    with contextlib.suppress(TransferTimeout):
+        await engine.prefix(KEYS, timeout_s=1e-9)
+    with contextlib.suppress(TransferTimeout):
+        await engine.delete(KEYS[7], timeout_s=1e-9)
+
+
 async def dropped(engine: Engine, room: Any) -> None:
     assert await engine.prefix(KEYS) == len(KEYS)
     for key in KEYS:
@@ -100,7 +136,10 @@ def uploaded(engine: Engine) -> int:
     return relay.uploaded
 
 
-CALLS = (stored, loaded, together, in_batches, cancelled, dropped)
+CALLS = (
+    *(stored, loaded, together, in_batches),
+    *(cancelled, cancelled_together, refused, dropped),
+)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -118,6 +157,35 @@ async def test_operations_leave_nothing(
             await call(engine, room)
             await until(lambda: not engine.statistics().in_flight)
     assert not found
+
+
+async def test_corrupt_blocks_leave_nothing(tmp_path: Path) -> None:
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        for key in KEYS:
+            await engine.store(key, content(key, SIZE))
+        for key in KEYS:
+            await asyncio.to_thread(spoil, tmp_path / "kv", key)
+        with Uncollected() as found:
+            for key in KEYS[:4]:
+                with contextlib.suppress(BlockCorrupt):
+                    await engine.load(key, bytearray(SIZE))
+            outcomes = await engine.load_many([(key, bytearray(SIZE)) for key in KEYS[4:]])
+            assert all(isinstance(each.error, BlockCorrupt) for each in outcomes)
+            del outcomes
+    assert not found
+
+
+async def test_memory_is_free_once_a_call_has_failed(tmp_path: Path) -> None:
+    """Not only at the call's deadline, which is much later."""
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        await engine.store(b"a", content(b"a", SIZE))
+        memory = mmap.mmap(-1, SIZE + PAGE)
+        with contextlib.suppress(ConfigError):
+            await engine.load(b"a", memory)
+        memory.close()
+        outcomes = await engine.load_many([(b"a", bytes(1)), (b"a", room := mmap.mmap(-1, PAGE))])
+        assert [each.status for each in outcomes] == ["error", "error"]
+        room.close()
 
 
 @pytest.mark.parametrize("write", ["back", "through", "demote"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import weakref
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Deadlines(Generic[T]):
     def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[T], None]) -> None:
         self._loop = loop
         self._expire = expire
-        self._heap: list[tuple[float, int, T]] = []
+        # Weak: who has ended and is wanted no more does not wait here for its deadline.
+        self._heap: list[tuple[float, int, weakref.ref[T]]] = []
         self._numbers = itertools.count()
         self._ended = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -42,7 +44,7 @@ class Deadlines(Generic[T]):
 
     def add(self, thing: T, when: float) -> None:
         """Set a deadline, in the loop's time."""
-        heapq.heappush(self._heap, (when, next(self._numbers), thing))
+        heapq.heappush(self._heap, (when, next(self._numbers), weakref.ref(thing)))
         if self._timer is None or when < self._timer.when():
             self._arm()
 
@@ -50,7 +52,7 @@ class Deadlines(Generic[T]):
         """One thing has ended in time; forget such things now and then."""
         self._ended += 1
         if self._ended > _SLACK and self._ended * 2 > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].left]
+            self._heap = [entry for entry in self._heap if (thing := entry[2]()) and thing.left]
             heapq.heapify(self._heap)
             self._ended = 0
 
@@ -66,7 +68,7 @@ class Deadlines(Generic[T]):
     def _fire(self) -> None:
         now = self._loop.time()
         while self._heap and self._heap[0][0] <= now:
-            thing = heapq.heappop(self._heap)[2]
-            if thing.left:
+            thing = heapq.heappop(self._heap)[2]()
+            if thing is not None and thing.left:
                 self._expire(thing)
         self._arm()

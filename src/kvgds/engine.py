@@ -37,12 +37,12 @@ from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
 from kvgds.transport.objects import ObjectTransport
+from kvgds.waits import outlast, to_the_end, until_done
 
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncGenerator,
         AsyncIterator,
-        Awaitable,
         Callable,
         Generator,
         Iterable,
@@ -136,8 +136,8 @@ class Engine:
         try:
             self._flights.ways = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            self._closing = asyncio.ensure_future(self._unopen(starting))
-            await _outlast(self._closing)
+            self._closing = to_the_end(lambda: self._unopen(starting))
+            await outlast(self._closing)
             raise
         except BaseException:
             self._executor.shutdown(wait=False)
@@ -147,7 +147,7 @@ class Engine:
 
     async def _unopen(self, starting: asyncio.Future[Ways]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
-        await asyncio.wait({starting})
+        await until_done(starting)
         if starting.exception() is None:
             self._flights.ways = starting.result()
             await self._close()
@@ -201,12 +201,17 @@ class Engine:
             ClosedError: called on another event loop; nothing is closed.
         """
         self._check_loop()
+        await asyncio.shield(self.begin_closing())
+
+    def begin_closing(self) -> asyncio.Future[None]:
+        """Take nothing more; ends when :meth:`aclose` would, and can't be cancelled."""
         if self._closing is None:
             self._flights.close()
-            self._closing = asyncio.ensure_future(self._close())
-        await asyncio.shield(self._closing)
+            self._closing = to_the_end(self._close)
+        return self._closing
 
     async def _close(self) -> None:
+        """Waits for futures alone, and goes on when it is cancelled, as every task may be."""
         deadline = self._loop.time() + self.config.drain_timeout_s
         if not await self._flights.drained(deadline):
             for transport in self._transports:
@@ -216,14 +221,19 @@ class Engine:
         self._flights.stop()
         try:
             for tier in reversed(self._tiers):  # who tells the first that it may go on, goes first
-                await self._in_thread(tier.close)
+                await self._to_its_end(self._in_thread(tier.close))
         finally:
             for transport in self._transports:
-                await asyncio.wrap_future(transport.close())
-            await self._in_thread(self._flights.ways.close)
+                await self._to_its_end(asyncio.wrap_future(transport.close()))
+            await self._to_its_end(self._in_thread(self._flights.ways.close))
             self._executor.shutdown(wait=False)
 
-    def _in_thread(self, function: Callable[..., T], *args: object) -> Awaitable[T]:
+    @staticmethod
+    async def _to_its_end(step: asyncio.Future[T]) -> T:
+        await until_done(step)
+        return step.result()
+
+    def _in_thread(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return self._loop.run_in_executor(self._executor, function, *args)
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:  # noqa: ANN401 - any function's
@@ -328,7 +338,7 @@ class Engine:
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, [(key, memory)])
-        return _value(batch.outcomes[0])
+        return _value(batch.outcomes.pop())
 
     async def load(
         self,
@@ -362,7 +372,7 @@ class Engine:
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=False)
         await self._flights.carry_out(batch, [(key, memory)])
-        return _value(batch.outcomes[0])
+        return _value(batch.outcomes.pop())
 
     async def store_many(
         self,
@@ -460,8 +470,10 @@ class Engine:
                 answer.set_result(length)
 
         self._flights.prefix(wanted, done)
-        late = TransferTimeout("prefix passed its deadline", direction="prefix", errno=ETIMEDOUT)
-        return await _in_time(answer, timeout, late)
+        text = "prefix passed its deadline"
+        return await _in_time(
+            answer, timeout, TransferTimeout(text, direction="prefix", errno=ETIMEDOUT)
+        )
 
     async def delete(self, key: BlockKey, *, timeout_s: float | None = None) -> bool:
         """Drop a block; True if it was there. Returns when that survives the process's death.
@@ -489,8 +501,9 @@ class Engine:
 
         self._flights.delete(key, done)
         text = "passed its deadline; it may still happen"
-        late = TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
-        return await _in_time(answer, timeout, late)
+        return await _in_time(
+            answer, timeout, TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
+        )
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
@@ -603,20 +616,7 @@ async def running(
     try:
         yield engine
     finally:
-        await _outlast(asyncio.ensure_future(engine.aclose()))
-
-
-async def _outlast(task: asyncio.Future[None]) -> None:
-    """Wait for its end, however often that is cancelled: nobody may go on before."""
-    gone = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as cancelled:
-            gone = cancelled
-    task.result()
-    if gone is not None:
-        raise gone
+        await outlast(engine.begin_closing())
 
 
 def _closed(transport: Transport) -> None:
@@ -661,9 +661,12 @@ def _list_of(layers: Iterable[object]) -> list[object]:
 
 
 def _value(outcome: Outcome) -> bool:
-    if outcome.error is not None:
+    if outcome.error is None:
+        return outcome.status in ("hit", "stored")
+    try:
         raise outcome.error
-    return outcome.status in ("hit", "stored")
+    finally:
+        del outcome  # an error knows the frames that it goes through: it must not be in one
 
 
 async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTimeout) -> T:
@@ -674,6 +677,8 @@ async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTi
             return await answer
     except TimeoutError:
         raise late from None
+    finally:
+        del late  # as in _value
 
 
 def logged_progress(clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:

@@ -18,10 +18,26 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+
+E = TypeVar("E", bound=BaseException)
+
+
+def untraced(error: E) -> E:
+    """An error that is kept, and its causes, without the frames that they came through.
+
+    Those know the caller's memory, and the error itself: a cycle, left to the garbage collector.
+    What nobody raises on purpose keeps its traceback, for whoever has to find the fault.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) or type(link).__module__.startswith("kvgds."):
+            link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 class KvgdsError(Exception):

@@ -22,6 +22,7 @@ from kvgds.memory import region_of
 from kvgds.memory.device import cuda
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import File
+from kvgds.waits import outlast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,11 +58,8 @@ class Disk:
 
 async def _on_thread(function: Callable[..., T], *given: Any, **settings: Any) -> T:  # noqa: ANN401 - its own
     """Call it on a thread. Cancelled, wait for its end: what it works with goes away after that."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *given, **settings))
-    try:
-        return await asyncio.shield(running)
-    finally:
-        await asyncio.wait([running])
+    call = partial(function, *given, **settings)
+    return await outlast(asyncio.get_running_loop().run_in_executor(None, call))
 
 
 def threads(disk: Disk, count: int, *, store: bool) -> Contender:

@@ -24,6 +24,7 @@ from kvgds.errors import (
     KvgdsError,
     TransferError,
     TransferTimeout,
+    untraced,
 )
 from kvgds.flights.batch import Batch, Flight, Settled, Waiter, listed, pairs
 from kvgds.flights.relay import Errand, Relay
@@ -32,6 +33,7 @@ from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
+from kvgds.waits import until_done
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -140,16 +142,11 @@ class Flights:
         return bool(self.running or self.scheduler.queued or not idle)
 
     async def drained(self, deadline: float) -> bool:
-        """Wait until nothing is under way; False if that takes longer."""
+        """Wait until nothing is under way, cancelled or not; False if that takes longer."""
         while self.busy:
             self._idle = self._loop.create_future()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._idle
-            except TimeoutError:
+            if not await until_done(self._idle, deadline):
                 return False
-            finally:
-                self._idle = None
         return True
 
     # --- submitting -------------------------------------------------------------------
@@ -227,7 +224,7 @@ class Flights:
                 raise
             batch.waiters.append(waiter)
         except Exception as error:  # noqa: BLE001 - it belongs to this block alone
-            self._end_at_once(batch, index, Outcome(key, "error", error), 0)
+            self._end_at_once(batch, index, Outcome(key, "error", untraced(error)), 0)
 
     def _check(self, batch: Batch, key: BlockKey, memory: Memory) -> View:
         if self.closed:  # it may have begun between two blocks of a batch
@@ -483,7 +480,7 @@ class Flights:
         outcome = (
             Outcome(flight.key, move.status)
             if move.error is None
-            else Outcome(flight.key, "error", move.error)
+            else Outcome(flight.key, "error", untraced(move.error))
         )
         for waiter in flight.waiters:
             self._end(waiter, outcome, _path_of(outcome, move))
@@ -510,7 +507,7 @@ class Flights:
             try:
                 self._board(waiter, flight.key, Priority.DEMAND, level)
             except KvgdsError as error:
-                self._end(waiter, Outcome(flight.key, "error", error), "none")
+                self._end(waiter, Outcome(flight.key, "error", untraced(error)), "none")
 
     def _copy(self, flight: Flight, move: Move) -> None:
         """Give the others what the leader got, before it gets its memory back."""
@@ -629,6 +626,7 @@ class Flights:
                 await batch.news()
             except asyncio.CancelledError:  # the memory is still not the caller's
                 again = True
+        batch.waiters.clear()
         for outcome in batch.outcomes:
             error = outcome.error
             if isinstance(error, TransferTimeout) and error.settled is not None:

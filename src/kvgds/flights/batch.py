@@ -73,6 +73,7 @@ class Batch:
     """One call's blocks; wakes its task once for all, or once for each group that ends."""
 
     __slots__ = (
+        "__weakref__",
         "arrivals",
         "deadlines",
         "expired",
@@ -120,7 +121,7 @@ class Batch:
         elif self.left:
             return
         if not self.left:
-            self.waiters.clear()  # the deadline's entry outlives it, its memory need not
+            self.waiters.clear()  # they hold it
             self.deadlines.ended()
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import threading
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +148,13 @@ class Cuda:
         if not self._batches:
             return False
         count = len(copies)
-        columns = [(ctypes.c_uint64 * count)(*column) for column in zip(*copies, strict=True)]
+        # An array of ctypes would need a class for each count, which is left to the collector.
+        columns = [array("Q", column) for column in zip(*copies, strict=True)]
         attributes, from_first = _CopyAttributes(order=_IN_STREAM_ORDER), ctypes.c_size_t(0)
         # From CUDA 13 on it doesn't tell which copy was wrong.
         told = (ctypes.byref(ctypes.c_size_t()),) if self.version < 13 else ()  # noqa: PLR2004
         code = self._library.cudaMemcpyBatchAsync(
-            *columns,
+            *(ctypes.c_void_p(column.buffer_info()[0]) for column in columns),
             ctypes.c_size_t(count),
             ctypes.byref(attributes),
             ctypes.byref(from_first),

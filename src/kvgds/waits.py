@@ -1,0 +1,77 @@
+"""Waits that go on when they are cancelled: what follows must not begin before.
+
+Only for what ends by itself. Cancelling every task of a loop, as ``asyncio.run`` does at its end,
+cuts none of them short; so a task that waits like this is one that nobody can cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+async def until_done(future: asyncio.Future[Any], deadline: float | None = None) -> bool:
+    """Wait for a future, and forget about cancels. False: it was not done by then.
+
+    Args:
+        future: ends by itself.
+        deadline: in the loop's time; None: there is none.
+    """
+    loop = asyncio.get_running_loop()
+    while not future.done():
+        left = None if deadline is None else deadline - loop.time()
+        if left is not None and left <= 0:
+            return False
+        try:
+            await asyncio.wait([future], timeout=left)
+        except asyncio.CancelledError:
+            continue
+    return True
+
+
+def to_the_end(run: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
+    """Run what takes no notice of cancels once it has begun; cancelled before, it begins again."""
+    loop = asyncio.get_running_loop()
+    whole: asyncio.Future[T] = loop.create_future()
+    begun = False
+
+    async def once() -> T:
+        nonlocal begun
+        begun = True
+        return await run()
+
+    def begin() -> None:
+        loop.create_task(once()).add_done_callback(ended)
+
+    def ended(task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            whole.cancel() if begun else begin()
+        elif (error := task.exception()) is not None:
+            whole.set_exception(error)
+        else:
+            whole.set_result(task.result())
+
+    begin()
+    return whole
+
+
+async def outlast(future: asyncio.Future[T]) -> T:
+    """The result of a future. Cancelled, wait for its end, and be cancelled then."""
+    gone = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as cancelled:
+            gone = cancelled
+    result = future.result()
+    if gone is None:
+        return result
+    try:
+        raise gone
+    finally:
+        del gone  # it knows this frame
