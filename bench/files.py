@@ -46,6 +46,8 @@ from kvgds.bench.measure import (
     watched,
 )
 from kvgds.blocks import XXH3_128
+from kvgds.errors import PathUnavailable
+from kvgds.memory.device import cuda
 from kvgds.tiers.directory import prepare_root
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import slab_name, slot_bytes_for
@@ -375,6 +377,8 @@ async def peers(setup: Setup) -> Rows:
     one run at memory's speed. On tmpfs there is no disk, and all ways are one.
     """
     kind = filesystem(setup.root)
+    if not pythons(setup.peers):
+        print("peers: none is here; python bench/peers.py makes them", file=sys.stderr)
     async with AsyncExitStack() as stack:
         engines = {}
         for name, settings in ENGINES.items():
@@ -456,12 +460,17 @@ def _own(blocks: Blocks, name: str) -> Entrant:
     return Entrant(tier.root, contender, cached=tier.direct_io == "never")
 
 
+def pythons(folder: Path) -> dict[str, Path]:
+    """The interpreters of those peers that were made."""
+    found = {name: python_of(name.partition("-")[0], folder) for name in PEERS}
+    return {name: python for name, python in found.items() if python is not None}
+
+
 async def _peers(setup: Setup, content: Content, stack: AsyncExitStack) -> list[Entrant]:
     """A process for each way in which a peer can work, of those that can here."""
     found: list[Entrant] = []
-    for name, kind in PEERS.items():
-        python = python_of(name.partition("-")[0], setup.peers)
-        for variant in kind.variants if python is not None else ():
+    for name, python in pythons(setup.peers).items():
+        for variant in PEERS[name].variants:
             folder = Path(tempfile.mkdtemp(prefix=name, dir=setup.root))
             stack.callback(shutil.rmtree, folder)
             what = (variant, str(folder), str(content.block), str(content.count), "16")
@@ -515,16 +524,25 @@ SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=ending.count, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--gpu", type=int)
     parser.add_argument("--peers", type=Path, default=FOLDER)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=ending.output)
     chosen = parser.parse_args()
     if unknown := set(chosen.only.split(",")) - set(SCENARIOS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
+    if chosen.gpu is not None and chosen.gpu not in (there := gpus()):
+        parser.error(f"--gpu {chosen.gpu}: there are {len(there)} GPUs that CUDA can use here")
     return chosen
+
+
+def gpus() -> range:
+    try:
+        return range(cuda().devices)
+    except PathUnavailable:
+        return range(0)
 
 
 async def main() -> None:

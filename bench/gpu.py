@@ -203,16 +203,18 @@ SCENARIOS: dict[str, Callable[[Setup], Rows]] = {"fragments": fragments, "decode
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=ending.count, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--gpu", default="0", help="its number, or none")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=ending.output)
     chosen = parser.parse_args()
     if unknown := set(chosen.only.split(",")) - set(SCENARIOS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
-    if chosen.gpu != "none" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no GPU; --gpu none only tries this out")
+    found = torch.cuda.device_count()
+    if chosen.gpu not in ("none", *map(str, range(found))):
+        torches = f"torch {torch.__version__} finds {found} GPUs"
+        parser.error(f"--gpu {chosen.gpu}: {torches}; --gpu none only tries this out")
     return chosen
 
 

@@ -648,18 +648,20 @@ def make_bucket(where: Where) -> None:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=ending.count, default=5)
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peers", type=Path, default=FOLDER)
     parser.add_argument("--server", choices=("juicefs", "memory"), default="juicefs")
     parser.add_argument("--endpoint")
-    parser.add_argument("--bucket", default="kvgds-bench")
+    parser.add_argument("--bucket")
     parser.add_argument("--region", default=os.environ.get("AWS_REGION", "us-east-1"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=ending.output)
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - set(SCENARIOS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
+    if options.bucket and not options.endpoint:
+        parser.error("--bucket: is for an --endpoint; a server of its own has one of its own")
     if options.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
         parser.error("--endpoint: give its keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     python = (options.peers / "aws/bin/python").absolute()
@@ -671,7 +673,7 @@ async def main() -> None:
             os.environ.update(KEYS)
             served = stack.enter_context(server(options.server, root / "server"))
         endpoint = served.endpoint if served else options.endpoint
-        where = Where(endpoint, options.bucket, options.region)
+        where = Where(endpoint, options.bucket or "kvgds-bench", options.region)
         if served:
             make_bucket(where)
         setup = Setup(

@@ -17,11 +17,15 @@ DeepSeek-R1's.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from kvgds.arguments import parse_size
 from kvgds.bench import ending
@@ -29,14 +33,18 @@ from kvgds.bench.blocks import Blocks, Content, opened
 from kvgds.bench.grid import Field
 from kvgds.bench.machine import report
 from kvgds.bench.measure import Contender, Sample, emit, row_of, rows_of
+from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
 from kvgds.replay import TOKENS, Latency, Settings, replay, requests_of
 from kvgds.tiers.space import slot_bytes_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvgds.bench.measure import Row
 
 MIB = 1 << 20
+PROBED = 16 * MIB
 
 
 def lru_hit_rate(trace: Path, limit: int | None, blocks: int) -> float:
@@ -58,31 +66,65 @@ async def load_rate(root: Path, rounds: int, nbytes: int) -> tuple[list[Row], fl
     """Rows for 16 MiB loads, and their GB/s."""
     async with opened(root) as engine:
         place = Field(root, None, rounds, nbytes, {"kvgds": engine})
-        blocks = Blocks(engine, Content(16 * MIB, nbytes // (16 * MIB)))
+        blocks = Blocks(engine, Content(PROBED, nbytes // PROBED))
         await blocks.move(16, store=True)
-        cell = place.cell("load", 16 * MIB, 16, "load")
+        cell = place.cell("load", PROBED, 16, "load")
         rows = await rows_of(cell, [blocks.contender("kvgds", 16, store=False)], rounds)
         return rows, rows[0]["GB/s"]
+
+
+def shares(text: str) -> list[float]:
+    with suppress(ValueError):
+        found = [float(each) for each in text.split(",")]
+        if all(0 < each <= 1 for each in found):
+            return found
+    raise argparse.ArgumentTypeError(f"{text} must be shares above 0, at most 1, as 0.01,0.5")
+
+
+def rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+
+
+def multiple(unit: int) -> Callable[[str], int]:
+    """What takes sizes that are multiples of another."""
+
+    def size(text: str) -> int:
+        try:
+            nbytes = parse_size(text)
+        except typer.BadParameter as error:
+            raise argparse.ArgumentTypeError(error.message) from None
+        if not nbytes or nbytes % unit:
+            raise argparse.ArgumentTypeError(f"{text} must be a multiple of {unit:,} bytes")
+        return nbytes
+
+    return size
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--root", type=ending.directory, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--capacities", default="0.01,0.1,0.5")
-    parser.add_argument("--block-bytes", type=int, default=4096)
-    parser.add_argument("--prefill", type=float, default=10_000)
-    parser.add_argument("--token-bytes", type=int, default=70_272)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--rounds", type=int, default=5, help="of the loads of 16 MiB")
-    parser.add_argument("--probe-bytes", type=parse_size, default=512 * MIB, help="of each round")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--capacities", type=shares, default="0.01,0.1,0.5")
+    parser.add_argument("--block-bytes", type=multiple(PAGE), default=PAGE)
+    parser.add_argument("--prefill", type=rate, default=10_000)
+    parser.add_argument("--token-bytes", type=ending.count, default=70_272)
+    parser.add_argument("--limit", type=ending.count)
+    parser.add_argument("--rounds", type=ending.count, default=5, help="of the loads of 16 MiB")
+    parser.add_argument(
+        "--probe-bytes", type=multiple(PROBED), default=512 * MIB, help="of each round"
+    )
+    parser.add_argument("--out", type=ending.output)
     chosen = parser.parse_args()
     try:
         requests = list(requests_of(chosen.trace, chosen.limit))
     except ConfigError as error:
         parser.error(str(error))
     every = len({block for ids in requests for block in ids})
+    if not every:
+        parser.error(f"trace={str(chosen.trace)!r}: is empty, or none of its requests has a block")
     slot = slot_bytes_for(chosen.block_bytes)
     root = Path(tempfile.mkdtemp(dir=chosen.root))
     try:
@@ -93,9 +135,9 @@ async def main() -> None:
         rows, gb_s = await load_rate(root, chosen.rounds, chosen.probe_bytes)
         emit(rows[0], chosen.out)
         saved_s = TOKENS / chosen.prefill - TOKENS * chosen.token_bytes / (gb_s * 1e9)
-        for share in map(float, chosen.capacities.split(",")):
+        for share in chosen.capacities:
             for in_flight in (1, 8):
-                blocks = int(every * share)
+                blocks = max(1, int(every * share))
                 folder = root / f"{share}-{in_flight}"
                 settings = Settings(
                     folder, chosen.block_bytes, blocks * slot, in_flight, chosen.limit

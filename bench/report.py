@@ -7,7 +7,8 @@ Each run in the files, that is a machine's report and the rows below it, gets a 
 tables instead.
 
 A contender that did not do all it was asked is shown with its count, and is nobody's measure. What
-is faster is so by more than the noise: the ranges of both over their runs don't overlap.
+is faster is so by more than the noise: the ranges of both over their runs don't overlap, and each
+has three runs or more.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from __future__ import annotations
 import argparse
 import html
 import io
-import itertools
 import json
 import sys
 from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from kvgds._starting import INTERRUPTED
 from kvgds.bench.table import size_text
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ CELL = (
     *("scenario", "memory", "block", "fragments", "in_flight", "direction", "cache"),
     *("filesystem", "capacity"),
 )
-NEEDED = ("contender", "kind", "GB/s", "spread", "succeeded", "asked")
+NEEDED = ("contender", "kind", "rounds", "GB/s", "spread", "succeeded", "asked")
 COLUMNS = {
     "GB/s": "GB/s",
     "of limit": "of_limit",
@@ -52,6 +54,9 @@ COLUMNS = {
 }
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5539", "#5a189a")
 LIMIT, OURS = "#8a8a8a", "#d55e00"
+DASHES, MARKERS = ("-", "--", ":", "-."), (".", "s", "^", "x", "D")
+LEAST = 3
+"""Runs of which a range says something of the noise."""
 
 
 class Unreadable(Exception):
@@ -126,7 +131,12 @@ def ratio(row: Row, base: Row | None) -> float | None:
 
 def faster(row: Row, other: Row) -> bool:
     """By more than the noise."""
-    return bool(row["spread"][0] > other["spread"][1])
+    return judged(row) and judged(other) and bool(row["spread"][0] > other["spread"][1])
+
+
+def judged(row: Row) -> bool:
+    """Whether it has runs enough to tell what is noise."""
+    return bool(row["rounds"] >= LEAST)
 
 
 def lost(run: Run) -> list[str]:
@@ -245,18 +255,17 @@ def plots(run: Run) -> Iterator[Plot]:
 def _by_size(name: str, title: str, rows: Sequence[Row]) -> Plot:
     figure, (rates, times) = _figure(2)
     styles = _styles(rows)
-    for contender, (colour, dashes, width) in styles.items():
+    for contender, style in styles.items():
         mine = sorted((r for r in rows if r["contender"] == contender), key=lambda r: r["block"])
         sizes = [row["block"] for row in mine]
         middle = [row["GB/s"] for row in mine]
         low = [m - row["spread"][0] for m, row in zip(middle, mine, strict=True)]
         high = [row["spread"][1] - m for m, row in zip(middle, mine, strict=True)]
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": width}
         label = contender if all(map(whole, mine)) else f"{contender} (not all succeeded)"
-        rates.errorbar(sizes, middle, [low, high], label=label, capsize=2, marker=".", **style)
+        rates.errorbar(sizes, middle, [low, high], label=label, capsize=2, **style)
         timed = [(row["block"], row["p99_ms"]) for row in mine if row["p99_ms"]]
         if timed:
-            times.plot(*zip(*timed, strict=True), marker=".", **style)
+            times.plot(*zip(*timed, strict=True), **style)
     for axes, label in ((rates, "GB/s"), (times, "p99 of one operation, ms")):
         _log_sizes(axes, sorted({row["block"] for row in rows}))
         axes.set_ylabel(label)
@@ -282,21 +291,19 @@ def _replays(rows: Sequence[Row]) -> Plot:
     return Plot("replay", "What tiers too small for a trace still hit", _svg(figure))
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, float]]:
-    """Ours strong, limits grey, each peer a colour."""
-    found: dict[str, tuple[str, str, float]] = {}
-    colours, dashes = itertools.cycle(COLOURS[1:]), itertools.cycle(("-", "--", ":", "-."))
-    limits = itertools.cycle(("--", ":", "-."))
-    for row in rows:
-        if row["contender"] in found:
-            continue
-        if row["kind"] == "engine":
-            found[row["contender"]] = (OURS, next(dashes), 2.0)
-        elif row["kind"] == "limit":
-            found[row["contender"]] = (LIMIT, next(limits), 1.2)
-        else:
-            found[row["contender"]] = (next(colours), "-", 1.2)
-    return found
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Ours strong, limits grey, each peer a colour; no two alike, by dashes or markers."""
+    looks = {
+        "engine": cycle(product((2.0,), MARKERS, DASHES, (OURS,))),
+        "limit": cycle(product((1.2,), MARKERS, DASHES[1:], (LIMIT,))),
+        "peer": cycle(product((1.2,), MARKERS, DASHES, COLOURS[1:])),
+    }
+    names = ("linewidth", "marker", "linestyle", "color")
+    kinds = {row["contender"]: row["kind"] for row in rows}
+    return {
+        contender: dict(zip(names, next(looks.get(kind, looks["peer"])), strict=True))
+        for contender, kind in kinds.items()
+    }
 
 
 def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
@@ -356,7 +363,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Sequence[Plot]]) -> str:
         for plot in its_plots:
             image = plot.svg.replace("<svg", f"<svg role='img' aria-label='{say(plot.title)}'", 1)
             parts.append(f"<figure><figcaption>{say(plot.title)}</figcaption>{image}</figure>")
-        if any(row["kind"] == "peer" for row in run.rows):
+        if any(row["kind"] == "peer" and judged(row) for row in run.rows):
             worse = "".join(f"<li>{say(text)}</li>" for text in lost(run))
             parts.append("<h3>Where a peer is faster by more than noise than every engine</h3>")
             parts.append(f"<ul>{worse}</ul>" if worse else "<p>Nowhere.</p>")
@@ -395,22 +402,30 @@ def main() -> int:
     mpl.rcParams.update({"svg.hashsalt": "kvgds", "svg.fonttype": "none"})
     try:
         runs = [run for path in chosen.results for run in read(path)]
+        if chosen.markdown:
+            print(markdown(runs), end="")
+        else:
+            write(runs, chosen.out)
     except (OSError, UnicodeDecodeError, Unreadable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if chosen.markdown:
-        print(markdown(runs), end="")
-        return 0
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    return 0
+
+
+def write(runs: Sequence[Run], out: Path) -> None:
+    """The page and its plots."""
+    out.mkdir(parents=True, exist_ok=True)
     drawn = [list(plots(run)) for run in runs]
     for n, its_plots in enumerate(drawn):
         for plot in its_plots:
             name = f"{n + 1}-{plot.name}.svg" if len(runs) > 1 else f"{plot.name}.svg"
-            (chosen.out / name).write_text(plot.svg, "utf-8")
-    (chosen.out / "index.html").write_text(page(runs, drawn), "utf-8")
-    print(chosen.out / "index.html")
-    return 0
+            (out / name).write_text(plot.svg, "utf-8")
+    (out / "index.html").write_text(page(runs, drawn), "utf-8")
+    print(out / "index.html")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

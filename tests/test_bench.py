@@ -28,6 +28,7 @@ SCENARIOS = {
         *("objects", "stack: stores acknowledged", "stack: into the bucket", "stack: promotion"),
     },
 }
+NO_PEERS = "peers: none is here; python bench/peers.py makes them\n"
 FIELDS = {
     *("scenario", "memory", "block", "fragments", "in_flight", "direction", "cache", "filesystem"),
     *("contender", "kind", "tier", "path", "verified", "rounds", "GB/s", "spread", "p50_ms"),
@@ -35,13 +36,15 @@ FIELDS = {
 }
 
 
-def rows_of(folder: Path, *command: str, env: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def rows_of(
+    folder: Path, *command: str, env: dict[str, str] | None = None, told: str = ""
+) -> list[dict[str, Any]]:
     """What a bench says of this machine, and then its rows; its failure is ours."""
     out, root = folder / "out.jsonl", folder / "root"
     root.mkdir()
     whole = [sys.executable, "-W", "error", *command, "--root", str(root), "--out", str(out)]
     done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=50, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, told)
     assert list(root.iterdir()) == []  # what it took of the disk, it gives back
     rows: list[dict[str, Any]] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert "cpu" in rows[0]["machine"]
@@ -65,7 +68,8 @@ def rows_of(folder: Path, *command: str, env: dict[str, str] | None = None) -> l
 def test_all_that_is_asked_for_succeeds(
     tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
-    _, *rows = rows_of(tmp_path, str(BENCH / name), "--quick", *options)
+    told = NO_PEERS if name == "files.py" else ""
+    _, *rows = rows_of(tmp_path, str(BENCH / name), "--quick", *options, told=told)
     assert {row["scenario"] for row in rows} == SCENARIOS[name]
     if name == "gpu.py":  # nobody shall take this for what a GPU does
         assert all("nothing here is about a GPU" in row["note"] for row in rows)
@@ -121,6 +125,14 @@ def test_a_replay_hits_what_lru_would(tmp_path: Path) -> None:
     alone = {row["capacity"]: row for row in rows if row["in_flight"] == 1}
     assert alone[1.0]["hit_rate"] == alone[1.0]["lru_hit_rate"] > 0.3
     assert abs(alone[0.5]["hit_rate"] - alone[0.5]["lru_hit_rate"]) < 0.1
+
+
+def test_a_tier_for_a_trace_of_few_blocks_keeps_one(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"hash_ids": [1]}\n' * 3)
+    options = ("--capacities", "0.01", "--rounds", "1", "--probe-bytes", "32M")
+    _, _, row, _ = rows_of(tmp_path, str(BENCH / "replay.py"), str(trace), *options)
+    assert (row["capacity_blocks"], row["hit_rate"]) == (1, row["lru_hit_rate"])
 
 
 @pytest.mark.parametrize(
@@ -219,6 +231,32 @@ def test_a_scenario_that_there_is_not_is_refused(name: str) -> None:
             ((name, "--root", "nowhere"), "argument --root: nowhere must be a directory")
             for name in SCENARIOS
         ),
+        *(
+            ((*words, option, value), f"argument {option}: {says}")
+            for words in (("replay.py", "trace"), *((name,) for name in SCENARIOS))
+            for option, value, says in (
+                ("--rounds", "0", "0 must be a whole number, at least 1"),
+                ("--out", "nowhere/out", "nowhere must be a directory; make it first"),
+                ("--out", ".", ". is a directory; name a file in it"),
+            )
+        ),
+        *(
+            (("replay.py", "trace", option, value), f"argument {option}: {says}")
+            for option, value, says in (
+                ("--limit", "0", "0 must be a whole number"),
+                ("--token-bytes", "x", "x must be a whole number"),
+                ("--capacities", "abc", "abc must be shares above 0"),
+                ("--capacities", "0.5,0", "0.5,0 must be shares above 0"),
+                ("--prefill", "0", "0 must be a number above 0"),
+                ("--probe-bytes", "1M", "1M must be a multiple of 16,777,216 bytes"),
+                ("--block-bytes", "0", "0 must be a multiple of 4,096 bytes"),
+                ("--block-bytes", "x", "'x' is no size"),
+            )
+        ),
+        (("files.py", "--gpu", "64"), "--gpu 64: there are "),
+        (("gpu.py", "--gpu", "64"), "--gpu 64: torch "),
+        (("objects.py", "--bucket", "mine"), "--bucket: is for an --endpoint"),
+        (("replay.py", "idle"), "trace='idle': is empty, or none of its requests has a block"),
         (("replay.py", "nowhere"), "trace='nowhere': can't be read: "),
         (("replay.py", "trace", "--root", "trace"), "trace must be a directory; make it first"),
         (("replay.py", "trace"), "trace='trace, line 1': is not JSON: "),
@@ -228,6 +266,7 @@ def test_what_a_bench_can_not_use_is_a_wrong_call(
     tmp_path: Path, words: tuple[str, ...], says: str
 ) -> None:
     (tmp_path / "trace").write_text("no trace")
+    (tmp_path / "idle").write_text('{"hash_ids": []}')
     command = [sys.executable, str(BENCH / words[0]), *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

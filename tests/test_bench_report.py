@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ def row(contender: str, kind: str, rate: float, **more: Any) -> dict[str, Any]:
         "contender": contender,
         "kind": kind,
         "verified": kind == "engine",
+        "rounds": 5,
         "GB/s": rate,
         "spread": [rate * 0.95, rate * 1.05],
         "p50_ms": 1.5,
@@ -41,12 +45,14 @@ def row(contender: str, kind: str, rate: float, **more: Any) -> dict[str, Any]:
     return found | more
 
 
-def reported(tmp_path: Path, lines: list[Any], *options: str) -> subprocess.CompletedProcess[str]:
+def reported(
+    tmp_path: Path, lines: list[Any], *options: str, out: str = "out"
+) -> subprocess.CompletedProcess[str]:
     results = tmp_path / "some.jsonl"
     texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     results.write_text("\n".join(texts), "utf-8")
     command = [sys.executable, "-W", "error", str(REPORT), str(results), *options]
-    command += ["--out", str(tmp_path / "out")]
+    command += ["--out", str(tmp_path / out)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
 
 
@@ -72,11 +78,13 @@ def test_ratios_are_to_the_best_that_did_all_it_was_asked(tmp_path: Path) -> Non
     assert "Faster than kvgds" not in done.stdout
 
 
-@pytest.mark.parametrize(("rate", "is_told"), [(3.2, False), (3.5, True)])
+@pytest.mark.parametrize(
+    ("rate", "rounds", "is_told"), [(3.2, 5, False), (3.5, 3, True), (3.5, 2, False)]
+)
 def test_a_peer_is_faster_only_beyond_the_noise(
-    tmp_path: Path, rate: float, *, is_told: bool
+    tmp_path: Path, rate: float, rounds: int, *, is_told: bool
 ) -> None:
-    rows = [row("kvgds", "engine", 3.0), row("peer", "peer", rate)]
+    rows = [row("kvgds", "engine", 3.0), row("peer", "peer", rate, rounds=rounds)]
     done = reported(tmp_path, [MACHINE, *rows], "--markdown")
     assert ("Faster than kvgds by more than noise: load, 1 MiB" in done.stdout) is is_told
 
@@ -91,6 +99,34 @@ def test_what_may_not_be_compared_is_not(tmp_path: Path) -> None:
     done = reported(tmp_path, [MACHINE, *rows, other, row("fast", "limit", 99.0)], "--markdown")
     assert cells_of(done.stdout, "kvgds")[1:3] == ["", ""]
     assert done.stdout.count("## some.jsonl") == 2
+
+
+def test_no_two_lines_of_a_plot_look_alike() -> None:
+    rows = [row(f"{kind} {n}", kind, 3.0) for kind in ("engine", "limit", "peer") for n in range(9)]
+    styles = runpy.run_path(str(REPORT))["_styles"](rows)
+    assert len({tuple(style.values()) for style in styles.values()}) == len(rows)
+
+
+@pytest.mark.parametrize("out", ["some.jsonl", "some.jsonl/out"])
+def test_a_place_where_no_report_can_be_is_told_in_one_line(tmp_path: Path, out: str) -> None:
+    rows = [MACHINE, row("kvgds", "engine", 3.0)]
+    done = reported(tmp_path, rows, out=out)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_report_that_is_interrupted_ends_without_a_traceback(tmp_path: Path) -> None:
+    pipe = tmp_path / "results"
+    os.mkfifo(pipe)
+    command = [sys.executable, str(REPORT), str(pipe)]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        pipe.open("w"),  # which waits until it reads
+    ):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=40)
+    assert (process.returncode, errors) == (130, "")
 
 
 class Checked(html.parser.HTMLParser):

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,33 @@ def directory(text: str) -> Path:
     if not os.access(text, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{text} can't be written to")
     return Path(text)
+
+
+def output(text: str) -> Path:
+    """The value of an option: a file that results are added to.
+
+    Raises:
+        ArgumentTypeError: it can't be one.
+    """
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a directory; name a file in it")
+    if not os.path.exists(text):
+        directory(os.path.dirname(text) or os.curdir)
+    elif not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be written to")
+    return Path(text)
+
+
+def count(text: str) -> int:
+    """The value of an option: so many.
+
+    Raises:
+        ArgumentTypeError: it is no whole number, or less than 1.
+    """
+    with suppress(ValueError):
+        if (number := int(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
 
 
 def run(bench: Coroutine[Any, Any, None]) -> None:
