@@ -45,9 +45,8 @@ from kvgds.bench.measure import (
     timed,
     watched,
 )
+from kvgds.bench.quick import gpus
 from kvgds.blocks import XXH3_128
-from kvgds.errors import PathUnavailable
-from kvgds.memory.device import cuda
 from kvgds.tiers.directory import prepare_root
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import slab_name, slot_bytes_for
@@ -536,13 +535,6 @@ def options() -> argparse.Namespace:
     if chosen.gpu is not None and chosen.gpu not in (there := gpus()):
         parser.error(f"--gpu {chosen.gpu}: there are {len(there)} GPUs that CUDA can use here")
     return chosen
-
-
-def gpus() -> range:
-    try:
-        return range(cuda().devices)
-    except PathUnavailable:
-        return range(0)
 
 
 async def main() -> None:

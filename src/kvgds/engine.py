@@ -132,7 +132,7 @@ class Engine:
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Probe, recover and get ready. Called by :func:`open_engine`."""
         told = progress or logged_progress()
-        starting = asyncio.ensure_future(self._in_thread(self._start, told))
+        starting = self._in_thread(self._start, told)
         try:
             self._flights.ways = await asyncio.shield(starting)
         except asyncio.CancelledError:

@@ -22,16 +22,8 @@ async def until_done(future: asyncio.Future[Any], deadline: float | None = None)
         future: ends by itself.
         deadline: in the loop's time; None: there is none.
     """
-    loop = asyncio.get_running_loop()
-    while not future.done():
-        left = None if deadline is None else deadline - loop.time()
-        if left is not None and left <= 0:
-            return False
-        try:
-            await asyncio.wait([future], timeout=left)
-        except asyncio.CancelledError:
-            continue
-    return True
+    await _waited(future, deadline)
+    return future.done()
 
 
 def to_the_end(run: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
@@ -62,12 +54,7 @@ def to_the_end(run: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
 
 async def outlast(future: asyncio.Future[T]) -> T:
     """The result of a future. Cancelled, wait for its end, and be cancelled then."""
-    gone = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as cancelled:
-            gone = cancelled
+    gone = await _waited(future, None)
     result = future.result()
     if gone is None:
         return result
@@ -75,3 +62,22 @@ async def outlast(future: asyncio.Future[T]) -> T:
         raise gone
     finally:
         del gone  # it knows this frame
+
+
+async def _waited(
+    future: asyncio.Future[Any], deadline: float | None
+) -> asyncio.CancelledError | None:
+    """The last cancel that came meanwhile."""
+    loop, gone = asyncio.get_running_loop(), None
+    while not future.done():
+        left = None if deadline is None else deadline - loop.time()
+        if left is not None and left <= 0:
+            break
+        try:
+            await asyncio.wait([future], timeout=left)
+        except asyncio.CancelledError as cancelled:
+            gone = cancelled
+    try:
+        return gone
+    finally:
+        del gone  # as above

@@ -42,12 +42,17 @@ class Scale:
     tick_s: float = 0.5
 
 
+def gpus() -> range:
+    """The GPUs that CUDA can use here. Blocks while it is loaded."""
+    try:
+        return range(cuda().devices)
+    except PathUnavailable:
+        return range(0)
+
+
 def first_gpu() -> int | None:
     """The GPU to measure; None: there is none. Blocks while CUDA is loaded."""
-    try:
-        return 0 if cuda().devices else None
-    except PathUnavailable:
-        return None
+    return next(iter(gpus()), None)
 
 
 async def quick(below: Path, gpu: int | None, scale: Scale, told: Told) -> AsyncIterator[Row]:

@@ -109,7 +109,8 @@ def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
     def ended(one: Future[None]) -> None:
         with lock:
             left[0] -= 1
-            errors.extend(filter(None, [one.exception()]))
+            if error := one.exception():
+                errors.append(error)
             if left[0] or not whole.set_running_or_notify_cancel():
                 return
         whole.set_exception(errors[0]) if errors else whole.set_result(None)
