@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -35,6 +36,7 @@ PAGE = 4096
 MIB = 1 << 20
 NAMESPACE = Namespace(model="test", revision="1")
 SLOT_BITS = 32
+_TURNS, _PAUSE_S = 100, 1e-3
 
 
 # --- engines --------------------------------------------------------------------------------
@@ -153,10 +155,16 @@ async def opened(root: Path | None, *, lanes: int = 1, **changes: Any) -> AsyncI
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop go on until the condition holds."""
+    """Let the event loop go on until the condition holds.
+
+    Turn by turn at first. Then with pauses: a loop that never waits keeps the interpreter lock from
+    all other threads for 5 ms each time they want it, wires to servers among them.
+    """
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what it waits for tells nobody
-            await asyncio.sleep(0)
+        for turn in itertools.count():
+            if condition():
+                return
+            await asyncio.sleep(0 if turn < _TURNS else _PAUSE_S)
 
 
 async def turns(count: int = 10) -> None:

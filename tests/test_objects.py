@@ -592,9 +592,7 @@ async def test_a_dead_server_is_left_alone_and_comes_back(
         assert await engine.prefix([b"other"]) == 0
         assert far.wire.connections == connections
         far.wire.ok()
-        async with asyncio.timeout(10):
-            while engine.statistics().tiers[0].out:  # noqa: ASYNC110 - a timer of its own ends it
-                await asyncio.sleep(0)
+        await until(lambda: engine.statistics().tiers[0].out == "")
         assert await engine.load(b"key", bytearray(SIZE))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["left alone" in line for line in said] == [True, False]
@@ -676,8 +674,7 @@ async def test_a_hanging_server_is_left_alone(far: Far) -> None:
         far.wire.drip(20)
         loading = asyncio.ensure_future(engine.load(b"key", bytearray(SIZE), timeout_s=8.0))
         async with asyncio.timeout(7):
-            while not engine.statistics().tiers[0].out:  # noqa: ASYNC110 - a timer of its own ends it
-                await asyncio.sleep(0)
+            await until(lambda: engine.statistics().tiers[0].out != "")
         (outcome,) = await engine.load_many([(b"other", bytearray(SIZE))])
         assert isinstance(outcome.error, TransferError)
         far.wire.ok()
