@@ -41,8 +41,9 @@ docker-tools: venv
 demo: venv
 	$(BIN)/kvgds demo
 
+# On all cores, but for a large machine: each test may have servers and processes of its own.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check $(SOURCES)

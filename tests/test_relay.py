@@ -345,7 +345,8 @@ async def test_stores_go_on_when_the_bucket_can_only_be_read(place: Place) -> No
 @pytest.mark.parametrize("write", ["back", "demote"])
 async def test_stores_go_on_while_an_upload_drips(place: Place, write: str) -> None:
     """A request without an answer is enough, and nobody else has to ask."""
-    async with place.opened(write, tier={"capacity_bytes": 2 * SLOT}) as engine:  # type: ignore[arg-type]
+    tier = {"capacity_bytes": 2 * SLOT}
+    async with place.opened(write, patience_s=0.5, tier=tier) as engine:  # type: ignore[arg-type]
         place.wire.drip(5, method="PUT")
         await asyncio.wait_for(fill(engine, *(b"%d" % n for n in range(6))), 18)
         place.wire.ok()
@@ -354,7 +355,7 @@ async def test_stores_go_on_while_an_upload_drips(place: Place, write: str) -> N
 
 async def test_uploads_go_on_after_one_has_hung(place: Place) -> None:
     """Nothing else happens meanwhile."""
-    async with place.opened("back") as engine:
+    async with place.opened("back", patience_s=0.5) as engine:
         place.wire.drip(5, method="PUT")
         await fill(engine, b"0")
         await until(lambda: engine.statistics().tiers[1].out != "")
