@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import mmap
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +190,17 @@ async def test_memory_is_free_once_a_call_has_failed(tmp_path: Path) -> None:
         outcomes = await engine.load_many([(b"a", bytes(1)), (b"a", room := mmap.mmap(-1, PAGE))])
         assert [each.status for each in outcomes] == ["error", "error"]
         room.close()
+
+
+@pytest.mark.parametrize("way", ["direct", "bounce"])
+async def test_a_closed_engine_has_let_go_of_its_memory(tmp_path: Path, way: str) -> None:
+    """Its bounce region may be gigabytes, and whoever closed it may keep the engine."""
+    with Uncollected():
+        async with open_engine(config(tmp_path / "kv")) as engine:
+            bounce = weakref.ref(engine._flights.ways.arena)  # noqa: SLF001 - nothing else tells
+            room = engine.register(aligned(SIZE)) if way == "direct" else bytearray(SIZE)
+            await stored(engine, room)
+        assert bounce() is None
 
 
 @pytest.mark.parametrize("write", ["back", "through", "demote"])

@@ -226,6 +226,7 @@ class Engine:
             for transport in self._transports:
                 await self._to_its_end(asyncio.wrap_future(transport.close()))
             await self._to_its_end(self._in_thread(self._flights.ways.close))
+            del self._flights.ways  # and the bounce region with it, whoever keeps the engine
             self._executor.shutdown(wait=False)
 
     @staticmethod
