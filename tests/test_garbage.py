@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import buckets
-from kvgds import BlockCorrupt, BusyError, ConfigError, Engine, TransferTimeout, open_engine
+from kvgds import (
+    BlockCorrupt,
+    BusyError,
+    ConfigError,
+    Engine,
+    TransferError,
+    TransferTimeout,
+    open_engine,
+)
 from support import PAGE, aligned, config, content, spoil, until
 
 if TYPE_CHECKING:
@@ -190,6 +198,19 @@ async def test_memory_is_free_once_a_call_has_failed(tmp_path: Path) -> None:
         outcomes = await engine.load_many([(b"a", bytes(1)), (b"a", room := mmap.mmap(-1, PAGE))])
         assert [each.status for each in outcomes] == ["error", "error"]
         room.close()
+
+
+async def test_a_delete_that_fails_leaves_nothing(tmp_path: Path, own_s3: JuiceServer) -> None:
+    bucket = buckets.settings(own_s3, own_s3.make_bucket(), retries=0)
+    async with open_engine(config(tmp_path / "kv", objects=bucket)) as engine:
+        await engine.store(b"a", content("a", SIZE))
+        await until(lambda: uploaded(engine) == 1)
+        await asyncio.to_thread(own_s3.stop)
+        with Uncollected() as found:
+            for _ in range(3):
+                with contextlib.suppress(TransferError):
+                    await engine.delete(b"a")
+    assert not found
 
 
 @pytest.mark.parametrize("way", ["direct", "bounce"])

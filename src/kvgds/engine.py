@@ -487,7 +487,7 @@ class Engine:
         self._check_open()
         timeout = self._flights.timeout_of(timeout_s)
         check_key(key)
-        answer: asyncio.Future[bool] = self._loop.create_future()
+        answer: asyncio.Future[bool | tuple[str, int | None]] = self._loop.create_future()
 
         def done(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
             if answer.done():
@@ -496,15 +496,17 @@ class Engine:
                 answer.set_result(there)
             else:
                 text = getattr(error, "strerror", None) or str(error)  # an OSError's has its number
-                number = getattr(error, "errno", None)
-                failed = TransferError(text, direction="delete", key=key, errno=number)
-                answer.set_exception(failed)
+                answer.set_result((text, getattr(error, "errno", None)))
 
         self._flights.delete(key, done)
         text = "passed its deadline; it may still happen"
-        return await _in_time(
+        found = await _in_time(
             answer, timeout, TransferTimeout(text, direction="delete", key=key, errno=ETIMEDOUT)
         )
+        if isinstance(found, bool):
+            return found
+        text, number = found
+        raise TransferError(text, direction="delete", key=key, errno=number)
 
     def statistics(self) -> Statistics:
         """What the engine is doing and has done."""
