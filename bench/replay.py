@@ -35,7 +35,7 @@ from kvgds.bench.machine import report
 from kvgds.bench.measure import Contender, Sample, emit, row_of, rows_of
 from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
-from kvgds.replay import TOKENS, Latency, Settings, replay, requests_of
+from kvgds.replay import TOKENS, Latency, Settings, part_blocks, replay, requests_of
 from kvgds.tiers.space import slot_bytes_for
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 PROBED = 16 * MIB
+IN_FLIGHT = (1, 8)
+"""Requests at a time."""
 
 
 def lru_hit_rate(trace: Path, limit: int | None, blocks: int) -> float:
@@ -119,6 +121,7 @@ async def main() -> None:
     parser.add_argument("--out", type=ending.output)
     chosen = parser.parse_args()
     try:
+        part_blocks(Settings(chosen.root, chosen.block_bytes, in_flight=max(IN_FLIGHT)))
         requests = list(requests_of(chosen.trace, chosen.limit))
     except ConfigError as error:
         parser.error(str(error))
@@ -136,7 +139,7 @@ async def main() -> None:
         emit(rows[0], chosen.out)
         saved_s = TOKENS / chosen.prefill - TOKENS * chosen.token_bytes / (gb_s * 1e9)
         for share in chosen.capacities:
-            for in_flight in (1, 8):
+            for in_flight in IN_FLIGHT:
                 blocks = max(1, int(every * share))
                 folder = root / f"{share}-{in_flight}"
                 settings = Settings(

@@ -253,6 +253,7 @@ def test_a_scenario_that_there_is_not_is_refused(name: str) -> None:
                 ("--block-bytes", "x", "'x' is no size"),
             )
         ),
+        (("replay.py", "trace", "--block-bytes", "1T"), "need more than half of the memory"),
         (("files.py", "--gpu", "64"), "--gpu 64: there are "),
         (("gpu.py", "--gpu", "64"), "--gpu 64: torch "),
         (("objects.py", "--bucket", "mine"), "--bucket: is for an --endpoint"),

@@ -21,9 +21,9 @@ from kvgds.replay import (
     Result,
     Run,
     Settings,
-    _part_blocks,
     key_of,
     namespace,
+    part_blocks,
     replay,
     requests_of,
 )
@@ -161,7 +161,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> No
 def test_buffers_stay_within_bounds(pages: int, in_flight: int) -> None:
     size = pages * PAGE
     try:
-        part = _part_blocks(Settings(Path(), size, in_flight=in_flight))
+        part = part_blocks(Settings(Path(), size, in_flight=in_flight))
     except ConfigError:
         return
     assert 1 <= part <= 64

@@ -286,7 +286,7 @@ async def replay(
     Raises:
         ConfigError: a bad line or setting. Whatever opening an engine raises.
     """
-    part_blocks = _part_blocks(settings)
+    blocks = part_blocks(settings)
     total = await asyncio.to_thread(lambda: sum(1 for _ in requests_of(trace, settings.limit)))
     if not total:
         raise ConfigError("trace", os.fspath(trace), "is empty; it must hold a request a line")
@@ -302,14 +302,18 @@ async def replay(
         bounce_bytes=64 << 20,
     )
     async with open_engine(config) as engine:
-        run = Run(engine, settings.block_bytes, part_blocks, settings.in_flight)
+        run = Run(engine, settings.block_bytes, blocks, settings.in_flight)
         started = time.perf_counter()
         await run.all(requests_of(trace, settings.limit), lambda n: progress("requests", n, total))
         return run.result(time.perf_counter() - started)
 
 
-def _part_blocks(settings: Settings) -> int:
-    """Blocks of one call, so that all buffers together stay within bounds."""
+def part_blocks(settings: Settings) -> int:
+    """Blocks of one call, so that all buffers together stay within bounds.
+
+    Raises:
+        ConfigError: a setting can't be, or no such number of them would fit into memory.
+    """
     size, in_flight = settings.block_bytes, settings.in_flight
     if size < PAGE or size % PAGE:
         raise ConfigError("block_bytes", size, f"must be a multiple of {PAGE}")
