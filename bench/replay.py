@@ -121,6 +121,7 @@ async def main() -> None:
     parser.add_argument("--out", type=ending.output)
     chosen = parser.parse_args()
     try:
+        # What it would refuse is told now, and not after the loads that are measured first.
         part_blocks(Settings(chosen.root, chosen.block_bytes, in_flight=max(IN_FLIGHT)))
         requests = list(requests_of(chosen.trace, chosen.limit))
     except ConfigError as error:

@@ -592,7 +592,8 @@ async def test_a_dead_server_is_left_alone_and_comes_back(
         assert await engine.prefix([b"other"]) == 0
         assert far.wire.connections == connections
         far.wire.ok()
-        await until(lambda: engine.statistics().tiers[0].out == "")
+        async with asyncio.timeout(10):
+            await until(lambda: engine.statistics().tiers[0].out == "")
         assert await engine.load(b"key", bytearray(SIZE))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["left alone" in line for line in said] == [True, False]

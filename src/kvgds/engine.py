@@ -494,7 +494,7 @@ class Engine:
                 return
             if error is None:
                 answer.set_result(there)
-            else:
+            else:  # in words: the frames that an error goes through know what it came in
                 text = getattr(error, "strerror", None) or str(error)  # an OSError's has its number
                 answer.set_result((text, getattr(error, "errno", None)))
 

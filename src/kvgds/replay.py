@@ -312,7 +312,7 @@ def part_blocks(settings: Settings) -> int:
     """Blocks of one call, so that all buffers together stay within bounds.
 
     Raises:
-        ConfigError: a setting can't be, or no such number of them would fit into memory.
+        ConfigError: a setting can't be, or even one block a buffer would take too much memory.
     """
     size, in_flight = settings.block_bytes, settings.in_flight
     if size < PAGE or size % PAGE:
