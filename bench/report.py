@@ -46,12 +46,15 @@ COLUMNS = {
     "of limit": "of_limit",
     "of peer": "of_peer",
     "p50 ms": "p50_ms",
+    "p95 ms": "p95_ms",
     "p99 ms": "p99_ms",
     "late ms": "late_p99_ms",
     "CPU s/GiB": "cpu_s_per_GiB",
     "verified": "verified",
-    "ok": "ok",
+    "tier": "tier",
+    "path": "path",
 }
+"""Of every table; what else its rows say comes behind, and last how many blocks came right."""
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5539", "#5a189a")
 LIMIT, OURS = "#8a8a8a", "#d55e00"
 DASHES, MARKERS = ("-", "--", ":", "-."), (".", "s", "^", "x", "D")
@@ -168,31 +171,36 @@ def cell_text(cell: Row) -> str:
     return f"{cell['scenario']}{way}, {what}, {cell['in_flight']} in flight{share}, {where}"
 
 
-def number(value: Any) -> str:  # noqa: ANN401 - of a row
-    """Three digits."""
+def told(value: Any) -> str:  # noqa: ANN401 - of a row
+    """Numbers with three digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if isinstance(value, list):
+        return " - ".join(map(told, value))
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a contender."""
+    """The head, then a line a contender."""
+    usual = {*CELL, *NEEDED, *COLUMNS.values()}
+    every = ((name, value) for row in rows for name, value in row.items() if name not in usual)
+    others = dict.fromkeys(name for name, value in every if value is not None)
     limit, peer = best(rows, "limit"), best(rows, "peer")
-    lines = []
+    lines = [["", *COLUMNS, *(name.replace("_", " ") for name in others), "ok"]]
     for row in rows:
         ours = row["kind"] == "engine"
-        more = {
+        ratios = {
             "of_limit": ratio(row, limit) if ours else None,
             "of_peer": ratio(row, peer) if ours else None,
-            "ok": row["asked"],
         }
-        cells = [number({**row, **more}.get(name)) for name in COLUMNS.values()]
-        cells[0] += f" ({number(row['spread'][0])} - {number(row['spread'][1])})"
-        if not whole(row):
-            cells[-1] = f"{row['succeeded']:,} of {row['asked']:,}" if row["asked"] else ""
-        lines.append([row["contender"], *cells])
+        cells = [told({**row, **ratios}.get(name)) for name in (*COLUMNS.values(), *others)]
+        cells[0] += f" ({told(row['spread'])})"
+        count = f"{row['succeeded']:,} of {row['asked']:,}" if row["asked"] else ""
+        lines.append([row["contender"], *cells, told(row["asked"]) if whole(row) else count])
     return lines
 
 
@@ -210,9 +218,9 @@ def markdown(runs: Sequence[Run]) -> str:
     for run in runs:
         parts += [f"## {run.source}", "; ".join(machine_lines(run.machine))]
         for cell, rows in run.cells():
-            head = ["", *COLUMNS]
-            lines = [head, ["---"] * len(head), *table(rows)]
-            text = "\n".join(f"| {' | '.join(each)} |" for each in lines)
+            head, *lines = table(rows)
+            whole_table = [head, ["---"] * len(head), *lines]
+            text = "\n".join(f"| {' | '.join(each)} |" for each in whole_table)
             parts += [f"**{cell_text(cell)}**", text]
         parts += [f"Faster than kvgds by more than noise: {text}" for text in lost(run)]
     return "\n\n".join(parts) + "\n"
@@ -381,9 +389,10 @@ _LEGEND = (
 
 def _details(cell: Row, rows: Sequence[Row]) -> str:
     say = html.escape
-    head = "".join(f"<th>{say(name)}</th>" for name in ("", *COLUMNS))
+    names, *values = table(rows)
+    head = "".join(f"<th>{say(name)}</th>" for name in names)
     lines = []
-    for row, line in zip(rows, table(rows), strict=True):
+    for row, line in zip(rows, values, strict=True):
         marks = f"{row['kind']}{'' if whole(row) or not row['asked'] else ' failed'}"
         lines.append(
             f"<tr class='{say(marks)}'>{''.join(f'<td>{say(each)}</td>' for each in line)}</tr>"

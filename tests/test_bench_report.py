@@ -56,6 +56,10 @@ def reported(
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
 
 
+def page_of(tmp_path: Path) -> str:
+    return (tmp_path / "out" / "index.html").read_text("utf-8")
+
+
 def cells_of(markdown: str, contender: str) -> list[str]:
     """The line of a contender: GB/s, of the limit, of the best peer, ..., how many succeeded."""
     (line,) = [each for each in markdown.splitlines() if each.startswith(f"| {contender} |")]
@@ -76,6 +80,21 @@ def test_ratios_are_to_the_best_that_did_all_it_was_asked(tmp_path: Path) -> Non
     assert cells_of(done.stdout, "kvgds")[-1] == "64"
     assert cells_of(done.stdout, "liar")[-1] == "0 of 64"
     assert "Faster than kvgds" not in done.stdout
+
+
+def test_what_only_some_rows_tell_is_told(tmp_path: Path) -> None:
+    replay = row(
+        "kvgds", "engine", 3.0, scenario="replay", hit_rate=0.278, p99_more_spread_ms=[1, 2]
+    )
+    limit = row("LRU", "limit", 0.0, scenario="replay", trace=None, path="none")
+    done = reported(tmp_path, [MACHINE, replay, limit, row("other", "engine", 1.0)], "--markdown")
+    head = next(line for line in done.stdout.splitlines() if "hit rate" in line)
+    assert head.endswith("| tier | path | hit rate | p99 more spread ms | ok |")
+    assert cells_of(done.stdout, "kvgds")[-4:] == ["", "0.278", "1 - 2", "64"]
+    assert cells_of(done.stdout, "LRU")[-4:] == ["none", "", "", "64"]
+    assert len(cells_of(done.stdout, "other")) == len(cells_of(done.stdout, "LRU")) - 2
+    reported(tmp_path, [MACHINE, replay])
+    assert "<th>hit rate</th>" in page_of(tmp_path)
 
 
 @pytest.mark.parametrize(
