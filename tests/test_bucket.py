@@ -10,6 +10,8 @@ import pytest
 
 from buckets import settings
 from kvgds import ConfigError
+from kvgds.blocks import PAGE
+from kvgds.memory import Arena
 from kvgds.transport import NotMoved
 from kvgds.transport.bucket import Bucket
 from wire import Wire, reserve
@@ -24,6 +26,7 @@ OTHER_SERVERS = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
 )
+DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 TOKEN = "a-token-that-nobody-may-see"  # noqa: S105 - of nothing
 
 
@@ -71,6 +74,17 @@ def test_a_part_of_an_object(s3: JuiceServer) -> None:
     assert bucket.read("a/b", 2, 3) == b"234"
     assert bucket.read("a/b", 8, 100) == b"89"
     assert bucket.read("a/b", 10, 100) == b""
+
+
+def test_an_answer_longer_than_asked_for_overruns_nothing(s3: JuiceServer) -> None:
+    """obstore gives all that came, though the head says less."""
+    arena = Arena(4 * PAGE)
+    with Wire(s3.host, s3.port) as wire:
+        head = {"content_range": f"bytes 0-{PAGE - 1}/{PAGE}", "etag": "a", "last_modified": DATE}
+        wire.answer(response(206, b"E" * 3 * PAGE, **head), method="GET")
+        with pytest.raises(NotMoved, match="12,288 bytes came where 4,096 were asked for"):
+            quick(s3, endpoint=wire.endpoint).get("name", arena.span.address, PAGE)
+    assert bytes(arena.bytes[PAGE:]) == bytes(3 * PAGE)
 
 
 # --- what went wrong ----------------------------------------------------------------------------

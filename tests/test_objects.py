@@ -169,6 +169,15 @@ def test_memory_detached_and_used_again(bench: ObjectBench) -> None:
         assert bench.arena.bytes[:PAGE] == b"x" * PAGE
 
 
+def test_who_gives_up_a_detach_leaves_the_closing_alone(bench: ObjectBench) -> None:
+    transfers = [Carried(bench, f"{i}", 0, PAGE, write=True) for i in range(40)]
+    bench.transport.submit(transfers, bench.desk.put)
+    closing = bench.transport.close()
+    assert bench.transport.detach(bench.region).cancel()
+    closing.result(20)
+    bench.transport.detach(bench.region).result(20)
+
+
 def test_closing_finishes_what_was_submitted(bench: ObjectBench) -> None:
     transfers = [Carried(bench, f"{i}", 0, PAGE, write=True) for i in range(40)]
     bench.transport.submit(transfers, bench.desk.put)
@@ -555,6 +564,19 @@ async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
         with pytest.raises(TransferError, match="changed it meanwhile"):
             await loading
         assert await engine.load(b"key", bytearray(PAGE))
+
+
+async def test_what_is_deleted_while_it_is_taken_for_damaged_is_a_miss(far: Far) -> None:
+    """Memory of another size makes it look so."""
+    async with far.engine() as engine:
+        await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
+        far.wire.hold(method="HEAD")
+        loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        await asyncio.to_thread(far.server.delete, far.bucket, name_of(b"key"))
+        far.wire.ok()
+        assert not await loading
+        assert engine.statistics().tiers[0].quarantined == 0
 
 
 async def test_closing_waits_for_no_queue_of_questions(far: Far) -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from errno import ETIMEDOUT
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome, check_key
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         Callable,
         Generator,
         Iterable,
+        Sequence,
     )
     from contextlib import AbstractAsyncContextManager
 
@@ -301,8 +303,12 @@ class Engine:
             rule = "must be what register or register_cache gave"
             raise ConfigError("memory", type(memory).__name__, rule)
         region.retire()
-        for transport in self._transports:
-            await asyncio.wrap_future(transport.detach(region))
+        detached = [asyncio.wrap_future(each.detach(region)) for each in self._transports]
+        await outlast(to_the_end(partial(self._let_go, region, detached)))
+
+    async def _let_go(self, region: Region, detached: Sequence[asyncio.Future[None]]) -> None:
+        for step in detached:
+            await self._to_its_end(step)
         region.release()
 
     # --- public operations --------------------------------------------------------------

@@ -477,6 +477,9 @@ class Objects:
         """On a thread: look whether the object is wrong, or only what has arrived of it.
 
         What is wrong is put away. None: it was. Only what may be the block is read whole.
+
+        Raises:
+            NotMoved: ENOENT: it was deleted meanwhile.
         """
         bucket, place = self._transport.bucket, move.place
         nbytes, stamp = bucket.size(place), Stamp.decode(bucket.read(place, 0, PAGE))
@@ -496,7 +499,10 @@ class Objects:
 
     def _judged(self, move: Move, ended: Future[Exception | None]) -> None:
         error = ended.exception()
-        if error is not None:  # it stays where it is, and will be found out again
+        if isinstance(error, NotMoved) and error.errno == errno.ENOENT:
+            move.error, move.status = None, "miss"
+            self._miss(move.place)
+        elif error is not None:  # it stays where it is, and will be found out again
             text = (
                 f"what arrived is wrong ({move.error}), and what is stored can't be read: {error}"
             )

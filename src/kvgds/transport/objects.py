@@ -334,9 +334,10 @@ class ObjectTransport:
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See ``Transport``."""
-        if self._closed:
-            return self._stopped
         future: Future[None] = Future()
+        if self._closed:  # a future of its own: who waits may cancel it
+            self._stopped.add_done_callback(lambda _: _settle(future))
+            return future
         self._inbox.put(partial(self._forget, thing, future))
         return future
 
@@ -398,7 +399,7 @@ class ObjectTransport:
 
     def _forget(self, thing: Any, future: Future[None]) -> None:  # noqa: ANN401 - region or file
         self._client.forget(thing)
-        future.set_result(None)
+        _settle(future)
 
     def _take(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:
         self._waiting.extend(_Member(transfer, deliver) for transfer in transfers)
@@ -481,7 +482,7 @@ class ObjectTransport:
                 if not self._client.check(member.request):
                     self._flying.append(member)
                     continue
-            except (NixlError, NotMoved) as error:
+            except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
                 self._failed(member, error)
             else:
                 self._end(member)
@@ -565,6 +566,11 @@ class ObjectTransport:
             groups.setdefault(member.deliver, []).append(member.transfer)
         for deliver, transfers in groups.items():
             deliver(transfers)
+
+
+def _settle(future: Future[None]) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(None)
 
 
 def _nothing() -> None:
