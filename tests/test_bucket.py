@@ -77,7 +77,7 @@ def test_a_part_of_an_object(s3: JuiceServer) -> None:
 
 
 def test_an_answer_longer_than_asked_for_overruns_nothing(s3: JuiceServer) -> None:
-    """obstore gives all that came, though the head says less."""
+    """All that came is handed over, though the head says less."""
     arena = Arena(4 * PAGE)
     with Wire(s3.host, s3.port) as wire:
         head = {"content_range": f"bytes 0-{PAGE - 1}/{PAGE}", "etag": "a", "last_modified": DATE}
