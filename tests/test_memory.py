@@ -112,6 +112,8 @@ USELESS: dict[str, Any] = {
     "torch, expanded": torch.zeros(1).expand(5),
     "torch, without memory": torch.zeros(8, device="meta"),
     "torch, sparse": torch.zeros(8).to_sparse(),
+    "torch, conjugated": torch.zeros(4, dtype=torch.complex64).conj(),
+    "torch, negated": torch.zeros(4, dtype=torch.complex64).conj().imag,
     "list": [1, 2, 3],
     "text": "text",
     "number": 7,
@@ -239,6 +241,52 @@ async def test_a_cache_and_other_names_for_its_memory(tmp_path: Path) -> None:
             engine.register_cache([pool])
         await engine.deregister(region)
         engine.register_cache([pool])
+
+
+async def test_a_cache_moves_by_the_block_alone(tmp_path: Path) -> None:
+    """By address it would be claimed beside its blocks, not against them."""
+    async with opened(tmp_path / "kv") as engine:
+        cache = engine.register_cache([aligned(8 * PAGE).reshape(8, PAGE)])
+        with pytest.raises(ConfigError, match=r"cache.block\(i\)"):
+            cache.region[:PAGE]
+        with pytest.raises(ConfigError, match=r"cache.block\(i\)"):
+            await engine.store(b"a", cache.region)
+
+
+async def test_memory_that_a_load_has_becomes_no_cache(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        pool = aligned(8 * PAGE)
+        await engine.store(b"a", bytes(PAGE))
+        engine.held.hold("landing")
+        loading = asyncio.ensure_future(engine.load(b"a", pool[PAGE : 2 * PAGE]))
+        await engine.held.wait_held("landing")
+        with pytest.raises(BusyError):
+            engine.register_cache([pool.reshape(8, PAGE)])
+        engine.held.release()
+        assert await loading
+        engine.register_cache([pool.reshape(8, PAGE)])
+
+
+async def test_a_part_of_registered_memory_is_not_registered_again(tmp_path: Path) -> None:
+    """NIXL would then find nothing of what lies behind it."""
+    async with opened(tmp_path / "kv") as engine:
+        pool = aligned(8 * PAGE)
+        whole = engine.register(pool)
+        for part in (pool[:PAGE], pool[2 * PAGE : 4 * PAGE]):
+            with pytest.raises(ConfigError, match="registered"):
+                engine.register(part)
+        again = engine.register(pool)
+        for region in (whole, again, whole):
+            await engine.store(b"a", region[6 * PAGE :])
+            assert await engine.load(b"a", region[6 * PAGE :])
+            await engine.delete(b"a")
+        await engine.deregister(whole)
+        await engine.store(b"a", again[6 * PAGE :])
+        await engine.deregister(again)
+        part = engine.register(pool[2 * PAGE : 4 * PAGE])
+        assert await engine.load(b"a", part)
+        with pytest.raises(ConfigError, match="registered"):
+            engine.register(pool)
 
 
 async def test_blocks_of_a_cache_are_claimed_one_by_one(tmp_path: Path) -> None:

@@ -146,10 +146,10 @@ def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array 
         strided = _describe_cuda(buffer)
     else:
         strided = _describe_host(buffer, field)
-    if strided.movable and strided.moved:
-        raise ConfigError(field, strided.shape, "its memory was freed; give a tensor that has some")
     if 0 in strided.shape:
         raise ConfigError(field, strided.shape, "is empty; give memory of at least one byte")
+    if strided.movable and strided.moved:
+        raise ConfigError(field, strided.shape, "its memory was freed; give a tensor that has some")
     if any(s < 0 for s in strided.strides):
         raise ConfigError(field, strided.strides, "has negative strides; make it contiguous")
     return strided
@@ -162,6 +162,9 @@ def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torc
         raise ConfigError(field, f"{tensor.dtype} tensor", rule)
     if str(tensor.layout) != "torch.strided":
         raise ConfigError(field, str(tensor.layout), "must be a dense tensor")
+    if tensor.is_conj() or tensor.is_neg():
+        rule = "is conjugated or negated when it is read; give .resolve_conj().resolve_neg()"
+        raise ConfigError(field, f"{tensor.dtype} tensor", rule)
     size = tensor.element_size()
     return _Strided(
         address=tensor.data_ptr(),
@@ -269,7 +272,7 @@ class Region:
     """
 
     def __init__(
-        self, arrays: Sequence[_Strided], *, zero_copy: bool, claims: Claims | None = None
+        self, arrays: Sequence[_Strided], claims: Claims | None, *, zero_copy: bool
     ) -> None:
         self.spans = tuple(Span(array.address, array.nbytes) for array in arrays)
         self.nbytes = sum(span.nbytes for span in self.spans)
@@ -277,6 +280,7 @@ class Region:
         self.zero_copy = zero_copy
         self.device = arrays[0].device
         self.claims = Claims() if claims is None else claims
+        self._paged = claims is None  # its views claim blocks, by their numbers
         self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
@@ -295,12 +299,14 @@ class Region:
         return ", ".join(parts)
 
     def __getitem__(self, part: slice) -> View:
+        if self._paged:
+            raise ConfigError("memory", "a cache's", "moves by the block: cache.block(i)")
         try:
             start, stop, step = part.indices(self.nbytes)
             within = part.stop is None or part.stop <= self.nbytes
         except (AttributeError, TypeError):
             raise ConfigError("index", part, "must be a slice: region[start:stop]") from None
-        if step != 1 or start >= stop or not within or len(self.spans) != 1:
+        if step != 1 or start >= stop or not within:
             rule = f"must be a non-empty slice within {self.nbytes} bytes"
             raise ConfigError("index", part, rule)
         base = self.spans[0].address
@@ -495,7 +501,7 @@ class _Paged:
 class Territory:
     """All the memory that one engine was given, so that two names for one byte don't clash.
 
-    Flat memory is claimed by address, however often it was registered. A block of a cache is
+    Flat memory is claimed by address, and may be registered again as a whole. A block of a cache is
     claimed by its number, because it lies in hundreds of places; so the memory of a cache may
     have no other name.
     """
@@ -507,14 +513,13 @@ class Territory:
 
     def register(self, buffer: object) -> Region:
         """A region over one contiguous buffer; see :func:`region_of`."""
-        region = region_of(buffer, claims=self._claims)
+        region = region_of(buffer, self._claims)
         _check_apart("buffer", region, self._paged)
-        if region.device is not None:  # cuFile knows an address once, and forgets it once
-            there = [each for each in self._flat if each.live and each.device is not None]
-            for other in there:
-                if other.spans == region.spans:
-                    return other
-            _check_apart("buffer", region, there)
+        same = [each for each in self._flat if each.live and each.spans == region.spans]
+        if same and region.device is not None:  # cuFile knows an address once, and forgets it once
+            return same[0]
+        # NIXL looks no further than the range that begins last before an address.
+        _check_apart("buffer", region, self._flat - set(same))
         self._flat.add(region)
         return region
 
@@ -522,12 +527,19 @@ class Territory:
         """A paged cache; see :func:`cache_of`."""
         cache = cache_of(layers, block_axis)
         _check_apart("layers", cache.region, (*self._flat, *self._paged))
+        self._check_idle(cache.region)
         self._paged.add(cache.region)
         return cache
 
+    def _check_idle(self, region: Region) -> None:
+        """Raise BusyError if some of it is lent for one operation."""
+        for start, nbytes in region.spans:
+            self._claims.add(start, start + nbytes, write=True)
+            self._claims.remove(start, start + nbytes, write=True)
+
     def borrow(self, buffer: object) -> Region:
         """A region for one operation on memory that nobody registered."""
-        region = region_of(buffer, zero_copy=False, claims=self._claims)
+        region = region_of(buffer, self._claims, zero_copy=False)
         _check_apart("memory", region, self._paged)
         return region
 
@@ -545,7 +557,7 @@ def _meets(span: Span, others: Sequence[Span]) -> bool:
     return any(address < stop and start < address + nbytes for address, nbytes in others)
 
 
-def region_of(buffer: object, *, zero_copy: bool = True, claims: Claims | None = None) -> Region:
+def region_of(buffer: object, claims: Claims | None = None, *, zero_copy: bool = True) -> Region:
     """A region over one contiguous buffer.
 
     Raises:
@@ -555,7 +567,7 @@ def region_of(buffer: object, *, zero_copy: bool = True, claims: Claims | None =
     if not _contiguous(strided):
         rule = "must be contiguous; pass a contiguous copy of it, or a cache to register_cache"
         raise ConfigError("buffer", strided.shape, rule)
-    return Region([strided], zero_copy=zero_copy, claims=claims)
+    return Region([strided], Claims() if claims is None else claims, zero_copy=zero_copy)
 
 
 def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
@@ -576,7 +588,7 @@ def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
     _check_disjoint(arrays, geometry)
     if len({array.device for array in arrays}) > 1:
         raise ConfigError("layers", "tensors", "must all be on one device; register one cache each")
-    return Cache(Region(arrays, zero_copy=True), geometry)
+    return Cache(Region(arrays, None, zero_copy=True), geometry)
 
 
 def _axis(block_axis: object) -> int:
