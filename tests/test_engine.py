@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -262,6 +263,20 @@ async def test_each_arrives_as_it_ends(tmp_path: Path) -> None:
         assert order[-1] == keys[0]
         assert sorted(order) == keys
         assert memory == [content(key, SIZE) for key in keys]
+
+
+async def test_loads_that_share_wait_for_no_file(tmp_path: Path) -> None:
+    """The copy from one to the others is made, though all file calls hang."""
+    gate = threading.Event()
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        for _ in range(2):
+            engine._executor.submit(gate.wait)  # noqa: SLF001 - no file hangs at will
+        try:
+            assert await is_whole(engine, *[b"a"] * 3)
+        finally:
+            gate.set()
+        assert engine.statistics().joined == 2
 
 
 async def test_the_same_key_twice_in_one_batch(tmp_path: Path) -> None:

@@ -96,6 +96,32 @@ async def test_neighbours_of_a_deleted_slab_are_stored(tmp_path: Path) -> None:
         assert await engine.prefix([b"small"]) == 0
 
 
+async def test_a_slab_that_can_not_be_synced_is_used_no_more(tmp_path: Path) -> None:
+    """Nor does it fail its neighbours' stores. The system forgets it: the next sync is done."""
+    with FaultyDisk(tmp_path) as disk:
+        root, tier = disk.root / "kv", {"durable": "power"}
+        small, large = content(b"small", PAGE), content(b"large", SIZE)
+        async with slabs(root, tier=tier) as engine:
+            assert await engine.store(b"small", small)
+            (bad,) = root.glob("slab-*")
+            assert await engine.store(b"large", large)
+            disk.fail("fsync", errno.EIO, match=bad.name)
+            for number in range(2):
+                items = [(b"s%d" % number, small), (b"l%d" % number, large)]
+                outcomes = await engine.store_many(items)
+                assert [each.status for each in outcomes] == (
+                    ["error", "stored"] if number == 0 else ["stored", "stored"]
+                )
+                if number == 0:
+                    assert getattr(outcomes[0].error, "errno", None) == errno.EIO
+            disk.clear()
+            assert await engine.prefix([b"s0"]) == 0
+            assert await engine.load(b"small", bytearray(PAGE))
+            assert await engine.store(b"s0", small)
+        async with slabs(root, tier=tier) as engine:
+            assert await engine.prefix([b"l0", b"s1", b"l1", b"s0"]) == 4
+
+
 async def test_an_index_that_is_deleted_under_an_engine(tmp_path: Path) -> None:
     """Nothing is acknowledged that it would have to remember, and the error says what to do."""
     root = tmp_path / "kv"

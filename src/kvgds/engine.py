@@ -100,8 +100,10 @@ class Engine:
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="kvgds-files")
+        # Of memory, which never waits: not behind files, which may.
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="kvgds-copies")
         self.metrics = Metrics(lambda: gauges_of(self.statistics()))
-        self._flights = Flights(config, self.metrics, self._run)
+        self._flights = Flights(config, self.metrics, partial(self._run, self._copier))
         self._transports: list[Transport] = []
         self._tiers = tuple(self._make_tier(tier, transport, objects) for tier in config.tiers)
         self._flights.set_tiers(self._tiers)
@@ -114,13 +116,14 @@ class Engine:
         objects: ObjectTransport | None,
     ) -> Tier:
         config, relay = self.config, self._flights.relay
+        run = partial(self._run, self._executor)
         if isinstance(settings, FileTier):
             mover = transport or NixlTransport(config.transport_threads)
-            services = Services(mover, self._post, self._run, self._flights.settle, relay)
+            services = Services(mover, self._post, run, self._flights.settle, relay)
             self._transports.append(mover)
             return _LAYOUTS[settings.layout](settings, config.namespace, services)
         carrier = objects or ObjectTransport(settings)
-        services = Services(carrier, self._post, self._run, self._flights.settle)
+        services = Services(carrier, self._post, run, self._flights.settle)
         self._transports.append(carrier)
         changed = relay.changed if relay is not None else None
         return Objects(settings, config.namespace, services, carrier, changed)
@@ -142,7 +145,7 @@ class Engine:
             await outlast(self._closing)
             raise
         except BaseException:
-            self._executor.shutdown(wait=False)
+            self._end_threads()
             raise
         self.plan = self._flights.ways.plans
         self._flights.open()
@@ -154,7 +157,7 @@ class Engine:
             self._flights.ways = starting.result()
             await self._close()
         else:
-            self._executor.shutdown(wait=False)
+            self._end_threads()
 
     def _start(self, progress: Callable[[str, int, int], None]) -> Ways:
         with contextlib.ExitStack() as stack:
@@ -229,7 +232,11 @@ class Engine:
                 await self._to_its_end(asyncio.wrap_future(transport.close()))
             await self._to_its_end(self._in_thread(self._flights.ways.close))
             del self._flights.ways  # and the bounce region with it, whoever keeps the engine
-            self._executor.shutdown(wait=False)
+            self._end_threads()
+
+    def _end_threads(self) -> None:
+        for executor in (self._executor, self._copier):
+            executor.shutdown(wait=False)
 
     @staticmethod
     async def _to_its_end(step: asyncio.Future[T]) -> T:
@@ -261,8 +268,13 @@ class Engine:
             raise
         self._flights.wake_closer()  # a tier may have become idle without a move that settles
 
-    def _run(self, function: Callable[[], Any], done: Callable[[ThreadFuture[Any]], None]) -> None:
-        self._executor.submit(function).add_done_callback(lambda future: self._post(done, future))
+    def _run(
+        self,
+        executor: ThreadPoolExecutor,
+        function: Callable[[], Any],
+        done: Callable[[ThreadFuture[Any]], None],
+    ) -> None:
+        executor.submit(function).add_done_callback(lambda future: self._post(done, future))
 
     # --- memory -----------------------------------------------------------------------
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import FileTier
     from kvgds.paths import Move
-    from kvgds.tiers.slots import Slab
 
 _DELETED = "was deleted while the engine had it open"
 _TOUCHES = 1024  # about how many uses may be forgotten by a crash
@@ -134,10 +133,19 @@ class Slabs:
         while self._dirty:  # one by one: reactors add to it meanwhile
             dirty.add(self._dirty.pop())
         for slab in map(self._slots.slabs.get, dirty):
-            if slab is not None and self._deleted(slab.file.fd):
-                slab.lost = True
-            elif slab is not None and self._settings.durable == "power":
-                os.fdatasync(slab.file.fd)
+            if slab is not None:
+                slab.lost = slab.lost or self._insecure(slab.file.fd)
+
+    def _insecure(self, fd: int) -> OSError | None:
+        """Why what was written to a slab may not outlive this process, or a loss of power."""
+        if self._deleted(fd):
+            return OSError(errno.ENOENT, f"{_DELETED}; keep others out of the directory")
+        try:
+            if self._settings.durable == "power":
+                os.fdatasync(fd)
+        except OSError as error:  # for good: the next call would succeed, whatever was lost
+            return OSError(error.errno, f"can't be made durable: {error.strerror}; see the disk")
+        return None
 
     def _deleted(self, fd: int) -> bool:
         return self._links_count and not os.fstat(fd).st_nlink
@@ -290,9 +298,10 @@ class Slabs:
             elif move.mirrored and move.key in slots.blocks:  # stored meanwhile: that counts
                 move.status = "present"
                 drops.append(Forgotten(move.slot))
-            elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost:
+            elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost is not None:
                 lost.add(slab)
-                move.error = self._lost(move, slab)
+                text = f"{slab.path} {slab.lost.strerror}, and store the block again"
+                move.error = TransferError(text, errno=slab.lost.errno, **move.context)
                 drops.append(Forgotten(move.slot))
             else:
                 old = slots.blocks.get(move.key)
@@ -306,11 +315,6 @@ class Slabs:
         self._supply.drop(drops)
         self._services.settle(moves)
         self._supply.serve()
-
-    @staticmethod
-    def _lost(move: Move, slab: Slab) -> TransferError:
-        rule = "keep others out of the directory, and store the block again"
-        return TransferError(f"{slab.path} {_DELETED}; {rule}", **move.context)
 
     # --- the next tier ----------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class Slab:
         self.path = path
         self.file = file
         self.size = size
-        self.lost = False  # its file was deleted; the index's thread finds out
+        self.lost: OSError | None = None  # why no store is safe there; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
         self.owed: set[int] = set()  # slots whose blocks the next tier lacks
         self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
@@ -176,14 +176,14 @@ class Slots:
         return slab if slab is None or not size.used or self._older(slab, size) else None
 
     def abandon_slab(self, slab: Slab) -> None:
-        """Store no more into a slab whose file is lost; its blocks load until it is given up."""
+        """Store no more into a slab that is lost; its blocks load until it is given up."""
         size, places = slab.size, slab.places()
         before = len(size.free)
         size.free = [slot for slot in size.free if slot not in places]
         self.quarantined += before - len(size.free)
 
     def lost_slab(self, *, spare: bool) -> Slab | None:
-        """A slab whose file is lost, if nobody uses it now."""
+        """A slab that is lost, if nobody uses it now."""
         return next((slab for slab in self._idle_slabs(spare=spare) if slab.lost), None)
 
     def _idle_slabs(self, *, spare: bool) -> Iterator[Slab]:
