@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
@@ -35,6 +36,7 @@ MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 MNT_DETACH = 2
 LOOP_SET_FD, LOOP_CLR_FD, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C82
 LOOP_MAJOR = 7
+FS_IOC_SHUTDOWN, FS_GOING_DOWN_NOLOGFLUSH = 0x8004587D, 2
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -224,6 +226,38 @@ def small_disk(where: Path, size: int, kind: Literal["tmpfs", "ext4"] = "tmpfs")
         yield root
 
 
+class PowerDisk:
+    """A disk of 64 MiB whose power may fail: of what was not synced nothing need be left."""
+
+    def __init__(self, where: Path) -> None:
+        self.root = where / "powered"
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.root.mkdir()
+        image = _formatted(self.root.with_suffix(".img"), 64 << 20)
+        self._device = self._stack.enter_context(_loop_device(image))
+        _mount_or_skip(self._device, self.root, "ext4", "")
+        self._stack.callback(lambda: _unmount(self.root))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def cut(self) -> None:
+        """Lose what the file system's journal has not on the disk; then it answers EIO."""
+        fd = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", FS_GOING_DOWN_NOLOGFLUSH))
+        finally:
+            os.close(fd)
+
+    def restore(self) -> None:
+        """Mount it again, once nobody has a file of it open."""
+        _unmount(self.root)
+        _mount_or_skip(self._device, self.root, "ext4", "")
+
+
 @contextmanager
 def _tmpfs(root: Path, size: int) -> Iterator[None]:
     _mount_or_skip("tmpfs", root, "tmpfs", f"size={size}")
@@ -235,22 +269,24 @@ def _tmpfs(root: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def _ext4(root: Path, size: int) -> Iterator[None]:
-    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-    if mkfs is None:
-        pytest.skip("mkfs.ext4 (Debian package e2fsprogs) is not installed")
-    image = root.with_suffix(".img")
-    with image.open("xb") as file:
-        file.truncate(size)
     # No journal and no blocks kept back for root: nearly all of `size` is for files.
-    subprocess.run(
-        [mkfs, "-q", "-m", "0", "-O", "^has_journal", str(image)], check=True, capture_output=True
-    )
+    image = _formatted(root.with_suffix(".img"), size, "-m", "0", "-O", "^has_journal")
     with _loop_device(image) as device:
         _mount_or_skip(device, root, "ext4", "")
         try:
             yield
         finally:
             _unmount(root)
+
+
+def _formatted(image: Path, size: int, *options: str) -> Path:
+    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if mkfs is None:
+        pytest.skip("mkfs.ext4 (Debian package e2fsprogs) is not installed")
+    with image.open("xb") as file:
+        file.truncate(size)
+    subprocess.run([mkfs, "-q", *options, str(image)], check=True, capture_output=True)
+    return image
 
 
 @contextmanager

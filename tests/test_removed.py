@@ -96,6 +96,25 @@ async def test_neighbours_of_a_deleted_slab_are_stored(tmp_path: Path) -> None:
         assert await engine.prefix([b"small"]) == 0
 
 
+async def test_the_next_directory_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    """Renamed under an engine, a directory is still the engine's; what gets its name is not."""
+    root, tier = tmp_path / "kv", {"capacity_bytes": 2 * (PAGE + SIZE)}
+    async with open_engine(config(root, tier=tier)) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        root.rename(tmp_path / "old")
+        async with open_engine(config(root, tier=tier)) as other:
+            assert await other.store(b"a", content(b"a", SIZE))
+            there = {path.name: path.stat().st_ino for path in root.iterdir()}
+            for n, size in enumerate((PAGE, SIZE, 9 * PAGE // 2, PAGE)):  # each a slab of its own
+                assert await engine.store(b"%d" % n, content(n, size))
+            assert {path.name: path.stat().st_ino for path in root.iterdir()} == there
+            assert await loads(other, b"a")
+    async with slabs(root, tier=tier) as engine:
+        assert await loads(engine, b"a")
+    async with slabs(tmp_path / "old", tier=tier) as engine:
+        assert await engine.prefix([b"3"]) == 1
+
+
 async def test_a_slab_that_can_not_be_synced_is_used_no_more(tmp_path: Path) -> None:
     """Nor does it fail its neighbours' stores. The system forgets it: the next sync is done."""
     with FaultyDisk(tmp_path) as disk:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -879,6 +880,65 @@ def test_a_rebuild_leaves_out_what_no_engine_can_count_on_from(
     assert (kinds(report), report.blocks) == (["corrupt"], 1)
     assert str(generation) in report.problems[0].text
     assert loads(config(root, "slabs"), keys(2)) == [b"key-0"]
+
+
+def test_an_older_index_costs_no_later_slabs(tmp_path: Path) -> None:
+    """An engine refuses it, and a rebuild takes all blocks in."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    older = (root / "index.db").read_bytes()
+    later = [(b"later %d" % i, (i + 2) * SIZE) for i in range(3)]
+
+    async def store_later() -> None:
+        async with open_engine(config(root, "slabs")) as engine:
+            for key, nbytes in later:
+                assert await engine.store(key, content(key, nbytes))
+
+    asyncio.run(store_later())
+    (root / "index.db").write_bytes(older)
+    before = sorted(root.glob("slab-*"))
+    with pytest.raises(ConfigError, match=r"does not know 3 slabs, from 1 to 3.*--rebuild"):
+        fill(config(root, "slabs"), [])
+    assert sorted(root.glob("slab-*")) == before
+    assert fsck(root, rebuild=True).blocks == 5
+
+
+@pytest.mark.parametrize("dies_at", ["index.db", "index.db-wal", "index.db.new"])
+def test_a_rebuild_that_is_cut_off_leaves_no_older_index(
+    tmp_path: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index that is there afterwards is the old one with its log, the new one, or none."""
+    live, root = tmp_path / "live", tmp_path / "kv"
+    fill(config(live, "slabs"), keys(2))
+
+    async def copy_with_a_log() -> None:
+        async with open_engine(config(live, "slabs")) as engine:
+            for key in keys(7, 2):
+                assert await engine.store(key, content(key, SIZE))
+            await asyncio.to_thread(shutil.copytree, live, root)
+
+    asyncio.run(copy_with_a_log())
+
+    class DeadError(Exception):
+        """As if the process had been killed."""
+
+    rename = os.rename
+
+    def mortal(source: Any, target: Any, **options: Any) -> None:
+        if os.fspath(source).endswith(dies_at):
+            raise DeadError
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", mortal)
+    monkeypatch.setattr(os, "replace", mortal)
+    with pytest.raises(DeadError):
+        fsck(root, rebuild=True)
+    monkeypatch.undo()
+    if not (root / "index.db").exists():
+        with pytest.raises(ConfigError, match="--rebuild"):
+            fill(config(root, "slabs"), [])
+        fsck(root, rebuild=True)
+    assert loads(config(root, "slabs"), keys(9)) == keys(9)
 
 
 def test_a_rebuild_skips_files_that_only_look_like_slabs(tmp_path: Path) -> None:

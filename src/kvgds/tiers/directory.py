@@ -48,11 +48,9 @@ def prepare_root(root: Path, layout: str) -> None:
             found = read_marker(root)
     except FileNotFoundError:
         raise ConfigError("root", str(root), f"make its parent {root.parent} first") from None
-    except (ValueError, OSError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except OSError as error:
         raise ConfigError("root", str(root), f"can't be used: {error}") from None
-    if found != {"format": _FORMAT, "layout": layout}:
+    if found != _marker(layout):
         rule = f"holds {found}, not layout={layout!r}; use another directory"
         raise ConfigError("root", str(root), rule)
     if layout == "slabs":
@@ -60,9 +58,23 @@ def prepare_root(root: Path, layout: str) -> None:
 
 
 def read_marker(root: Path) -> object:
-    """What kvgds.json says."""
-    with open(_open_regular(root / "kvgds.json", os.O_RDONLY), encoding="utf-8") as file:
-        return json.load(file)
+    """What kvgds.json says.
+
+    Raises:
+        ConfigError: it is no regular file, or says nothing that can be understood.
+    """
+    path = root / "kvgds.json"
+    with open(_open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:
+            layouts = " or ".join(json.dumps(_marker(each)) for each in ("slabs", "files"))
+            rule = f"can't be read: {error}; write {layouts} there, whichever lies beside it"
+            raise ConfigError("root", str(path), rule) from None
+
+
+def _marker(layout: str) -> dict[str, object]:
+    return {"format": _FORMAT, "layout": layout}
 
 
 def check_index(root: Path) -> None:
@@ -101,11 +113,23 @@ def _mark(marker: Path, layout: str) -> None:
     fd = os.open(temporary, flags, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "layout": layout}, file)
+            json.dump(_marker(layout), file)
+            file.flush()
+            os.fsync(fd)
         _publish(temporary, marker)
+        sync_folder(marker.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let names that were made or changed there outlive loss of power. Blocks."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _publish(temporary: Path, marker: Path) -> None:

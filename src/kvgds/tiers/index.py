@@ -29,6 +29,7 @@ Row: TypeAlias = tuple[int, int, bytes | None, int, int, int, int]
 
 _FORMAT = 2  # 1 lacks `mirrored`
 _APPLICATION = 0x6B766764
+_LOG_BYTES = 4 << 20  # of SQLite's log, which keeps its size; more for as long as somebody reads
 _ROWS = 512  # rows a statement; SQLite's limit is 32,766 parameters
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -138,7 +139,8 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         if tables:
             check_tables(path, database)
         database.execute("PRAGMA journal_mode=WAL")
-        database.execute(f"PRAGMA synchronous={'FULL' if power else 'OFF'}")
+        database.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
+        database.execute("PRAGMA synchronous=FULL")
         if not tables:
             database.executescript(
                 f"BEGIN; PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_FORMAT};"
@@ -146,6 +148,7 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
             )
         elif _version(database) < _FORMAT:
             database.executescript(f"BEGIN; {_UPGRADE}; PRAGMA user_version={_FORMAT}; COMMIT;")
+        _promise(database, power=power)
     except sqlite3.DatabaseError as error:
         database.close()
         if isinstance(error, sqlite3.OperationalError):
@@ -155,6 +158,18 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         database.close()
         raise
     return database
+
+
+def _promise(database: sqlite3.Connection, *, power: bool) -> None:
+    """Sync as often as was promised: before each commit, or where it was so once, what is there.
+
+    Without any sync SQLite may remove a log before what it copies from it is down.
+    """
+    if power:
+        database.execute("INSERT OR IGNORE INTO meta VALUES ('power', 1)")
+        return
+    (once,) = database.execute("SELECT count(*) FROM meta WHERE name = 'power'").fetchone()
+    database.execute(f"PRAGMA synchronous={'NORMAL' if once else 'OFF'}")
 
 
 def check_tables(path: Path, database: sqlite3.Connection) -> None:

@@ -25,6 +25,7 @@ from kvgds.tiers.space import (
     remove_slab,
     slab_name,
     slabs_in,
+    slots_in,
 )
 from kvgds.transport import File
 
@@ -42,14 +43,23 @@ class Recovery:
     """One opening of a directory.
 
     Args:
+        folder: a descriptor of the directory.
         namespace: the number of the one whose blocks are served.
         direct: whether slab files are opened with O_DIRECT.
     """
 
     def __init__(
-        self, settings: FileTier, index: Index, slots: Slots, *, namespace: int, direct: bool
+        self,
+        settings: FileTier,
+        index: Index,
+        slots: Slots,
+        *,
+        folder: int,
+        namespace: int,
+        direct: bool,
     ) -> None:
         self._settings = settings
+        self._folder = folder
         self._index = index
         self._slots = slots
         self._namespace = namespace
@@ -76,6 +86,10 @@ class Recovery:
     def _open_slabs(self) -> None:
         there, known = slabs_in(self._settings.root), self._index.slabs()
         strangers = there.keys() - {slab_id for slab_id, _, _ in known}
+        later = [number for number in strangers if slots_in(self._settings.root / there[number])]
+        if len(later) > 1:  # a death leaves one at most: the index is older than the slabs
+            why = f"it does not know {len(later)} slabs, from {min(later)} to {max(later)}"
+            raise damaged(self._settings.root / "index.db", why)
         for slab_id, slot_bytes, slots in known:
             if slab_id not in there and strangers:  # to be swept as orphans, with all their blocks
                 why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
@@ -151,4 +165,4 @@ class Recovery:
                 return
             self._slots.remove_slab(slab)
             self._index.apply(Changes(drop_slab=[slab.id]))
-            remove_slab(slab.file.fd, slab.path)
+            remove_slab(self._folder, slab.path.name, slab.file.fd)

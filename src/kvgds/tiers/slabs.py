@@ -59,7 +59,7 @@ class Slabs:
         self._namespace_id = 0
         self._dirty: set[int] = set()  # slabs written since the last commit
         self._moving = 0
-        self._lock = self._index_fd = -1
+        self._lock = self._folder = self._index_fd = -1
         self._links_count = True  # not on every file system
 
     # --- opening and closing, in the executor ---------------------------------------
@@ -70,6 +70,7 @@ class Slabs:
         prepare_root(settings.root, "slabs")
         self._lock = lock_root(settings.root)
         try:
+            self._folder = os.open(settings.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             found = try_directory(settings.root, settings.direct_io)
             self.plan = found.path_plan(self.name, self._services.transport.name)
             self._open_index(progress)
@@ -93,12 +94,16 @@ class Slabs:
             self._links_count = bool(os.fstat(self._index_fd).st_nlink)
             namespace = self._namespace
             self._namespace_id = number = index.namespace(namespace.digest, namespace.text)
-            Recovery(settings, index, self._slots, namespace=number, direct=direct).run(progress)
+            folder, slots = self._folder, self._slots
+            found = Recovery(settings, index, slots, folder=folder, namespace=number, direct=direct)
+            found.run(progress)
         except BaseException:
             index.close()
             raise
         self._owed = self._slots.all_owed()
-        self._supply = Supply(settings, services, index, self._slots, self._send, direct=direct)
+        self._supply = Supply(
+            settings, services, index, self._slots, self._send, folder=self._folder, direct=direct
+        )
         index.start()
 
     def close(self) -> None:
@@ -114,8 +119,9 @@ class Slabs:
     def _close_files(self) -> None:
         with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
             stack.callback(locks.close, self._lock)
-            if self._index_fd >= 0:
-                stack.callback(os.close, self._index_fd)
+            for fd in (self._folder, self._index_fd):
+                if fd >= 0:
+                    stack.callback(os.close, fd)
             for slab in self._slots.slabs.values():
                 stack.callback(os.close, slab.file.fd)
             self._slots.slabs.clear()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import PAGE, image_bytes
@@ -42,16 +43,27 @@ def slabs_in(root: Path) -> dict[int, str]:
         return {int(match[1]): match[0] for match in matches if match}
 
 
-def room_on_disk(path: Path) -> int:
-    """Bytes that are free there."""
-    disk = os.statvfs(path)
+def slots_in(path: Path) -> int:
+    """How many whole slots a file has that is named like a slab; 0 if it can be none."""
+    match, status = SLAB_NAME.fullmatch(path.name), os.lstat(path)
+    slot_bytes = int(match[2]) if match else 0
+    if slot_bytes == 0 or slot_bytes % PAGE or not stat.S_ISREG(status.st_mode):
+        return 0
+    return min(status.st_size // slot_bytes, 1 << SLOT_BITS)
+
+
+def room_on_disk(where: Path | int) -> int:
+    """Bytes that are free there; a path or a descriptor."""
+    disk = os.statvfs(where)
     return disk.f_bavail * disk.f_frsize
 
 
 def make_slab(
-    path: Path, slot_bytes: int, slots: int, *, reserve: int, direct: bool, sync: bool
+    folder: int, name: str, slot_bytes: int, slots: int, *, reserve: int, direct: bool, sync: bool
 ) -> tuple[int, int]:
     """Make and allocate a slab file, if asked so that it outlives loss of power. Blocks.
+
+    In the directory that a descriptor stands for: its path may be another's meanwhile.
 
     Returns:
         Its descriptor, and its slots: fewer where the disk has not room for all.
@@ -60,22 +72,18 @@ def make_slab(
         OSError: among others, if one slot would leave less than ``reserve`` bytes of the disk.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+    fd = os.open(name, flags | (os.O_DIRECT if direct else 0), 0o600, dir_fd=folder)
     try:
-        slots = min(slots, (room_on_disk(path) - reserve) // slot_bytes)
+        slots = min(slots, (room_on_disk(folder) - reserve) // slot_bytes)
         if slots < 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         os.posix_fallocate(fd, 0, slots * slot_bytes)
         if sync:
             os.fsync(fd)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
     except BaseException:
         os.close(fd)
-        os.unlink(path)
+        os.unlink(name, dir_fd=folder)
         raise
     return fd, slots
 
@@ -97,10 +105,10 @@ def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
     return fd, min(had, nbytes)
 
 
-def remove_slab(fd: int, path: Path, detached: Future[None] | None = None) -> None:
+def remove_slab(folder: int, name: str, fd: int, detached: Future[None] | None = None) -> None:
     """Delete a slab file once NIXL, if it knows it, has forgotten its descriptor. Blocks."""
     if detached is not None:
         detached.result()
     os.close(fd)
     with contextlib.suppress(FileNotFoundError):  # somebody else did
-        os.unlink(path)
+        os.unlink(name, dir_fd=folder)

@@ -47,6 +47,7 @@ class Supply:
 
     Args:
         send: is given the moves that have a slot, and writes them.
+        folder: a descriptor of the directory.
         direct: whether slab files are opened with O_DIRECT.
     """
 
@@ -58,9 +59,11 @@ class Supply:
         slots: Slots,
         send: Callable[[list[Move]], None],
         *,
+        folder: int,
         direct: bool,
     ) -> None:
         self._settings = settings
+        self._folder = folder
         self._services = services
         self._index = index
         self._slots = slots
@@ -264,7 +267,10 @@ class Supply:
             self._not_grown(error)
             return
         detached = self._services.transport.detach(slab.file)
-        self._services.run(partial(remove_slab, slab.file.fd, slab.path, detached), self._removed)
+        self._services.run(self._remover(slab, detached), self._removed)
+
+    def _remover(self, slab: Slab, detached: Future[None] | None = None) -> Callable[[], None]:
+        return partial(remove_slab, self._folder, slab.path.name, slab.file.fd, detached)
 
     def _removed(self, future: Future[None]) -> None:
         error = future.exception()
@@ -297,7 +303,8 @@ class Supply:
         path = self._settings.root / slab_name(slab_id, size.slot_bytes)
         make = partial(
             make_slab,
-            path,
+            self._folder,
+            path.name,
             size.slot_bytes,
             min(part, room) // size.slot_bytes,
             reserve=min(RESERVE, capacity // 16),
@@ -319,8 +326,7 @@ class Supply:
 
     def _indexed(self, slab: Slab, error: Exception | None) -> None:
         if error is not None:  # a file that can't be removed goes at the next opening
-            remove = partial(remove_slab, slab.file.fd, slab.path)
-            self._services.run(remove, lambda _: self._not_grown(error))
+            self._services.run(self._remover(slab), lambda _: self._not_grown(error))
             return
         self._slab_on_its_way = self._disk_full = False
         self._slots.add_slab(slab)

@@ -78,9 +78,7 @@ def _marker(root: Path) -> object:
         missing = os.fspath(error.filename) == os.fspath(root)
         rule = "does not exist" if missing else "is no kvgds directory (it has no kvgds.json)"
         raise ConfigError("root", str(root), rule) from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except OSError as error:
         raise ConfigError("root", str(root), f"can't be read: {error}") from None
 
 

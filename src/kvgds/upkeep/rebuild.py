@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Namespace, Stamp, image_bytes
-from kvgds.tiers.directory import check_index
+from kvgds.tiers.directory import check_index, sync_folder
 from kvgds.tiers.index import Changes, connect
-from kvgds.tiers.space import SLAB_NAME, SLOT_BITS
+from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, slots_in
 from kvgds.upkeep.images import Row, Slab, arena_for, images, payload_fault, place_of
 from kvgds.upkeep.slabs import writing
 
@@ -57,10 +57,8 @@ def _slab_files(root: Path, report: Report) -> list[Slab]:
         if match is None:
             continue
         slab_id, slot_bytes = int(match[1]), int(match[2])
-        status = os.lstat(root / name)
-        slots = min(status.st_size // slot_bytes, 1 << SLOT_BITS) if slot_bytes else 0
-        sound = slot_bytes % PAGE == 0 and slots and stat.S_ISREG(status.st_mode)
-        if not sound or slab_id in slabs:
+        slots = slots_in(root / name)
+        if not slots or slab_id in slabs:
             report.add("orphan", name, "holds no slots of this directory; an engine removes it")
             continue
         slabs[slab_id] = Slab(slab_id, slot_bytes, slots, root / name)
@@ -142,7 +140,7 @@ def _namespace(text: bytes) -> Namespace | None:
 def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[bytes, str]) -> None:
     """A new index. Engines count on from the generations that it holds."""
     latest = max((row.generation for row in blocks.values()), default=0)
-    with contextlib.closing(connect(path)) as database:
+    with contextlib.closing(connect(path, power=True)) as database:  # it may have been so
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))
     index = writing(path)
     try:
@@ -163,17 +161,18 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
 def _swap(root: Path, new: Path) -> str:
     """Put the new index in place; where the old one is now, or "".
 
-    There is an index at every moment: without one, an engine would take the directory for
-    a new one and remove its slabs.
+    The old one goes first, and its log with it: alone it would be an older index, which does not
+    know the latest slabs. Without any, an engine says what to do.
     """
     path = root / "index.db"
     asides = (root / f"index.db.damaged-{n}" for n in itertools.count(1))
     aside = next(aside for aside in asides if not os.path.lexists(aside))
     there = path.exists()
     if there:
-        os.link(path, aside)
+        path.rename(aside)
     with contextlib.suppress(FileNotFoundError):
         os.rename(f"{path}-wal", f"{aside}-wal")
     Path(f"{path}-shm").unlink(missing_ok=True)
     new.replace(path)
+    sync_folder(root)
     return str(aside) if there else ""
