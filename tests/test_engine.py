@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import kvgds
+import sharing
 import support
 from faults import FaultyDisk, fill_up, small_disk
 from kvgds import (
@@ -368,6 +369,41 @@ async def test_those_who_share_a_read_share_its_failure(tmp_path: Path) -> None:
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(error) for error in errors] == [BlockCorrupt] * 3
         assert engine.statistics().tiers[0].quarantined == 1
+
+
+def spoil(root: Path, layout: str, key: bytes) -> None:
+    """Change a byte of a stored payload."""
+    if layout == "slabs":
+        support.spoil(root, key)
+        return
+    path = sharing.path_of(root, key)
+    (byte,) = support.read_at(path, PAGE, 1)
+    support.write_at(path, PAGE, bytes([byte ^ 0xFF]))
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_memory_that_others_use_condemns_no_block(tmp_path: Path, layout: str) -> None:
+    """What is wrong in the caller's memory may be right where it came from."""
+    async with opened(tmp_path / "kv", tier={"layout": layout}) as engine:
+        await store(engine, b"a", b"b")
+        memory = aligned(SIZE)
+        region = engine.register(memory)
+        engine.held.hold("landing")
+        loading = soon(engine.load(b"a", region))
+        await engine.held.wait_held("landing")
+        memory[5] ^= 0xFF
+        engine.held.release()
+        with pytest.raises(TransferError, match="what is stored is sound") as caught:
+            await loading
+        assert (type(caught.value), caught.value.errno) == (TransferError, errno.EIO)
+        assert engine.statistics().tiers[0].quarantined == 0
+        assert await engine.load(b"a", region)
+        assert memory.tobytes() == content(b"a", SIZE)
+        await asyncio.to_thread(spoil, tmp_path / "kv", layout, b"b")
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"b", region)
+        assert engine.statistics().tiers[0].quarantined == 1
+        assert not await engine.load(b"b", region)
 
 
 async def test_a_load_goes_before_the_prefetch_that_came_first(tmp_path: Path) -> None:

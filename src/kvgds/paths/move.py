@@ -8,6 +8,7 @@ caller's memory when a deadline passes in between.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import xxhash
 
 from kvgds import contention
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, TransferError, TransferTimeout
+from kvgds.memory import Arena
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -214,13 +216,36 @@ class Move:
         self.lease[: len(stamp)] = stamp
         self.lease[len(stamp) : PAGE] = bytes(PAGE - len(stamp))
 
-    def check(self, checksum: Callable[[], bytes] | None) -> None:
+    def look_again(self) -> None:
+        """Read an image once more that was wrong in the caller's memory: others may have used that.
+
+        Only if it is wrong in other memory as well ``error`` stays BlockCorrupt. Blocks.
+        """
+        if not self.path.holds:
+            return
+        try:
+            image = Arena(image_bytes(self.nbytes)).bytes
+            done, got = 0, PAGE
+            while done < len(image) and got and not got % PAGE:  # else it ends there
+                got = os.preadv(self.file.fd, [image[done:]], self.offset + done)
+                done += got
+            self.check(lambda: checksum_of([image[PAGE : PAGE + self.nbytes]]), image)
+        except Exception as error:  # noqa: BLE001 - what can't be read proves nothing
+            self.fail(error)
+        else:
+            text = (
+                "what is stored is sound, but not what has arrived: was the memory used meanwhile?"
+            )
+            self.error = TransferError(text, errno=errno.EIO, **self.context)
+
+    def check(self, checksum: Callable[[], bytes] | None, image: memoryview | None = None) -> None:
         """Raise BlockCorrupt unless the stamp is this block's and the payload is whole.
 
         Args:
             checksum: what the payload's is; None: only the stamp is looked at.
+            image: what begins with the stamp; None: the lease does.
         """
-        stamp = Stamp.decode(self.lease[:PAGE])
+        stamp = Stamp.decode((self.lease if image is None else image)[:PAGE])
         if stamp is None:
             raise self.corrupt("there is no whole stamp")
         if (stamp.namespace, stamp.key) != (self.namespace, self.key):

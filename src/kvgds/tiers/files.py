@@ -297,7 +297,7 @@ class Files:
         ended = [store.move for store in errands.stores if store.state == "ended"]
         for move, _ in errands.corrupt:
             self._unpin(move.place)
-            if not isinstance(move.error, ConfigError):  # that block is there
+            if not isinstance(move.error, ConfigError | TransferError):  # that block is there
                 self._known.discard(known_as(move.place))
             ended.append(move)
         for delete in errands.deletes:

@@ -216,6 +216,16 @@ class Slabs:
         self._services.post(self._loaded, moves)
 
     def _loaded(self, moves: list[Move]) -> None:
+        doubtful = [
+            move for move in moves if isinstance(move.error, BlockCorrupt) and move.path.holds
+        ]
+        if not doubtful:
+            self._end_loads(moves)
+            return
+        self._services.run(partial(_look_again, doubtful), lambda _: self._end_loads(doubtful))
+        self._end_loads([move for move in moves if move not in doubtful])
+
+    def _end_loads(self, moves: list[Move]) -> None:
         self._moving -= len(moves)
         for move in moves:
             if isinstance(move.error, BlockCorrupt):
@@ -358,6 +368,11 @@ class Slabs:
             return
         gone = [self._slots.forget(block[0])]
         self._supply.drop(gone, lambda error: done(error is None, error))
+
+
+def _look_again(moves: Sequence[Move]) -> None:
+    for move in moves:
+        move.look_again()
 
 
 def _ignore(error: Exception | None) -> None:

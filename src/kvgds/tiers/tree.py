@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
-from kvgds.errors import ConfigError, KvgdsError, StorageFull, TransferError
+from kvgds.errors import BlockCorrupt, ConfigError, KvgdsError, StorageFull, TransferError
 from kvgds.tiers import locks
 from kvgds.tiers.debts import Debts
 from kvgds.tiers.folders import (
@@ -260,6 +260,12 @@ class Tree:
         elif not move.mirrored:
             touch(fd, found)
 
+    def _judge_all(self, moves: Sequence[Move], folders: Folders) -> None:
+        for move in moves:
+            if isinstance(move.error, BlockCorrupt):
+                with contextlib.suppress(OSError):  # it stays, and will be found out again
+                    self._judge(move, folders)
+
     def _judge(self, move: Move, folders: Folders) -> None:
         """Put away a file that did not give its block, unless it is the move that is wrong."""
         fd = move.file.fd
@@ -416,6 +422,8 @@ class Tree:
         wanted = [store for store in errands.stores if store.state == "wanted"]
         if not (contested or wanted or self._dropped or errands.corrupt or errands.deletes):
             return
+        for move, _ in errands.corrupt:
+            move.look_again()
         try:
             with self.ledger.held():
                 if not self.ledger.sound:
@@ -423,9 +431,7 @@ class Tree:
                 self._drop_all()
                 for store in contested:
                     self._try(store, self._conclude, folders)
-                for move, _ in errands.corrupt:
-                    with contextlib.suppress(OSError):  # it stays, and will be found out again
-                        self._judge(move, folders)
+                self._judge_all([move for move, _ in errands.corrupt], folders)
                 for delete in errands.deletes:
                     self._delete(delete, folders)
                 self._reserve(wanted, folders)
