@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import pickle
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ from kvgds import (
     Namespace,
     Operation,
     Outcome,
+    PathUnavailable,
     Priority,
     QueueFull,
     StorageFull,
@@ -1201,6 +1203,29 @@ def test_errors_of_this_library_are_its_own() -> None:
         assert isinstance(error, KvgdsError)
         assert isinstance(error, kind)
     assert Outcome(b"k", "miss").ok
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("field", 1, "rule"),
+        PathUnavailable("not here", ("one", "two")),
+        TransferError("x", direction="load", key=b"k", path="direct", errno=errno.EIO),
+        TransferTimeout("x", key=b"k", backend="POSIX/uring", errno=errno.ETIMEDOUT),
+        BlockCorrupt(b"k", "reason", "place"),
+        StorageFull("full"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_go_to_other_processes(error: KvgdsError) -> None:
+    """With all that they tell, but for what only this process can await."""
+    if isinstance(error, TransferTimeout):
+        error.settled = threading.Lock()  # type: ignore[assignment]  # nothing to be copied either
+    there = pickle.loads(pickle.dumps(error))  # noqa: S301 - just made
+    assert (type(there), str(there), there.args) == (type(error), str(error), error.args)
+    assert vars(there) == {name: what for name, what in vars(error).items() if name != "settled"}
+    assert getattr(there, "errno", None) == getattr(error, "errno", None)
+    assert getattr(there, "settled", None) is None
 
 
 @pytest.mark.parametrize("emptied", [False, True])

@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -41,7 +41,22 @@ def untraced(error: E) -> E:
 
 
 class KvgdsError(Exception):
-    """Root of everything that kvgds raises on purpose."""
+    """Root of everything that kvgds raises on purpose. Other processes get it whole, by pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name != "settled"}
+        return _restored, (type(self), self.args, state, getattr(self, "errno", None))
+
+
+def _restored(
+    kind: type[KvgdsError], args: tuple[object, ...], state: dict[str, object], errno: int | None
+) -> KvgdsError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(state)
+    if isinstance(error, OSError):  # which keeps its number elsewhere
+        error.errno = errno
+    return error
 
 
 class ConfigError(KvgdsError, ValueError):
