@@ -790,6 +790,12 @@ def test_a_wrong_setting_of_a_replay_is_a_wrong_call(
     assert not (tmp_path / "kv").exists()
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Neither as markup nor as pictures."""
+    fill(tmp_path / "[b]kv:a:", 1)
+    assert "[b]kv:a:" in call("ls", tmp_path / "[b]kv:a:").stdout
+
+
 def test_ls_says_that_no_namespace_matches(tmp_path: Path) -> None:
     fill(tmp_path / "kv", 1)
     result = call("ls", tmp_path / "kv", "--namespace", "nope")

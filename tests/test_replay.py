@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgds import ConfigError, EngineConfig, FileTier, open_engine
+from kvgds import ConfigError, EngineConfig, FileTier, Namespace, open_engine
 from kvgds.replay import (
     Buffers,
     Pattern,
@@ -263,6 +263,24 @@ def test_with_little_room_it_evicts_and_what_it_loads_is_right(tmp_path: Path, l
     assert result.errors == 0
     assert 0 < result.hits < expected_hits(requests)
     assert result.hits + result.misses == result.asked == sum(map(len, requests))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directory_of_others_is_not_replayed_into(tmp_path: Path, layout: str) -> None:
+    """It would evict what they stored; its own blocks of another size it may."""
+    trace, root = write(tmp_path / "trace", made_up(3)), tmp_path / "kv"
+    assert not run(trace, root, layout=layout).errors
+    assert not run(trace, root, layout=layout, block_bytes=PAGE).errors
+    tier = FileTier(root=root, capacity_bytes=256 << 20, layout=layout)  # type: ignore[arg-type]
+
+    async def store() -> None:
+        config = EngineConfig(namespace=Namespace("mine"), tiers=(tier,))
+        async with open_engine(config) as engine:
+            assert await engine.store(b"a", bytes(5))
+
+    asyncio.run(store())
+    with pytest.raises(ConfigError, match="holds blocks of others"):
+        run(trace, root, layout=layout)
 
 
 def test_only_so_many_requests_are_replayed(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from kvgds.config import EngineConfig, FileTier
 from kvgds.engine import open_engine
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
+from kvgds.upkeep import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ _POOL_BYTES = 512 << 20  # of all buffers, unless single blocks are larger
 _IDS = 1 << 63
 _AHEAD = 64  # requests read at a time
 _SHOWN = 20  # errors told one by one
+_MODEL = "kvgds-replay"
 _PAGE_WORDS = PAGE // 8
 
 
@@ -100,7 +102,7 @@ def _ids_of(line: str, where: str) -> tuple[int, ...]:
 
 def namespace(block_bytes: int) -> Namespace:
     """What the blocks of replays belong to: those of one size, whatever trace they are from."""
-    return Namespace("kvgds-replay", layout=f"pattern-{block_bytes}", block_tokens=TOKENS)
+    return Namespace(_MODEL, layout=f"pattern-{block_bytes}", block_tokens=TOKENS)
 
 
 def key_of(block_id: int) -> BlockKey:
@@ -284,9 +286,11 @@ async def replay(
     The whole trace is looked through first, so that a bad line costs no I/O.
 
     Raises:
-        ConfigError: a bad line or setting. Whatever opening an engine raises.
+        ConfigError: a bad line or setting, or others' blocks lie there. Whatever opening an engine
+            raises.
     """
     blocks = part_blocks(settings)
+    await asyncio.to_thread(_check_alone, settings.root)
     total = await asyncio.to_thread(lambda: sum(1 for _ in requests_of(trace, settings.limit)))
     if not total:
         raise ConfigError("trace", os.fspath(trace), "is empty; it must hold a request a line")
@@ -306,6 +310,17 @@ async def replay(
         started = time.perf_counter()
         await run.all(requests_of(trace, settings.limit), lambda n: progress("requests", n, total))
         return run.result(time.perf_counter() - started)
+
+
+def _check_alone(root: Path) -> None:
+    """A replay would evict the blocks of others."""
+    try:
+        spaces = listing(root).namespaces
+    except ConfigError:  # there is nothing yet; or an engine will tell what is wrong
+        return
+    if any(space.blocks and space.fields.get("model") != _MODEL for space in spaces):
+        rule = "holds blocks of others, which a replay would evict; name another directory"
+        raise ConfigError("root", os.fspath(root), rule)
 
 
 def part_blocks(settings: Settings) -> int:
