@@ -66,8 +66,8 @@ _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
 class Operation:
     """A started operation. It ends whether awaited or not; the memory is in use until then.
 
-    One task at a time may await it (another gets BusyError), also again after it has ended.
-    To cancel that task is to cancel the operation.
+    One task at a time may await it (another gets BusyError), also again after it has ended. To
+    cancel that task is to cancel the operation: a block that waits is dropped, one under way ends.
     """
 
     def __init__(self, run: Callable[[], Generator[Any, None, bool]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import math
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -183,9 +183,9 @@ class Flights:
             return self._config.timeout_s
         if type(timeout_s) is bool or not isinstance(timeout_s, float | int):
             raise ConfigError("timeout_s", timeout_s, "must be a number of seconds, or None")
-        if not 0 < timeout_s < math.inf:
+        if not 0 < timeout_s <= sys.float_info.max:
             raise ConfigError("timeout_s", timeout_s, "must be above 0 and finite")
-        return timeout_s
+        return float(timeout_s)
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
         """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
@@ -586,8 +586,9 @@ class Flights:
 
     def _time_out(self, waiter: Waiter, flight: Flight, settled: Settled | None) -> None:
         path = flight.move.path.name if flight.move else "none"
+        text = "passed its deadline"
         error = TransferTimeout(
-            "passed its deadline",
+            text if settled is None else f"{text}; its memory is in use: await .settled",
             direction="store" if flight.write else "load",
             key=flight.key,
             path=path,
