@@ -28,6 +28,7 @@ from kvgds import (
     TransferTimeout,
 )
 from kvgds.testing import FileTierContract
+from kvgds.tiers import locks
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -47,7 +48,7 @@ from sharing import (
     temporaries,
     there,
 )
-from support import NAMESPACE, PAGE, aligned, content, digest, image
+from support import NAMESPACE, PAGE, aligned, content, digest, image, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -546,6 +547,25 @@ async def test_prefix_and_delete_have_deadlines(tmp_path: Path) -> None:
                 await engine.delete(b"here", timeout_s=0.05)
             assert await engine.delete(b"there")
             assert await engine.prefix([b"here"]) == 0
+
+
+async def test_closing_waits_for_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the ledger may be stopped: what would be removed stays."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        engine.held.hold("landing")
+        storing = asyncio.ensure_future(engine.store(b"key", bytes(NBYTES), timeout_s=0.05))
+        await engine.held.wait_held("landing")
+        with pytest.raises(TransferTimeout):
+            await storing
+        with locked(root):
+            monkeypatch.setattr(locks, "_LOCK_S", 0.05)
+            engine.held.release()
+            await until(lambda: not engine.statistics().in_flight)
+            monkeypatch.undo()
+            async with asyncio.timeout(10):
+                await engine.aclose()
+        assert len(temporaries(root)) == 1
 
 
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:

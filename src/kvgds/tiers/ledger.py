@@ -39,11 +39,11 @@ class Ledger:
         self._fd = -1
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock, and know the count."""
+    def held(self, *, wait: bool = True) -> Iterator[None]:
+        """Hold the lock, and know the count. BlockingIOError: who may not wait has to."""
         self._fd = os.open("ledger", os.O_RDWR | os.O_CREAT | SAFE, 0o600, dir_fd=self._root)
         try:
-            locks.lock(self._fd, fcntl.LOCK_EX)
+            (locks.lock if wait else locks.lock_nowait)(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)
             self.sound = _COUNT.fullmatch(text) is not None
             self.used = int(text) if self.sound else 0

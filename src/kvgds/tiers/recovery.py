@@ -137,7 +137,7 @@ class Recovery:
             slots.quarantined += 1
             return None
         if namespace != self._namespace:
-            slots.put_foreign(slot)
+            slots.put_foreign(slot, mirrored=bool(mirrored))
             return None
         rival = slots.blocks.get(key)
         unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"

@@ -299,12 +299,13 @@ class Slots:
         self.bytes_used += slab.size.slot_bytes
         self._account(slab, slot, mirrored=mirrored)
 
-    def put_foreign(self, slot: int) -> None:
+    def put_foreign(self, slot: int, *, mirrored: bool) -> None:
         """Keep the slot of another namespace's block, which can only be evicted."""
         slab = self.slabs[slot >> SLOT_BITS]
         slab.size.used[slot] = None
         self.bytes_used += slab.size.slot_bytes
-        self._account(slab, slot, mirrored=True)
+        if self._stacked:  # nobody here uploads it: it is not spared, but counted
+            slab.size.clean[slot] = mirrored
 
     def _account(self, slab: Slab, slot: int, *, mirrored: bool) -> None:
         if not self._stacked:
@@ -365,7 +366,7 @@ class Slots:
         mirrored = slab.size.clean.pop(slot, not self._stacked)
         slab.owed.discard(slot)
         if key is None:
-            return Forgotten(slot)
+            return Forgotten(slot, mirrored=mirrored)
         return Forgotten(slot, key, self.blocks.pop(key), mirrored)
 
     def remember(self, gone: Forgotten) -> None:
