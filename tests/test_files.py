@@ -246,6 +246,21 @@ async def test_a_smaller_capacity_holds_from_the_start(tmp_path: Path) -> None:
             assert small.statistics().tiers[0].evictions >= 5
 
 
+async def test_a_disk_that_takes_no_new_file_opens_and_loads(tmp_path: Path) -> None:
+    """Some file systems have no room for a name when they are full."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await put(engine, b"key")
+        disk.fail("create", errno.ENOSPC, match=".trial-*")
+        async with opened(disk.root / "kv") as engine:
+            assert await get(engine, b"key")
+            assert engine.plan[0].direct_io is False
+            assert engine.plan[0].refused == ("O_DIRECT: the disk is full: it was not tried",)
+        with pytest.raises(ConfigError, match="No space left"):
+            async with opened(disk.root / "kv", direct_io="require"):
+                pass
+
+
 @pytest.mark.parametrize("memory", ["aligned", "unaligned"])
 async def test_a_full_disk_costs_the_oldest_blocks(tmp_path: Path, memory: str) -> None:
     """When a write finds no room something is evicted and the store tried once more."""

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faults import FaultyDisk, small_disk
+from faults import FaultyDisk, fill_up, small_disk
 from kvgds import (
     BlockCorrupt,
     BusyError,
@@ -880,6 +881,17 @@ def test_a_rebuild_leaves_out_what_no_engine_can_count_on_from(
     assert (kinds(report), report.blocks) == (["corrupt"], 1)
     assert str(generation) in report.problems[0].text
     assert loads(config(root, "slabs"), keys(2)) == [b"key-0"]
+
+
+@pytest.mark.parametrize("act", [partial(fsck, rebuild=True), partial(gc, keep_bytes=0)])
+def test_a_full_disk_is_told(tmp_path: Path, act: Callable[[Path], object]) -> None:
+    """With its place, and what to do."""
+    with small_disk(tmp_path, 16 << 20) as disk:
+        root = disk / "kv"
+        fill(config(root, "slabs", capacity_bytes=4 << 20), keys(3))
+        fill_up(disk / "rest")
+        with pytest.raises(ConfigError, match=rf"^root='{root}': can't be used.*free some MiB$"):
+            act(root)
 
 
 def test_an_older_index_costs_no_later_slabs(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import MAX_KEY_BYTES, PAGE
 from kvgds.errors import ConfigError
-from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
+from kvgds.tiers.space import RESERVE, SLOT_BITS, SLOT_MASK, room_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -200,6 +200,14 @@ def damaged(path: Path, why: object) -> ConfigError:
     """The error for an index that holds what no engine wrote."""
     rule = f"the index is damaged ({why}); `kvgds fsck --rebuild` makes it anew"
     return ConfigError("root", str(path), rule)
+
+
+def unusable(root: Path, error: Exception) -> ConfigError:
+    """The error for a directory of slabs whose index, or a file of it, can't be used just now."""
+    rule = f"can't be used: {error}"
+    if isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
+        rule += "; the index needs room on the disk: free some MiB"
+    return ConfigError("root", str(root), rule)
 
 
 def _make_private(path: Path) -> None:

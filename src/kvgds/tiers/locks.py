@@ -37,7 +37,8 @@ def lock(fd: int, kind: int) -> None:
             lock_nowait(fd, kind)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise BusyError(f"another process has held the lock for {_LOCK_S} s") from None
+                path = os.readlink(f"/proc/self/fd/{fd}")
+                raise BusyError(f"another process has had {path} locked for {_LOCK_S} s") from None
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
         else:

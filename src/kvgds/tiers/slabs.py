@@ -22,11 +22,11 @@ from kvgds.errors import BlockCorrupt, ConfigError, TransferError
 from kvgds.paths import PathPlan, try_directory
 from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
-from kvgds.tiers.index import Changes, Index, connect
+from kvgds.tiers.index import Changes, Index, connect, unusable
 from kvgds.tiers.recovery import Recovery
 from kvgds.tiers.slots import Forgotten, Slots
-from kvgds.tiers.space import SLOT_BITS, room_on_disk, slabs_in
-from kvgds.tiers.supply import RESERVE, Supply, commit_error, disk_full
+from kvgds.tiers.space import SLOT_BITS, slabs_in
+from kvgds.tiers.supply import Supply, commit_error, disk_full
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,10 +77,7 @@ class Slabs:
         except BaseException as error:
             self._close_files()
             if isinstance(error, OSError | sqlite3.Error):
-                rule = f"can't be used: {error}"
-                if isinstance(error, sqlite3.Error) and room_on_disk(settings.root) < RESERVE:
-                    rule += "; the index needs room on the disk: free some MiB"
-                raise ConfigError("root", str(settings.root), rule) from error
+                raise unusable(settings.root, error) from error
             raise
 
     def _open_index(self, progress: Callable[[str, int, int], None]) -> None:

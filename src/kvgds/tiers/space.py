@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
 SLOT_MASK = (1 << SLOT_BITS) - 1
+RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
 SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
 
 

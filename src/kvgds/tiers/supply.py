@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from kvgds.errors import StorageFull, TransferError
 from kvgds.tiers.index import Changes
 from kvgds.tiers.slots import Slab
-from kvgds.tiers.space import SLOT_BITS, make_slab, remove_slab, slab_name, slot_bytes_for
+from kvgds.tiers.space import RESERVE, SLOT_BITS, make_slab, remove_slab, slab_name, slot_bytes_for
 from kvgds.transport import File
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from kvgds.tiers.index import Index
     from kvgds.tiers.slots import Forgotten, SizeClass, Slots
 
-RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
 _SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need

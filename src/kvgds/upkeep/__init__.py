@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import sqlite3
 import stat
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from kvgds.config import ObjectTier
 from kvgds.errors import ConfigError
 from kvgds.tiers import locks
 from kvgds.tiers.directory import lock_root, read_marker
+from kvgds.tiers.index import unusable
 from kvgds.upkeep.files import check_files, file_listing, gc_files
 from kvgds.upkeep.objects import check_objects, gc_objects, object_listing, root_of
 from kvgds.upkeep.rebuild import rebuild as rebuild_index
@@ -160,6 +162,8 @@ def fsck(
             rebuild_index(root, report, progress)
         else:
             check_slabs(root, report, progress, repair=repair)
+    except sqlite3.Error as error:
+        raise unusable(root, error) from None
     finally:
         locks.close(lock)
     return report
@@ -206,6 +210,8 @@ def gc(
     lock = -1 if dry_run else lock_root(root)
     try:
         gc_slabs(root, rule, done)
+    except sqlite3.Error as error:
+        raise unusable(root, error) from None
     finally:
         if not dry_run:
             locks.close(lock)

@@ -15,7 +15,7 @@ from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.directory import check_index
-from kvgds.tiers.index import Changes, Index, check_tables, connect, damaged
+from kvgds.tiers.index import Changes, Index, check_tables, connect, damaged, unusable
 from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
@@ -73,7 +73,7 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
         # A plain error is of the statement: what it names is not there.
         plain = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
         if isinstance(error, sqlite3.OperationalError) and not plain:
-            raise ConfigError("root", str(path), f"can't be read: {error}") from None
+            raise unusable(root, error) from None
         raise damaged(path, error) from None
     finally:
         database.close()
