@@ -243,6 +243,20 @@ async def test_a_cache_and_other_names_for_its_memory(tmp_path: Path) -> None:
         engine.register_cache([pool])
 
 
+async def test_memory_belongs_to_the_engine_that_it_was_registered_with(tmp_path: Path) -> None:
+    """Another knows nothing of what is in flight there, nor when it is let go."""
+    async with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        region, cache = one.register(aligned(PAGE)), one.register_cache([np.zeros((2, PAGE))])
+        for view in (region, region[:8], cache.block(0)):
+            for act in (two.store, two.load):
+                with pytest.raises(ConfigError, match="register it with this engine"):
+                    await act(b"a", view)
+        for memory in (region, cache):
+            with pytest.raises(ConfigError, match="deregister it there"):
+                await two.deregister(memory)
+            await one.deregister(memory)
+
+
 async def test_a_cache_moves_by_the_block_alone(tmp_path: Path) -> None:
     """By address it would be claimed beside its blocks, not against them."""
     async with opened(tmp_path / "kv") as engine:

@@ -314,6 +314,8 @@ class Engine:
         if not isinstance(region, Region):
             rule = "must be what register or register_cache gave"
             raise ConfigError("memory", type(memory).__name__, rule)
+        if region.territory is not self._flights.territory:
+            raise ConfigError("memory", "another engine's", "deregister it there")
         region.retire()
         detached = [asyncio.wrap_future(each.detach(region)) for each in self._transports]
         await outlast(to_the_end(partial(self._let_go, region, detached)))

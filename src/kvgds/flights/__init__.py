@@ -231,7 +231,7 @@ class Flights:
             raise ClosedError("the engine is closed")
         check_key(key)
         view = self._view(memory)
-        view.region.check()
+        self.territory.check(view.region)
         if not batch.write and view.region.readonly:
             raise ConfigError("memory", "read-only", "can't be loaded into; give writable memory")
         return view

@@ -281,6 +281,7 @@ class Region:
         self.device = arrays[0].device
         self.claims = Claims() if claims is None else claims
         self._paged = claims is None  # its views claim blocks, by their numbers
+        self.territory: Territory | None = None  # whose claims are heeded
         self.uses = 0  # of its views, now
         self.closed = False
         self._arrays = arrays
@@ -511,9 +512,15 @@ class Territory:
         self._flat: weakref.WeakSet[Region] = weakref.WeakSet()
         self._paged: weakref.WeakSet[Region] = weakref.WeakSet()
 
+    def check(self, region: Region) -> None:
+        """Raise unless the memory is still what was registered, and here."""
+        if region.territory is not self:
+            raise ConfigError("memory", "another engine's", "register it with this engine")
+        region.check()
+
     def register(self, buffer: object) -> Region:
         """A region over one contiguous buffer; see :func:`region_of`."""
-        region = region_of(buffer, self._claims)
+        region = self._here(region_of(buffer, self._claims))
         _check_apart("buffer", region, self._paged)
         same = [each for each in self._flat if each.live and each.spans == region.spans]
         if same and region.device is not None:  # cuFile knows an address once, and forgets it once
@@ -526,10 +533,15 @@ class Territory:
     def register_cache(self, layers: Sequence[object], block_axis: int) -> Cache:
         """A paged cache; see :func:`cache_of`."""
         cache = cache_of(layers, block_axis)
+        self._here(cache.region)
         _check_apart("layers", cache.region, (*self._flat, *self._paged))
         self._check_idle(cache.region)
         self._paged.add(cache.region)
         return cache
+
+    def _here(self, region: Region) -> Region:
+        region.territory = self
+        return region
 
     def _check_idle(self, region: Region) -> None:
         """Raise BusyError if some of it is lent for one operation."""
@@ -539,7 +551,7 @@ class Territory:
 
     def borrow(self, buffer: object) -> Region:
         """A region for one operation on memory that nobody registered."""
-        region = region_of(buffer, self._claims, zero_copy=False)
+        region = self._here(region_of(buffer, self._claims, zero_copy=False))
         _check_apart("memory", region, self._paged)
         return region
 
