@@ -520,7 +520,11 @@ class Tree:
         if forced or self.ledger.used + need > capacity:
             freed = self.room.make(need, forced)
             for store in wanted:
-                if store.forced and not freed:
+                if not store.forced or freed:
+                    continue
+                if self.room.reserved:  # what is being written may be evicted once it is there
+                    store.state = "waits"
+                else:
                     store.move.error = _disk_full("there is nothing to evict")
                     store.state = "ended"
         folders.need("tmp", make=True)
