@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -284,8 +284,49 @@ async def loop(setup: Setup) -> Rows:
                 yield row
 
 
+_ALONE_S = 0.2
+
+
+class _Hog:
+    """Keeps the event loop 80 % busy in Python, so long at a time; counts what it gets done."""
+
+    def __init__(self, slice_s: float, interval_s: float) -> None:
+        self.slice_s, self.interval_s = slice_s, interval_s
+        self.turns, self.seconds = 0, 0.0
+        self.name = f"80 % busy, slices of {slice_s * 1e3:g} ms"
+        if interval_s != sys.getswitchinterval():
+            self.name += f", switch interval {interval_s * 1e3:g} ms"
+
+    @property
+    def rate(self) -> float:
+        """Turns a second."""
+        return self.turns / self.seconds
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Beside what is done within."""
+        before, started = sys.getswitchinterval(), time.perf_counter()
+        sys.setswitchinterval(self.interval_s)
+        task = asyncio.create_task(self._work())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.seconds += time.perf_counter() - started
+            sys.setswitchinterval(before)
+
+    async def _work(self) -> None:
+        while True:
+            end = time.perf_counter() + self.slice_s
+            while time.perf_counter() < end:
+                self.turns += 1
+            await asyncio.sleep(self.slice_s / 4)
+
+
 async def busy(setup: Setup) -> Rows:
-    """Throughput left while the loop is 80 % busy in Python, in slices of several lengths."""
+    """What is left while the loop is 80 % busy in Python: of the throughput, and of the loop."""
+    default = sys.getswitchinterval()
+    kinds = [(each, default) for each in (0.8e-3, 4e-3, 16e-3)] + [(4e-3, 1e-4), (16e-3, 1e-4)]
     async with opened(setup.root) as engine:
         place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
         for block in setup.some([256 * KIB, MIB]):
@@ -293,33 +334,30 @@ async def busy(setup: Setup) -> Rows:
             await blocks.move(16, store=True)
             for store in (True, False):
                 idle = blocks.contender("idle loop", 32, store=store)
-                contenders = [idle]
-                for slice_s in (0.8e-3, 4e-3, 16e-3):
-                    name = f"80 % busy, slices of {slice_s * 1e3:g} ms"
-                    contenders.append(
-                        replace(idle, name=name, run=partial(_hogged, idle.run, slice_s))
-                    )
+                hogs = [(_Hog(*kind), _Hog(*kind)) for kind in kinds]
+                hogged = [
+                    replace(idle, name=hog[0].name, run=partial(_hogged, blocks, hog, store=store))
+                    for hog in hogs
+                ]
                 cell = place.cell("busy", block, 32, "store" if store else "load")
-                for row in await rows_of(cell, contenders, setup.rounds):
-                    yield row
+                runs = await alternate([idle, *hogged], setup.rounds)
+                yield row_of(cell, *runs[0])
+                for run, (hog, alone) in zip(runs[1:], hogs, strict=True):
+                    yield row_of(cell, *run, loop_left=round(hog.rate / alone.rate, 3))
             await blocks.close()
 
 
-async def _hogged(run: Run, slice_s: float) -> Sample:
-    stop = asyncio.Event()
-
-    async def hog() -> None:
-        while not stop.is_set():
-            end = time.perf_counter() + slice_s
-            while time.perf_counter() < end:
-                pass
-            await asyncio.sleep(slice_s / 4)
-
-    async with asyncio.TaskGroup() as hogging:
-        hogging.create_task(hog())
-        sample = await run()
-        stop.set()
-    return sample
+async def _hogged(blocks: Blocks, hogs: tuple[_Hog, _Hog], *, store: bool) -> Sample:
+    """One works beside the transfers, the other alone, just before."""
+    hog, alone = hogs
+    async with alone.at_work():
+        await asyncio.sleep(_ALONE_S)
+    if store:
+        await blocks.clear()
+    sample = Sample(nbytes=blocks.content.nbytes)
+    async with watched(sample), hog.at_work():
+        await drive(blocks.content.count, 32, sample, partial(blocks.move_one, store=store))
+    return blocks.content.judged(sample, store=store)
 
 
 # --- the index ------------------------------------------------------------------------------
