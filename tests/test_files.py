@@ -457,6 +457,16 @@ async def test_what_is_no_file_is_refused(
     assert target.stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.parametrize("name", ["ledger", "openers"])
+async def test_a_planted_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "kv"
+    await asyncio.to_thread(prepare_root, root, "files")
+    os.mkfifo(root / name)
+    with pytest.raises(ConfigError, match=r"no regular file.*remove it"):
+        async with opened(root):
+            pass
+
+
 @pytest.mark.parametrize("name", ["tmp", "quarantine", "ledger", "openers", "namespace"])
 async def test_a_planted_root_entry_is_refused(tmp_path: Path, name: str) -> None:
     """Opening fails rather than follow a link, and leaves nothing behind it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvgds.tiers import locks
-from kvgds.tiers.folders import SAFE
+from kvgds.tiers.folders import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Ledger:
     @contextlib.contextmanager
     def held(self, *, wait: bool = True) -> Iterator[None]:
         """Hold the lock, and know the count. BlockingIOError: who may not wait has to."""
-        self._fd = os.open("ledger", os.O_RDWR | os.O_CREAT | SAFE, 0o600, dir_fd=self._root)
+        self._fd = open_own("ledger", self._root)
         try:
             (locks.lock if wait else locks.lock_nowait)(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)

@@ -133,7 +133,8 @@ class Slots:
     def remove_slab(self, slab: Slab) -> tuple[list[Forgotten], list[int]]:
         """Forget a slab: the blocks and the free slots that it had; the rest is in quarantine."""
         size, places = slab.size, slab.places()
-        gone = [self.forget(slot) for slot in list(size.used) if slot in places]
+        gone = [self.forget(slot) for slot in places if slot in size.used]
+        gone.sort(key=lambda block: block.block[3])  # as they were used
         free = [slot for slot in size.free if slot in places]
         size.free = [slot for slot in size.free if slot not in places]
         self.count_evicted(gone)

@@ -41,6 +41,7 @@ from kvgds.tiers.folders import (
     allocate,
     entries_of,
     files_in,
+    open_own,
     status,
     subfolders,
     touch,
@@ -172,8 +173,7 @@ class Tree:
 
     def recover(self) -> None:
         """Clear what dead owners left, and count anew if nobody else has the directory."""
-        flags = os.O_RDWR | os.O_CREAT | SAFE
-        self._openers = os.open("openers", flags, 0o600, dir_fd=self._root)
+        self._openers = open_own("openers", self._root)
         try:
             locks.lock_nowait(self._openers, fcntl.LOCK_EX)
             alone = True
