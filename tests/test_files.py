@@ -28,7 +28,6 @@ from kvgds import (
     TransferTimeout,
 )
 from kvgds.testing import FileTierContract
-from kvgds.tiers import locks
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -591,23 +590,24 @@ async def test_prefix_and_delete_have_deadlines(tmp_path: Path) -> None:
             assert await engine.prefix([b"here"]) == 0
 
 
-async def test_closing_waits_for_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has the ledger may be stopped: what would be removed stays."""
-    root = tmp_path / "kv"
-    async with opened(root) as engine:
-        engine.held.hold("landing")
-        storing = asyncio.ensure_future(engine.store(b"key", bytes(NBYTES), timeout_s=0.05))
-        await engine.held.wait_held("landing")
-        with pytest.raises(TransferTimeout):
-            await storing
-        with locked(root):
-            monkeypatch.setattr(locks, "_LOCK_S", 0.05)
+async def test_closing_waits_for_no_lock(tmp_path: Path) -> None:
+    """Whoever has the ledger may be stopped: what would still be removed stays."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            engine.held.hold("landing")
+            storing = asyncio.ensure_future(engine.store(b"key", bytes(NBYTES), timeout_s=0.05))
+            await engine.held.wait_held("landing")
+            with pytest.raises(TransferTimeout):
+                await storing
+            disk.fail("unlink", errno.EIO)
             engine.held.release()
             await until(lambda: not engine.statistics().in_flight)
-            monkeypatch.undo()
-            async with asyncio.timeout(10):
-                await engine.aclose()
-        assert len(temporaries(root)) == 1
+            disk.clear()
+            with locked(root):
+                async with asyncio.timeout(10):
+                    await engine.aclose()
+            assert len(temporaries(root)) == 1
 
 
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:
