@@ -168,8 +168,12 @@ def _promise(database: sqlite3.Connection, *, power: bool) -> None:
     if power:
         database.execute("INSERT OR IGNORE INTO meta VALUES ('power', 1)")
         return
-    (once,) = database.execute("SELECT count(*) FROM meta WHERE name = 'power'").fetchone()
-    database.execute(f"PRAGMA synchronous={'NORMAL' if once else 'OFF'}")
+    database.execute(f"PRAGMA synchronous={'NORMAL' if _promised(database) else 'OFF'}")
+
+
+def _promised(database: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM meta WHERE name = 'power'"
+    return bool(database.execute(query).fetchone()[0])
 
 
 def check_tables(path: Path, database: sqlite3.Connection) -> None:
@@ -254,6 +258,10 @@ class Index:
             "ON CONFLICT DO UPDATE SET value = value + 1 RETURNING value"
         )
         return int(self._database.execute(query).fetchone()[0])
+
+    def outlasts_power(self) -> bool:
+        """Whether what an engine has committed is there even after a loss of power."""
+        return _promised(self._database)
 
     def slabs(self) -> list[tuple[int, int, int]]:
         """All slabs: id, slot bytes, slots."""

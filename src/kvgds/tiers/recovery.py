@@ -10,6 +10,7 @@ Blocks: runs in the executor, before the index's thread starts and anything else
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,15 @@ from kvgds.tiers.space import (
 from kvgds.transport import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kvgds.config import FileTier
     from kvgds.tiers.index import Index, Row
     from kvgds.tiers.slots import Slots
 
     Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger("kvgds")
 
 
 class Recovery:
@@ -86,10 +89,7 @@ class Recovery:
     def _open_slabs(self) -> None:
         there, known = slabs_in(self._settings.root), self._index.slabs()
         strangers = there.keys() - {slab_id for slab_id, _, _ in known}
-        later = [number for number in strangers if slots_in(self._settings.root / there[number])]
-        if len(later) > 1:  # a death leaves one at most: the index is older than the slabs
-            why = f"it does not know {len(later)} slabs, from {min(later)} to {max(later)}"
-            raise damaged(self._settings.root / "index.db", why)
+        self._look_at(strangers, there)
         for slab_id, slot_bytes, slots in known:
             if slab_id not in there and strangers:  # to be swept as orphans, with all their blocks
                 why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
@@ -104,6 +104,19 @@ class Recovery:
             size = self._slots.size_class(slot_bytes)
             self._slots.add_slab(Slab(slab_id, slots, path, File(fd), size))
             self._usable[slab_id] = whole // slot_bytes
+
+    def _look_at(self, strangers: Iterable[int], there: dict[int, str]) -> None:
+        """A death leaves one slab at most that the index does not know. Of more it is older.
+
+        That is no surprise after a loss of power, unless an index was to outlive that.
+        """
+        root = self._settings.root
+        later = [number for number in strangers if slots_in(root / there[number])]
+        if len(later) > 1:
+            why = f"it does not know {len(later)} slabs, from {min(later)} to {max(later)}"
+            if self._index.outlasts_power():
+                raise damaged(root / "index.db", why)
+            _log.warning("%s: the index is older than the slabs: %s; they are removed", root, why)
 
     def _load_blocks(self, progress: Progress) -> None:
         total, done = self._index.count(), 0
