@@ -47,7 +47,7 @@ from sharing import (
     temporaries,
     there,
 )
-from support import NAMESPACE, PAGE, aligned, content, digest, image, turns, until
+from support import NAMESPACE, PAGE, aligned, content, digest, image, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -282,23 +282,6 @@ async def test_a_full_disk_costs_the_oldest_blocks(tmp_path: Path, memory: str) 
                 await engine.store(b"never", block)
             assert ledger(root) == taken(root)
             assert temporaries(root) == []
-
-
-async def test_on_a_full_disk_a_store_waits_for_what_is_being_written(tmp_path: Path) -> None:
-    """Nothing may be evicted yet, but what comes down meanwhile may."""
-    with FaultyDisk(tmp_path) as disk:
-        async with opened(disk.root / "kv") as engine:
-            engine.held.hold("landing")
-            first = asyncio.ensure_future(put(engine, b"first"))
-            await engine.held.wait_held("landing")
-            engine.held.hold("landing", lambda _: False)
-            disk.fail("write", errno.ENOSPC, match="*.*", offset=0, length=1, count=2)
-            second = asyncio.ensure_future(put(engine, b"second"))
-            await until(lambda: engine.held.delivered == 1)
-            await turns()
-            engine.held.release()
-            await asyncio.gather(first, second)
-            assert await there(engine, [b"first", b"second"]) == [b"second"]
 
 
 async def test_a_disk_smaller_than_the_capacity(tmp_path: Path) -> None:

@@ -520,11 +520,7 @@ class Tree:
         if forced or self.ledger.used + need > capacity:
             freed = self.room.make(need, forced)
             for store in wanted:
-                if not store.forced or freed:
-                    continue
-                if self.room.reserved:  # what is being written may be evicted once it is there
-                    store.state = "waits"
-                else:
+                if store.forced and not freed:
                     store.move.error = _disk_full("there is nothing to evict")
                     store.state = "ended"
         folders.need("tmp", make=True)
