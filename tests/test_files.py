@@ -374,6 +374,20 @@ async def test_a_damaged_file_is_replaced_by_a_store(tmp_path: Path) -> None:
         assert temporaries(root) == []
 
 
+async def test_a_file_of_another_length_is_put_aside_whatever_memory_asks(tmp_path: Path) -> None:
+    """Also for memory that storage writes to itself, though the image in front is whole."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await engine.store(b"key", bytes(2 * PAGE))
+        path = path_of(root, b"key")
+        os.truncate(path, path.stat().st_size + PAGE)
+        region = engine.register(aligned(2 * PAGE))
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"key", region)
+        assert not await engine.load(b"key", region)
+        assert engine.statistics().tiers[0].quarantined == 1
+
+
 async def test_a_good_file_is_never_put_aside_for_a_bad_one(tmp_path: Path) -> None:
     """Replaced while the bad one was being read, it stays."""
     root = tmp_path / "kv"

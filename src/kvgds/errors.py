@@ -41,7 +41,7 @@ def untraced(error: E) -> E:
 
 
 class KvgdsError(Exception):
-    """Root of everything that kvgds raises on purpose. Other processes get it whole, by pickle."""
+    """Root of everything that kvgds raises on purpose. Other processes get it by pickle."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name != "settled"}
@@ -74,6 +74,11 @@ class ConfigError(KvgdsError, ValueError):
         self.field = field
         self.value = value
         self.rule = rule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With the value in words: what is wrong may be anything."""
+        kind, (cls, args, state, number) = super().__reduce__()
+        return kind, (cls, args, {**state, "value": repr(self.value)}, number)
 
 
 class PathUnavailable(KvgdsError):

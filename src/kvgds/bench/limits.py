@@ -149,7 +149,6 @@ class RawNixl:
     def _run(self, in_flight: int, *, store: bool) -> Sample:
         content, agent, region = self.disk.content, self._agent, self._regions[store]
         agent.register(self._file, far=False)
-        agent.register(region, far=False)
         (span,), block = region.spans, content.block
         sample = Sample(nbytes=content.nbytes, asked=content.count)
         flying: list[tuple[float, Request]] = []

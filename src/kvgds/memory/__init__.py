@@ -230,12 +230,16 @@ class Claims:
 
     def add(self, start: int, stop: int, *, write: bool) -> None:
         """Claim ``[start, stop)``; raise BusyError if another's claim forbids it."""
+        self.check(start, stop, write=write)
+        self._widest = max(self._widest, stop - start)
+        bisect.insort(self._writers if write else self._readers, (start, stop))
+
+    def check(self, start: int, stop: int, *, write: bool) -> None:
+        """Raise BusyError if another's claim forbids one on ``[start, stop)``."""
         if self._meets(self._writers, start, stop, self._widest) or (
             write and self._meets(self._readers, start, stop, self._widest)
         ):
             raise BusyError("this memory has a transfer in flight; await that first")
-        self._widest = max(self._widest, stop - start)
-        bisect.insort(self._writers if write else self._readers, (start, stop))
 
     def remove(self, start: int, stop: int, *, write: bool) -> None:
         """Give one claim back."""
@@ -502,7 +506,7 @@ class _Paged:
 class Territory:
     """All the memory that one engine was given, so that two names for one byte don't clash.
 
-    Flat memory is claimed by address, and may be registered again as a whole. A block of a cache is
+    Flat memory is claimed by address, however often it was registered. A block of a cache is
     claimed by its number, because it lies in hundreds of places; so the memory of a cache may
     have no other name.
     """
@@ -522,11 +526,12 @@ class Territory:
         """A region over one contiguous buffer; see :func:`region_of`."""
         region = self._here(region_of(buffer, self._claims))
         _check_apart("buffer", region, self._paged)
-        same = [each for each in self._flat if each.live and each.spans == region.spans]
-        if same and region.device is not None:  # cuFile knows an address once, and forgets it once
-            return same[0]
-        # NIXL looks no further than the range that begins last before an address.
-        _check_apart("buffer", region, self._flat - set(same))
+        if region.device is not None:  # cuFile knows an address once, and forgets it once
+            there = [each for each in self._flat if each.live and each.device is not None]
+            for other in there:
+                if other.spans == region.spans:
+                    return other
+            _check_apart("buffer", region, there)
         self._flat.add(region)
         return region
 
@@ -546,8 +551,7 @@ class Territory:
     def _check_idle(self, region: Region) -> None:
         """Raise BusyError if some of it is lent for one operation."""
         for start, nbytes in region.spans:
-            self._claims.add(start, start + nbytes, write=True)
-            self._claims.remove(start, start + nbytes, write=True)
+            self._claims.check(start, start + nbytes, write=True)
 
     def borrow(self, buffer: object) -> Region:
         """A region for one operation on memory that nobody registered."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
 _STATX_DIOALIGN = 0x2000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = "the disk is full: it was not tried"
 
 
@@ -101,7 +102,7 @@ def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> 
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or mode == "require":
+        if error.errno not in _NO_ROOM or mode == "require":
             raise
         there = f"{root} is on {filesystem_of(root)}"  # what is stored there can be loaded
         return DirectoryPlan(direct_io=False, evidence=(there,), refused=(f"O_DIRECT: {_FULL}",))
@@ -144,7 +145,7 @@ def _try_direct(path: FilePath) -> tuple[bool, str]:
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False, f"{step} is refused: {error.strerror}"
-        if error.errno == errno.ENOSPC:  # what is stored there can be loaded all the same
+        if error.errno in _NO_ROOM:  # what is stored there can be loaded all the same
             return bool(_dio_alignment(path)), f"{_FULL}, only asked for"
         raise
     sizes = " and ".join(f"{n:,}" for n in _TRIAL_BYTES)

@@ -148,7 +148,7 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
             )
         elif _version(database) < _FORMAT:
             database.executescript(f"BEGIN; {_UPGRADE}; PRAGMA user_version={_FORMAT}; COMMIT;")
-        _promise(database, power=power)
+        database.execute(f"PRAGMA synchronous={_syncs(database, power=power)}")
     except sqlite3.DatabaseError as error:
         database.close()
         if isinstance(error, sqlite3.OperationalError):
@@ -160,20 +160,19 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
     return database
 
 
-def _promise(database: sqlite3.Connection, *, power: bool) -> None:
-    """Sync as often as was promised: before each commit, or where it was so once, what is there.
+def _syncs(database: sqlite3.Connection, *, power: bool) -> str:
+    """How often SQLite has to sync: before each commit, or around copies of its log, or never.
 
-    Without any sync SQLite may remove a log before what it copies from it is down.
+    Without any sync it may remove a log before what it copies from it is down. So where an engine
+    has ever promised to outlast a loss of power, what it left is kept by all who come after.
     """
-    if power:
-        database.execute("INSERT OR IGNORE INTO meta VALUES ('power', 1)")
-        return
-    database.execute(f"PRAGMA synchronous={'NORMAL' if _promised(database) else 'OFF'}")
+    return "FULL" if power else "OFF" if _power(database) is None else "NORMAL"
 
 
-def _promised(database: sqlite3.Connection) -> bool:
-    query = "SELECT count(*) FROM meta WHERE name = 'power'"
-    return bool(database.execute(query).fetchone()[0])
+def _power(database: sqlite3.Connection) -> int | None:
+    """Whether the last engine promised to outlast a loss of power; None: none ever has."""
+    row = database.execute("SELECT value FROM meta WHERE name = 'power'").fetchone()
+    return None if row is None else int(row[0])
 
 
 def check_tables(path: Path, database: sqlite3.Connection) -> None:
@@ -260,8 +259,16 @@ class Index:
         return int(self._database.execute(query).fetchone()[0])
 
     def outlasts_power(self) -> bool:
-        """Whether what an engine has committed is there even after a loss of power."""
-        return _promised(self._database)
+        """Whether what the last engine committed is there even after a loss of power."""
+        return bool(_power(self._database))
+
+    def promise(self, *, power: bool) -> None:
+        """Note what this engine promises. Durable before anything that rests on it."""
+        if _power(self._database) == power or not (power or self.outlasts_power()):
+            return
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.execute("INSERT OR REPLACE INTO meta VALUES ('power', ?)", (int(power),))
+        self._database.execute(f"PRAGMA synchronous={_syncs(self._database, power=power)}")
 
     def slabs(self) -> list[tuple[int, int, int]]:
         """All slabs: id, slot bytes, slots."""

@@ -94,6 +94,7 @@ class Slabs:
             folder, slots = self._folder, self._slots
             found = Recovery(settings, index, slots, folder=folder, namespace=number, direct=direct)
             found.run(progress)
+            index.promise(power=power)
         except BaseException:
             index.close()
             raise

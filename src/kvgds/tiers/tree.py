@@ -424,8 +424,7 @@ class Tree:
         wanted = [store for store in errands.stores if store.state == "wanted"]
         if not (contested or wanted or self._dropped or errands.corrupt or errands.deletes):
             return
-        for move, _ in errands.corrupt:
-            move.look_again()
+        _look_again([move for move, _ in errands.corrupt])
         try:
             with self.ledger.held():
                 if not self.ledger.sound:
@@ -550,6 +549,14 @@ def _whole_stamp(fd: int, move: Move) -> Stamp | None:
     if stamp is None or (stamp.namespace, stamp.key) != (move.namespace, move.key):
         return None
     return stamp if os.fstat(fd).st_size == image_bytes(stamp.nbytes) else None
+
+
+def _look_again(moves: Sequence[Move]) -> None:
+    """At those that have an image's length: of the others nothing has arrived anywhere."""
+    for move in moves:
+        with contextlib.suppress(OSError):
+            if os.fstat(move.file.fd).st_size == image_bytes(move.nbytes):
+                move.look_again()
 
 
 def _second_chance(store: Store) -> bool:

@@ -260,6 +260,18 @@ class Request:
         self.error: Exception | None = None
 
 
+class _Everything:
+    """All host memory. Of that NIXL's POSIX plugin only keeps a note, so one note does for all.
+
+    NIXL looks no further than the range that begins last before an address: with one for each
+    region, those that overlap, or whose memory is gone, would hide others.
+    """
+
+    spans = (Span(1 << 12, (1 << 56) - (1 << 12)),)
+    device = None
+    closed = False
+
+
 class _Lists:
     """The descriptor lists of one kind of memory and of files, used again for each request."""
 
@@ -290,6 +302,7 @@ class Agent:
         self._agent, posix, self.backend = self._make(queues)
         self._posix = _Lists(self._nixl, _DRAM, posix)
         self._gpu: _Lists | None = None
+        self._tell(_Everything(), _DRAM, [(*_Everything.spans[0], 0)], far=False)
 
     def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
@@ -323,7 +336,7 @@ class Agent:
         self._gpu = _Lists(self._nixl, _VRAM, options)
 
     def register(self, thing: Memory | File, *, far: bool) -> None:
-        """Tell NIXL's plugin for host memory (``far``: for GPU memory) of memory or a file.
+        """Tell NIXL's plugin for host memory (``far``: for GPU memory) of GPU memory or a file.
 
         Raises:
             NixlError: it won't have it. CufileError: NIXL took it, but cuFile has refused it.
@@ -334,9 +347,7 @@ class Agent:
             if fcntl.fcntl(thing.fd, fcntl.F_GETFL) & os.O_DIRECT:
                 self._direct.add(thing.fd)
             self._tell(thing, _FILE, [(0, _FILE_BYTES, thing.fd)], far=far)
-        elif not far:
-            self._tell(thing, _DRAM, [(*span, 0) for span in thing.spans], far=far)
-        else:
+        elif far:
             self._register_gpu(thing)
 
     def _tell(self, thing: Memory | File, kind: int, entries: Descriptors, *, far: bool) -> None:

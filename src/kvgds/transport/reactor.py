@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors, Request
-    from kvgds.transport.contract import File, Memory, Rows, Transfer
+    from kvgds.transport.contract import Rows, Transfer
 
     Deliver = Callable[[list[Any]], None]
 
@@ -331,9 +331,10 @@ class Lane:
         transfer = member.transfer
         try:
             self._agent.register(transfer.file, far=False)
-            for region in transfer.regions:
-                if not region.closed:  # else it is wanted no more, and its memory may be gone
-                    self._register(region, transfer.file)
+            for region in transfer.regions:  # closed: wanted no more, its memory may be gone
+                if region.device is not None and not region.closed:
+                    self._agent.register(region, far=True)
+                    self._agent.register(transfer.file, far=True)
             rows = transfer.begin()
             if isinstance(rows, list) and transfer.nbytes > _ROW_BYTES:
                 rows = list(_cut(rows))
@@ -351,12 +352,6 @@ class Lane:
             member.rows = rows
             side.staged.append(member)
             side.staged_bytes += transfer.nbytes
-
-    def _register(self, region: Memory, file: File) -> None:
-        far = region.device is not None
-        self._agent.register(region, far=far)
-        if far:
-            self._agent.register(file, far=True)
 
     def _post(self, flight: _Flight) -> None:
         write = flight.members[0].transfer.write

@@ -140,8 +140,9 @@ def _namespace(text: bytes) -> Namespace | None:
 def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[bytes, str]) -> None:
     """A new index. Engines count on from the generations that it holds."""
     latest = max((row.generation for row in blocks.values()), default=0)
-    with contextlib.closing(connect(path, power=True)) as database:  # it may have been so
+    with contextlib.closing(connect(path)) as database:
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))
+        database.execute("INSERT INTO meta VALUES ('power', 0)")  # who knows what was promised
     index = writing(path)
     try:
         index.apply(Changes(add_slab=[(slab.id, slab.slot_bytes, slab.slots) for slab in slabs]))
