@@ -52,14 +52,13 @@ from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import slab_name, slot_bytes_for
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from kvgds import Engine
     from kvgds.bench.measure import Row
 
     Rows = AsyncIterator[Row]
-    Run = Callable[[], Awaitable[Sample]]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [4 * KIB << n for n in range(15)]

@@ -379,10 +379,8 @@ def spoil(root: Path, layout: str, key: bytes) -> None:
     """Change a byte of a stored payload."""
     if layout == "slabs":
         support.spoil(root, key)
-        return
-    path = sharing.path_of(root, key)
-    (byte,) = support.read_at(path, PAGE, 1)
-    support.write_at(path, PAGE, bytes([byte ^ 0xFF]))
+    else:
+        sharing.flip(sharing.path_of(root, key), PAGE)
 
 
 @pytest.mark.parametrize("layout", ["slabs", "files"])

@@ -552,13 +552,19 @@ async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) 
         assert engine.statistics().tiers[0].quarantined == 1
 
 
+async def doubting(far: Far, engine: Watched) -> asyncio.Future[bool]:
+    """A load that takes a block for damaged, its memory being of another size, held as it looks."""
+    await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
+    far.wire.hold(method="HEAD")
+    loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
+    await asyncio.to_thread(far.wire.wait_held, 1)
+    return loading
+
+
 async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
     """A block of another size, between two looks at what was taken for damaged."""
     async with far.engine() as engine:
-        await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
-        far.wire.hold(method="HEAD")
-        loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
-        await asyncio.to_thread(far.wire.wait_held, 1)
+        loading = await doubting(far, engine)
         await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(PAGE))
         far.wire.ok()
         with pytest.raises(TransferError, match="changed it meanwhile"):
@@ -569,10 +575,7 @@ async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
 async def test_what_is_deleted_while_it_is_taken_for_damaged_is_a_miss(far: Far) -> None:
     """Memory of another size makes it look so."""
     async with far.engine() as engine:
-        await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
-        far.wire.hold(method="HEAD")
-        loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
-        await asyncio.to_thread(far.wire.wait_held, 1)
+        loading = await doubting(far, engine)
         await asyncio.to_thread(far.server.delete, far.bucket, name_of(b"key"))
         far.wire.ok()
         assert not await loading

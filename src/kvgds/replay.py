@@ -290,10 +290,10 @@ async def replay(
             raises.
     """
     blocks = part_blocks(settings)
-    await asyncio.to_thread(_check_alone, settings.root)
     total = await asyncio.to_thread(lambda: sum(1 for _ in requests_of(trace, settings.limit)))
     if not total:
         raise ConfigError("trace", os.fspath(trace), "is empty; it must hold a request a line")
+    await asyncio.to_thread(_check_alone, settings.root)
     config = EngineConfig(
         namespace=namespace(settings.block_bytes),
         tiers=(

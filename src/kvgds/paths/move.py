@@ -221,8 +221,6 @@ class Move:
 
         Only if it is wrong in other memory as well ``error`` stays BlockCorrupt. Blocks.
         """
-        if not self.path.holds:
-            return
         try:
             image = Arena(image_bytes(self.nbytes)).bytes
             done, got = 0, PAGE

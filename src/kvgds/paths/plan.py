@@ -16,9 +16,9 @@ from kvgds.memory import Arena
 if TYPE_CHECKING:
     from pathlib import Path as FilePath
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
 _STATX_DIOALIGN = 0x2000
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = "the disk is full: it was not tried"
 
 
@@ -98,16 +98,15 @@ def try_directory(root: FilePath, mode: Literal["auto", "require", "never"]) -> 
         PathUnavailable: ``mode`` is ``"require"`` and it does not work.
         OSError: not even plain files work there.
     """
-    path = trial_path(root)
+    path, there = trial_path(root), f"{root} is on {filesystem_of(root)}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in _NO_ROOM or mode == "require":
-            raise
-        there = f"{root} is on {filesystem_of(root)}"  # what is stored there can be loaded
+        if error.errno not in NO_ROOM or mode == "require":
+            raise  # else what is stored there can be loaded
         return DirectoryPlan(direct_io=False, evidence=(there,), refused=(f"O_DIRECT: {_FULL}",))
     try:
-        evidence = [f"{root} is on {filesystem_of(root)}", *_dio_alignment(path)]
+        evidence = [there, *_dio_alignment(path)]
         works, why = (False, "not wanted") if mode == "never" else _try_direct(path)
         if works:
             return DirectoryPlan(direct_io=True, evidence=(*evidence, why))
@@ -145,7 +144,7 @@ def _try_direct(path: FilePath) -> tuple[bool, str]:
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False, f"{step} is refused: {error.strerror}"
-        if error.errno in _NO_ROOM:  # what is stored there can be loaded all the same
+        if error.errno in NO_ROOM:  # what is stored there can be loaded all the same
             return bool(_dio_alignment(path)), f"{_FULL}, only asked for"
         raise
     sizes = " and ".join(f"{n:,}" for n in _TRIAL_BYTES)

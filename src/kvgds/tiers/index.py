@@ -264,7 +264,7 @@ class Index:
 
     def promise(self, *, power: bool) -> None:
         """Note what this engine promises. Durable before anything that rests on it."""
-        if _power(self._database) == power or not (power or self.outlasts_power()):
+        if self.outlasts_power() == power:
             return
         self._database.execute("PRAGMA synchronous=FULL")
         self._database.execute("INSERT OR REPLACE INTO meta VALUES ('power', ?)", (int(power),))

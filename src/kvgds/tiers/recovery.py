@@ -31,7 +31,7 @@ from kvgds.tiers.space import (
 from kvgds.transport import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from kvgds.config import FileTier
     from kvgds.tiers.index import Index, Row
@@ -89,7 +89,7 @@ class Recovery:
     def _open_slabs(self) -> None:
         there, known = slabs_in(self._settings.root), self._index.slabs()
         strangers = there.keys() - {slab_id for slab_id, _, _ in known}
-        self._look_at(strangers, there, known)
+        self._look_at_later(there, max((slab[0] for slab in known), default=-1))
         for slab_id, slot_bytes, slots in known:
             if slab_id not in there and strangers:  # to be swept as orphans, with all their blocks
                 why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
@@ -105,15 +105,13 @@ class Recovery:
             self._slots.add_slab(Slab(slab_id, slots, path, File(fd), size))
             self._usable[slab_id] = whole // slot_bytes
 
-    def _look_at(
-        self, strangers: Iterable[int], there: dict[int, str], known: list[tuple[int, int, int]]
-    ) -> None:
+    def _look_at_later(self, there: dict[int, str], last: int) -> None:
         """A death leaves one slab at most that the index does not know yet. Of more it is older.
 
         That is no surprise after a loss of power, unless an index was to outlive that.
         """
-        root, last = self._settings.root, max((slab[0] for slab in known), default=-1)
-        later = [number for number in strangers if number > last and slots_in(root / there[number])]
+        root = self._settings.root
+        later = [number for number in there if number > last and slots_in(root / there[number])]
         if len(later) > 1:
             why = f"it does not know {len(later)} slabs, from {min(later)} to {max(later)}"
             if self._index.outlasts_power():

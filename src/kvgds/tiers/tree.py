@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, ConfigError, KvgdsError, StorageFull, TransferError
+from kvgds.paths import NO_ROOM
 from kvgds.tiers import locks
 from kvgds.tiers.debts import Debts
 from kvgds.tiers.folders import (
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 
     Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNLINKABLE = (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -411,7 +411,7 @@ class Tree:
             allocate(store.fd, store.nbytes)
         except OSError as error:
             os.close(store.fd)
-            if error.errno not in _FULL or store.forced:
+            if error.errno not in NO_ROOM or store.forced:
                 raise
             self._drop_later(store)
             store.forced, store.state = True, "wanted"
@@ -422,9 +422,10 @@ class Tree:
         """Whatever reserves bytes or removes names."""
         contested = [store for store in errands.stores if store.state == "contested"]
         wanted = [store for store in errands.stores if store.state == "wanted"]
-        if not (contested or wanted or self._dropped or errands.corrupt or errands.deletes):
+        corrupt = [move for move, _ in errands.corrupt]
+        if not (contested or wanted or self._dropped or corrupt or errands.deletes):
             return
-        _look_again([move for move, _ in errands.corrupt])
+        _look_again(corrupt)
         try:
             with self.ledger.held():
                 if not self.ledger.sound:
@@ -432,7 +433,7 @@ class Tree:
                 self._drop_all()
                 for store in contested:
                     self._try(store, self._conclude, folders)
-                self._judge_all([move for move, _ in errands.corrupt], folders)
+                self._judge_all(corrupt, folders)
                 for delete in errands.deletes:
                     self._delete(delete, folders)
                 self._reserve(wanted, folders)
@@ -552,10 +553,11 @@ def _whole_stamp(fd: int, move: Move) -> Stamp | None:
 
 
 def _look_again(moves: Sequence[Move]) -> None:
-    """At those that have an image's length: of the others nothing has arrived anywhere."""
+    """At those that came into the caller's memory. Of a file of another length nothing has come."""
     for move in moves:
         with contextlib.suppress(OSError):
-            if os.fstat(move.file.fd).st_size == image_bytes(move.nbytes):
+            whole = os.fstat(move.file.fd).st_size == image_bytes(move.nbytes)
+            if move.path.holds and whole:
                 move.look_again()
 
 
@@ -564,7 +566,7 @@ def _second_chance(store: Store) -> bool:
     move = store.move
     if move.abandoned and move.error is None:
         move.error = move.timeout()
-    if not isinstance(move.error, TransferError) or move.error.errno not in _FULL:
+    if not isinstance(move.error, TransferError) or move.error.errno not in NO_ROOM:
         return False
     if store.forced or move.abandoned:
         move.error = _disk_full(str(move.error))
@@ -588,7 +590,7 @@ def fail(move: Move, error: BaseException) -> None:
         move.error, move.status = None, "miss"
     elif isinstance(error, KvgdsError):
         move.error = error
-    elif isinstance(error, OSError) and move.write and error.errno in _FULL:
+    elif isinstance(error, OSError) and move.write and error.errno in NO_ROOM:
         move.error = _disk_full(explain(error))
     elif isinstance(error, OSError):
         move.error = TransferError(explain(error), errno=error.errno, **move.context)

@@ -8,17 +8,17 @@ Every NIXL call on an agent runs on its lane's thread.
 from __future__ import annotations
 
 import itertools
-import threading
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvgds.errors import ClosedError
 from kvgds.transport.contract import LATER, File, Later, NotMoved, Transfer, Transport
+from kvgds.transport.inbox import all_of
 from kvgds.transport.reactor import GROUP_ROWS, Lane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from kvgds.memory import Region
 
@@ -78,15 +78,15 @@ class NixlTransport:
     def detach(self, thing: File | Region) -> Future[None]:
         """See :class:`Transport`."""
         if self._closed:  # a lane that ends forgets everything
-            return _all_of([lane.stopped for lane in self._lanes])
-        return _all_of([lane.call(partial(lane.forget, thing)) for lane in self._lanes])
+            return all_of([lane.stopped for lane in self._lanes])
+        return all_of([lane.call(partial(lane.forget, thing)) for lane in self._lanes])
 
     def close(self) -> Future[None]:
         """See :class:`Transport`."""
         self._closed = True
         for lane in self._lanes:
             lane.call(lane.stop)
-        return _all_of([lane.stopped for lane in self._lanes])
+        return all_of([lane.stopped for lane in self._lanes])
 
     def abandon(self) -> None:
         """See :class:`Transport`."""
@@ -97,24 +97,3 @@ class NixlTransport:
 def _uses_gpu(transfer: Transfer) -> bool:
     """Whether storage uses a GPU's memory itself."""
     return any(region.device is not None for region in transfer.regions)
-
-
-def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
-    """A future that ends when all have; with the first error there was."""
-    whole: Future[None] = Future()
-    left = [len(futures)]
-    errors: list[BaseException] = []
-    lock = threading.Lock()
-
-    def ended(one: Future[None]) -> None:
-        with lock:
-            left[0] -= 1
-            if error := one.exception():
-                errors.append(error)
-            if left[0] or not whole.set_running_or_notify_cancel():
-                return
-        whole.set_exception(errors[0]) if errors else whole.set_result(None)
-
-    for future in futures:
-        future.add_done_callback(ended)
-    return whole

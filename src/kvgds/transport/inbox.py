@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 import time
 from collections import deque
-from typing import Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 
@@ -53,3 +58,37 @@ class Inbox:
     def close(self) -> None:
         """Let go of the bell; nothing may be put any more."""
         os.close(self._bell)
+
+
+def fulfil(function: Callable[[], None], future: Future[None]) -> None:
+    """Do what was asked for, and tell whoever waits, unless that was given up before."""
+    wanted = future.set_running_or_notify_cancel()
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - handed to whoever waits
+        if wanted:
+            future.set_exception(error)
+    else:
+        if wanted:
+            future.set_result(None)
+
+
+def all_of(futures: Sequence[Future[None]]) -> Future[None]:
+    """A future that ends when all have; with the first error there was."""
+    whole: Future[None] = Future()
+    left = [len(futures)]
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def ended(one: Future[None]) -> None:
+        with lock:
+            left[0] -= 1
+            if error := one.exception():
+                errors.append(error)
+            if left[0] or not whole.set_running_or_notify_cancel():
+                return
+        whole.set_exception(errors[0]) if errors else whole.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return whole

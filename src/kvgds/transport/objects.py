@@ -31,7 +31,7 @@ from kvgds.schedule import coalesce
 from kvgds.transport.agent import NixlError, new_agent, new_backend, nixl
 from kvgds.transport.bucket import Bucket
 from kvgds.transport.contract import LATER, NotMoved
-from kvgds.transport.inbox import Inbox
+from kvgds.transport.inbox import Inbox, all_of, fulfil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +71,7 @@ class _Client(Protocol):
     def register(self, region: Memory) -> None:
         """Memory that will be moved."""
 
-    def forget(self, region: Memory) -> None:
+    def forget(self, thing: Memory | File) -> None:
         """Memory that will not."""
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class _Nixl:
         self._prefix = settings.prefix
         self._library = nixl()
         self._ids = itertools.count(1)  # never again: the plugin knows each once
-        self._registered: dict[Memory, ctypes.c_void_p] = {}
+        self._registered: dict[Memory | File, ctypes.c_void_p] = {}
         self._agent = new_agent(self._name)
         try:
             with _environment(_SDK if settings.access_key is None else _SDK | _SDK_KEYS):
@@ -109,8 +109,8 @@ class _Nixl:
         self._library.call("register_mem", self._agent, listed, self._options)
         self._registered[region] = listed
 
-    def forget(self, region: Memory) -> None:
-        listed = self._registered.pop(region, None)
+    def forget(self, thing: Memory | File) -> None:
+        listed = self._registered.pop(thing, None)
         if listed is not None:
             self._deregister(listed)
 
@@ -237,7 +237,7 @@ class _Obstore:
     def register(self, region: Memory) -> None:
         """Any memory will do."""
 
-    def forget(self, region: Memory) -> None:
+    def forget(self, thing: Memory | File) -> None:
         """See register."""
 
     def close(self) -> None:
@@ -334,11 +334,10 @@ class ObjectTransport:
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See ``Transport``."""
+        if self._closed:
+            return all_of([self._stopped])  # of its own: who waits may cancel it
         future: Future[None] = Future()
-        if self._closed:  # a future of its own: who waits may cancel it
-            self._stopped.add_done_callback(lambda _: _settle(future))
-            return future
-        self._inbox.put(partial(self._forget, thing, future))
+        self._inbox.put(lambda: fulfil(partial(self._client.forget, thing), future))
         return future
 
     def close(self) -> Future[None]:
@@ -396,10 +395,6 @@ class ObjectTransport:
 
     def _stop(self) -> None:
         self._closing = True
-
-    def _forget(self, thing: Any, future: Future[None]) -> None:  # noqa: ANN401 - region or file
-        self._client.forget(thing)
-        _settle(future)
 
     def _take(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:
         self._waiting.extend(_Member(transfer, deliver) for transfer in transfers)
@@ -566,11 +561,6 @@ class ObjectTransport:
             groups.setdefault(member.deliver, []).append(member.transfer)
         for deliver, transfers in groups.items():
             deliver(transfers)
-
-
-def _settle(future: Future[None]) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(None)
 
 
 def _nothing() -> None:

@@ -33,7 +33,7 @@ from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.transport.agent import POOL_ROWS, Agent
 from kvgds.transport.contract import LATER, NotMoved
-from kvgds.transport.inbox import Inbox
+from kvgds.transport.inbox import Inbox, fulfil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -266,7 +266,7 @@ class Lane:
         while (item := self._inbox.take()) is not None:
             what, how = item
             if isinstance(how, Future):
-                _call(what, how)
+                fulfil(what, how)
                 continue
             for transfer in what:
                 side = self._sides[transfer.write]
@@ -472,18 +472,6 @@ class Lane:
             deliver(transfers)
         if ended:
             contention.waited(time.monotonic() - started)
-
-
-def _call(function: Callable[[], None], future: Future[None]) -> None:
-    wanted = future.set_running_or_notify_cancel()
-    try:
-        function()
-    except Exception as error:  # noqa: BLE001 - handed to whoever waits
-        if wanted:
-            future.set_exception(error)
-    else:
-        if wanted:
-            future.set_result(None)
 
 
 def _cut(rows: Rows) -> Iterator[Row]:
