@@ -123,7 +123,8 @@ class Watched(Engine):
         assert not slots.holds
         assert not slots.orphans
         used = [slot for size in sizes for slot in size.used]
-        free = [slot for size in sizes for slot in size.free]
+        free = [slot for size in sizes for slab in size.open for slot in (*slab.fresh, *slab.free)]
+        assert len(free) == sum(size.free for size in sizes)
         assert len({*used, *free}) == len(used) + len(free)
         assert {slot for slot, *_ in slots.blocks.values()} <= set(used)
         named = sorted(key for size in sizes for key in size.used.values() if key is not None)
@@ -132,7 +133,7 @@ class Watched(Engine):
         assert slots.slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
         assert slots.slab_bytes <= capacity
         lost = sum(size.slots for size in sizes) - len(used) - len(free)
-        assert 0 <= lost <= slots.quarantined
+        assert lost == slots.quarantined
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import sqlite3
 from typing import TYPE_CHECKING, Any
@@ -530,6 +531,97 @@ async def test_quarantine_goes_with_its_slab(tmp_path: Path) -> None:
         assert engine.statistics().tiers[0].quarantined == 0
     with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
         assert database.execute("SELECT count(*) FROM block").fetchone() == (1,)
+
+
+ROWS = 1900
+SPARE = 100
+
+
+async def one_large_slab(root: Path, **changes: Any) -> Watched:
+    """An engine whose only slab has many slots, which is all that the capacity allows."""
+    slot_bytes = slot_bytes_for(PAGE)
+    settings = {"tier": {"capacity_bytes": (ROWS + SPARE) * slot_bytes}, **changes}
+    async with opened(root, **settings):
+        pass
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+        database.execute("INSERT INTO slab VALUES (0, ?, ?)", (slot_bytes, ROWS + SPARE))
+    engine = Watched(config(root, **settings), HeldTransport(NixlTransport(1)))
+    await engine.open()
+    for start in range(0, ROWS, 475):
+        some = [b"%d" % i for i in range(start, start + 475)]
+        await engine.store_many([(key, content(key, PAGE)) for key in some])
+    return engine
+
+
+def blocks(engine: Watched) -> int:
+    return engine.statistics().tiers[0].blocks
+
+
+async def test_a_slab_is_given_up_in_many_turns(tmp_path: Path) -> None:
+    """However many blocks it has, the loop goes on; what is used meanwhile is used to its end."""
+    engine = await one_large_slab(tmp_path / "kv")
+    try:
+        last = b"%d" % (ROWS - 1)
+        assert blocks(engine) == ROWS
+        engine.held.hold("start", lambda transfer: transfer.key == last)  # type: ignore[attr-defined]
+        storing = asyncio.create_task(engine.store(b"big", bytes(MIB)))
+        loading = deleting = None
+        steps = [ROWS]
+        before = engine.held.submitted
+        while blocks(engine) > 0:
+            await asyncio.sleep(0)
+            steps.append(blocks(engine))
+            if loading is None and steps[-1] < ROWS:
+                memory = bytearray(PAGE)
+                loading = asyncio.create_task(engine.load(last, memory))
+            elif deleting is None and engine.held.submitted > before:
+                deleting = asyncio.create_task(engine.delete(last))
+        assert max(a - b for a, b in itertools.pairwise(steps)) <= 257
+        await engine.held.wait_held("start", 1)
+        await turns()
+        assert not storing.done()
+        engine.held.release()
+        assert loading is not None
+        assert await loading
+        assert memory == content(last, PAGE)
+        assert deleting is not None
+        assert await deleting
+        assert await storing
+        assert await engine.load(b"big", bytearray(MIB))
+        assert not await engine.load(last, bytearray(PAGE))
+    finally:
+        await engine.aclose()
+    engine.check()
+
+
+async def test_a_slab_that_can_not_be_given_up_is_as_it_was(tmp_path: Path) -> None:
+    """Its index fails when all blocks are forgotten already: they are back, oldest first."""
+    root = tmp_path / "kv"
+    engine = await one_large_slab(root)
+    try:
+        database = sqlite3.connect(root / "index.db")
+        with contextlib.closing(database), database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE DELETE ON slab BEGIN SELECT raise(ABORT, 'no'); END"
+            )
+        before = engine.statistics().tiers[0]
+        with pytest.raises(TransferError, match="index"):
+            await engine.store(b"big", bytes(MIB))
+        assert engine.statistics().tiers[0] == before
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute("DROP TRIGGER no")
+        keys = [b"%d" % i for i in range(ROWS)]
+        assert await engine.prefix(keys) == ROWS
+        for key in (keys[0], keys[-1]):
+            memory = bytearray(PAGE)
+            assert await engine.load(key, memory)
+            assert memory == content(key, PAGE)
+        await engine.store_many([(b"more %d" % i, bytes(PAGE)) for i in range(SPARE)])
+        assert [await engine.prefix([key]) for key in (keys[0], keys[1], keys[-1])] == [1, 0, 1]
+        assert await engine.store(b"big", bytes(MIB))
+    finally:
+        await engine.aclose()
+    engine.check()
 
 
 async def test_a_capacity_far_above_the_disk(tmp_path: Path) -> None:

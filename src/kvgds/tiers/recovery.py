@@ -136,7 +136,8 @@ class Recovery:
             progress("recovering the index", done, total)
         self._index.apply(Changes(drop=wrong))
         for slab in self._slots.slabs.values():
-            self._slots.open_slab(slab, taken)
+            self._slots.take_slots(slab, taken)
+            self._slots.open_slab(slab)
 
     def _adopt(self, row: Row) -> int | None:
         """Take one row of the index; the slot whose row must go, if one must.
@@ -147,7 +148,7 @@ class Recovery:
         slot, namespace, key, generation, nbytes, algorithm, mirrored = row
         slots = self._slots
         if key is None:
-            slots.quarantined += 1
+            slots.condemn(slots.slabs[slot >> SLOT_BITS])
             return None
         if namespace != self._namespace:
             slots.put_foreign(slot, mirrored=bool(mirrored))
@@ -176,6 +177,8 @@ class Recovery:
             slab = slab or self._slots.least_wanted_slab(None, spare=False)
             if slab is None:  # pragma: no cover - nothing is in flight at open
                 return
+            self._slots.shut_slab(slab)
+            self._slots.empty_slab(slab, slab.places())
             self._slots.remove_slab(slab)
             self._index.apply(Changes(drop_slab=[slab.id]))
             remove_slab(self._folder, slab.path.name, slab.file.fd)

@@ -3,7 +3,8 @@
 Owns the map and its accounts. A slot is in one place: free, lent to a store, used by a block, on
 its way out until that is committed, or in quarantine. One that is being loaded is not free before
 the last load of it has ended. Nothing here waits, and nothing is durable: ``supply`` and ``slabs``
-see to it that the index knows of a change before a slot is used again.
+see to it that the index knows of a change before a slot is used again. A slab may have a million
+slots: no call on the loop looks at all of them.
 
 In a stack, a used slot is either *owed* to the next tier, or *clean*: that has the block, has given
 it up, or is not for it to have. A tier that stands alone keeps no such accounts.
@@ -48,7 +49,8 @@ class SizeClass:
     def __init__(self, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self.slots = 0
-        self.free: list[int] = []  # lowest last, so that neighbours are handed out in order
+        self.free = 0
+        self.open: OrderedDict[Slab, None] = OrderedDict()  # where those are; next last
         self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
         self.clean: OrderedDict[int, bool] = OrderedDict()  # likewise: whether the next tier has it
         self.going = 0  # slots whose removal is being committed
@@ -59,7 +61,10 @@ class SizeClass:
 class Slab:
     """One slab file and how many of its slots are in use just now."""
 
-    __slots__ = ("busy", "file", "id", "lost", "owed", "path", "size", "slots", "used_at")
+    __slots__ = (
+        *("busy", "file", "free", "fresh", "id", "lost", "owed", "path", "quarantined", "size"),
+        *("shut", "slots", "used_at"),
+    )
 
     def __init__(self, slab_id: int, slots: int, path: Path, file: File, size: SizeClass) -> None:
         self.id = slab_id
@@ -67,15 +72,30 @@ class Slab:
         self.path = path
         self.file = file
         self.size = size
+        self.fresh = self.places()  # free slots that were never used, lent in order
+        self.free: deque[int] = deque()  # the others, next last
+        self.shut = True  # stores can have none of its slots
         self.lost: OSError | None = None  # why no store is safe there; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
+        self.quarantined = 0
         self.owed: set[int] = set()  # slots whose blocks the next tier lacks
         self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
 
     def places(self) -> range:
-        """The numbers of its slots, lowest last."""
+        """The numbers of its slots."""
         base = self.id << SLOT_BITS
-        return range(base + self.slots - 1, base - 1, -1)
+        return range(base, base + self.slots)
+
+    def lend(self) -> int:
+        """One of its free slots."""
+        if not self.fresh:
+            return self.free.pop()
+        slot, self.fresh = self.fresh[0], self.fresh[1:]
+        return slot
+
+    def count_free(self) -> int:
+        """How many of its slots are free."""
+        return len(self.fresh) + len(self.free)
 
 
 class Slots:
@@ -121,37 +141,43 @@ class Slots:
         return size
 
     def add_slab(self, slab: Slab) -> None:
-        """Know a slab; none of its slots is free yet."""
+        """Know a slab; stores can't have its slots yet."""
         self.slabs[slab.id] = slab
         slab.size.slots += slab.slots
         self.slab_bytes += slab.slots * slab.size.slot_bytes
 
-    def open_slab(self, slab: Slab, taken: Container[int] = ()) -> None:
-        """Make all but the taken slots free, to be used after those that are."""
-        slab.size.free[:0] = [slot for slot in slab.places() if slot not in taken]
+    def take_slots(self, slab: Slab, taken: Container[int]) -> None:
+        """Note which slots are not free, once the slab is known. For the executor."""
+        slab.free.extend(slot for slot in reversed(slab.places()) if slot not in taken)
+        slab.fresh = range(0)
 
-    def remove_slab(self, slab: Slab) -> tuple[list[Forgotten], list[int]]:
-        """Forget a slab: the blocks and the free slots that it had; the rest is in quarantine."""
-        size, places = slab.size, slab.places()
-        gone = [self.forget(slot) for slot in places if slot in size.used]
-        gone.sort(key=lambda block: block.block[3])  # as they were used
-        free = [slot for slot in size.free if slot in places]
-        size.free = [slot for slot in size.free if slot not in places]
+    def open_slab(self, slab: Slab) -> None:
+        """Let stores have the slab's free slots, after those of the slabs that are open."""
+        slab.shut = False
+        if free := slab.count_free():
+            slab.size.free += free
+            slab.size.open[slab] = None
+            slab.size.open.move_to_end(slab, last=False)
+
+    def shut_slab(self, slab: Slab) -> None:
+        """Let stores have none of the slab's slots any more; its blocks load on."""
+        slab.shut = True
+        if slab in slab.size.open:
+            del slab.size.open[slab]
+            slab.size.free -= slab.count_free()
+
+    def empty_slab(self, slab: Slab, places: range) -> list[Forgotten]:
+        """Forget the blocks in some places of a slab that is shut."""
+        gone = [self.forget(slot) for slot in places if slot in slab.size.used]
         self.count_evicted(gone)
-        self.quarantined -= slab.slots - len(gone) - len(free)
-        size.slots -= slab.slots
-        del self.slabs[slab.id]
-        self.slab_bytes -= slab.slots * size.slot_bytes
-        return gone, free
+        return gone
 
-    def restore_slab(self, slab: Slab, gone: list[Forgotten], free: list[int]) -> None:
-        """Go on with a slab that was to be removed."""
-        self.add_slab(slab)
-        slab.size.free[:0] = free
-        self.count_evicted(gone, -1)
-        self.quarantined += slab.slots - len(gone) - len(free)
-        for block in reversed(gone):
-            self.remember(block)
+    def remove_slab(self, slab: Slab) -> None:
+        """Know a slab no more that is shut, and empty."""
+        self.quarantined -= slab.quarantined
+        slab.size.slots -= slab.slots
+        del self.slabs[slab.id]
+        self.slab_bytes -= slab.slots * slab.size.slot_bytes
 
     def least_wanted_slab(self, other_than: SizeClass | None, *, spare: bool) -> Slab | None:
         """The slab of another class that was not used for longest, and that nobody uses now.
@@ -178,26 +204,37 @@ class Slots:
 
     def abandon_slab(self, slab: Slab) -> None:
         """Store no more into a slab that is lost; its blocks load until it is given up."""
-        size, places = slab.size, slab.places()
-        before = len(size.free)
-        size.free = [slot for slot in size.free if slot not in places]
-        self.quarantined += before - len(size.free)
+        self.shut_slab(slab)
+        self.condemn(slab, slab.count_free())
+        slab.fresh = range(0)
+        slab.free.clear()
 
     def lost_slab(self, *, spare: bool) -> Slab | None:
         """A slab that is lost, if nobody uses it now."""
         return next((slab for slab in self._idle_slabs(spare=spare) if slab.lost), None)
 
     def _idle_slabs(self, *, spare: bool) -> Iterator[Slab]:
-        held = {slot >> SLOT_BITS for slot in self.holds}
+        held = self._held_slabs()
         for slab in self.slabs.values():
             if not slab.busy and slab.id not in held and not (spare and slab.owed):
                 yield slab
+
+    def is_idle(self, slab: Slab) -> bool:
+        """Whether nobody uses a slab now."""
+        return not slab.busy and slab.id not in self._held_slabs()
+
+    def _held_slabs(self) -> set[int]:
+        return {slot >> SLOT_BITS for slot in self.holds}
 
     # --- slots ------------------------------------------------------------------------
 
     def take(self, move: Move, size: SizeClass) -> None:
         """Lend a free slot of this class to a store."""
-        slab = self._aim(move, size.free.pop(), next(self.clock))
+        slab = next(reversed(size.open))
+        self._aim(move, slab.lend(), next(self.clock))
+        size.free -= 1
+        if not slab.count_free():
+            del size.open[slab]
         slab.busy += 1
         size.pending += 1
 
@@ -209,14 +246,13 @@ class Slots:
         if not move.mirrored:
             self.touch(move.key, block)
 
-    def _aim(self, move: Move, slot: int, generation: int) -> Slab:
+    def _aim(self, move: Move, slot: int, generation: int) -> None:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         move.file = slab.file
         move.offset = place * slab.size.slot_bytes
         move.generation = generation
         move.place = f"slab {slab.id} slot {place}"
         move.slot = slot
-        return slab
 
     def unhold(self, slot: int) -> None:
         """A load has ended."""
@@ -239,16 +275,25 @@ class Slots:
             self.orphans.add(slot)
             return
         slab = self.slabs[slot >> SLOT_BITS]
-        free = slab.size.free
         if slab.lost:
-            self.quarantined += 1
-        else:
-            free.insert(0 if last else len(free), slot)
+            self.condemn(slab)
+            return
+        (slab.free.appendleft if last else slab.free.append)(slot)
+        if not slab.shut:
+            slab.size.free += 1
+            slab.size.open[slab] = None
+            if last:
+                slab.size.open.move_to_end(slab, last=False)
+
+    def condemn(self, slab: Slab, slots: int = 1) -> None:
+        """Count slots that are out of use for good."""
+        slab.quarantined += slots
+        self.quarantined += slots
 
     def quarantine(self, slot: int) -> None:
         """Take a block's slot out of use, for good."""
         self.forget(slot)
-        self.quarantined += 1
+        self.condemn(self.slabs[slot >> SLOT_BITS])
 
     def victims(self, size: SizeClass, wanted: int, forced: int) -> list[int]:
         """The slots of the least recently used blocks that nobody is loading, clean ones first.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
+_PART = 256  # slots of a slab to be given up that one turn of the loop looks at: 1 ms at most
 
 
 class Supply:
@@ -70,6 +71,7 @@ class Supply:
         self._direct = direct
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
+        self._leaving: tuple[Slab, list[Forgotten]] | None = None  # without blocks, but in use
         self._disk_full = False
         self._dropping = 0
 
@@ -102,6 +104,7 @@ class Supply:
 
     def serve(self) -> None:
         """Give slots to waiting stores, and see to it that there will be more."""
+        self._leave()
         sizes = self._slots.sizes.values()
         for size in sizes:
             going = []
@@ -253,20 +256,45 @@ class Supply:
         return True
 
     def _give_up(self, slab: Slab) -> None:
-        gone, free = self._slots.remove_slab(slab)
         self._slab_on_its_way = True
-        done = partial(self._unindexed, slab, gone, free)
-        self._index.commit(Changes(drop_slab=[slab.id]), done)
+        self._slots.shut_slab(slab)
+        self._empty(slab, slab.places(), [])
 
-    def _unindexed(
-        self, slab: Slab, gone: list[Forgotten], free: list[int], error: Exception | None
-    ) -> None:
-        if error is not None:  # the index still names it: go on with it
-            self._slots.restore_slab(slab, gone, free)
-            self._not_grown(error)
+    def _empty(self, slab: Slab, places: range, gone: list[Forgotten]) -> None:
+        gone += self._slots.empty_slab(slab, places[:_PART])
+        if len(places) > _PART:
+            self._services.post(self._empty, slab, places[_PART:], gone)
             return
+        self._leaving = slab, gone
+        self._leave()
+
+    def _leave(self) -> None:
+        """Go on with the slab that has no blocks any more, once no load and no delete uses it."""
+        if self._leaving is None or not self._slots.is_idle(self._leaving[0]):
+            return
+        (slab, gone), self._leaving = self._leaving, None
+        self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab, gone))
+
+    def _unindexed(self, slab: Slab, gone: list[Forgotten], error: Exception | None) -> None:
+        if error is not None:
+            self._keep(slab, gone, error)
+            return
+        self._slots.remove_slab(slab)
         detached = self._services.transport.detach(slab.file)
         self._services.run(self._remover(slab, detached), self._removed)
+
+    def _keep(self, slab: Slab, gone: list[Forgotten], error: Exception) -> None:
+        """The index still names the slab: go on with it, in parts as well."""
+        some = gone[-_PART:]
+        del gone[-_PART:]
+        self._slots.count_evicted(some, -1)
+        for block in reversed(some):
+            self._slots.remember(block)
+        if gone:
+            self._services.post(self._keep, slab, gone, error)
+            return
+        self._slots.open_slab(slab)
+        self._not_grown(error)
 
     def _remover(self, slab: Slab, detached: Future[None] | None = None) -> Callable[[], None]:
         return partial(remove_slab, self._folder, slab.path.name, slab.file.fd, detached)
@@ -352,7 +380,7 @@ def _ahead(size: SizeClass) -> int:
 
 def _low(size: SizeClass) -> bool:
     """Whether to evict ahead of need; small classes use all their slots instead."""
-    return bool(size.used) and len(size.free) + size.going < min(_EVICT // 2, size.slots // 32)
+    return bool(size.used) and size.free + size.going < min(_EVICT // 2, size.slots // 32)
 
 
 def commit_error(root: Path, error: Exception) -> Exception:
