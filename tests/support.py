@@ -122,14 +122,14 @@ class Watched(Engine):
         assert not any(size.waiting or size.going or size.pending for size in sizes)
         assert not slots.holds
         assert not slots.orphans
-        used = [slot for size in sizes for slot in size.used]
+        used = [slot for size in sizes for slot in (*size.clean, *size.owed)]
+        assert len(used) == sum(size.used for size in sizes)
         free = [slot for size in sizes for slab in size.open for slot in (*slab.fresh, *slab.free)]
         assert len(free) == sum(size.free for size in sizes)
         assert len({*used, *free}) == len(used) + len(free)
-        assert {slot for slot, *_ in slots.blocks.values()} <= set(used)
-        named = sorted(key for size in sizes for key in size.used.values() if key is not None)
-        assert named == sorted(slots.blocks)
-        assert slots.bytes_used == sum(len(size.used) * size.slot_bytes for size in sizes)
+        assert {slots.keys[key] for key in slots.keys} <= set(used)
+        assert len(list(slots.keys)) == len(slots.keys)
+        assert slots.bytes_used == sum(size.used * size.slot_bytes for size in sizes)
         assert slots.slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
         assert slots.slab_bytes <= capacity
         lost = sum(size.slots for size in sizes) - len(used) - len(free)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import ConfigError
 from kvgds.tiers.index import Changes, damaged
-from kvgds.tiers.slots import Slab
+from kvgds.tiers.slots import Block, Slab
 from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
@@ -121,22 +121,19 @@ class Recovery:
     def _load_blocks(self, progress: Progress) -> None:
         total, done = self._index.count(), 0
         wrong: list[int] = []
-        taken = set()
         for chunk in self._index.blocks():
             for row in chunk:
                 slot = row[0]
                 unusable: int | None = slot
                 if slot & SLOT_MASK < self._usable.get(slot >> SLOT_BITS, 0):
-                    taken.add(slot)
                     unusable = self._adopt(row)
                 if unusable is not None:
-                    taken.discard(unusable)
                     wrong.append(unusable)
             done += len(chunk)
             progress("recovering the index", done, total)
         self._index.apply(Changes(drop=wrong))
         for slab in self._slots.slabs.values():
-            self._slots.take_slots(slab, taken)
+            slab.find_free()
             self._slots.open_slab(slab)
 
     def _adopt(self, row: Row) -> int | None:
@@ -148,18 +145,18 @@ class Recovery:
         slot, namespace, key, generation, nbytes, algorithm, mirrored = row
         slots = self._slots
         if key is None:
-            slots.condemn(slots.slabs[slot >> SLOT_BITS])
+            slots.quarantine(slot)
             return None
+        used_at = len(slots.keys)  # rows come in order of use
         if namespace != self._namespace:
-            slots.put_foreign(slot, mirrored=bool(mirrored))
+            slots.put_foreign(slot, used_at, mirrored=bool(mirrored))
             return None
-        rival = slots.blocks.get(key)
+        rival = slots.find(key)
         unchecked = algorithm == NO_CHECKSUM and self._settings.verify == "full"
-        if unchecked or (rival is not None and rival[1] > generation):
+        if unchecked or (rival is not None and rival.generation > generation):
             return slot
-        gone = None if rival is None else slots.forget(rival[0]).slot
-        used_at = len(slots.blocks)  # rows come in order of use
-        slots.put(slot, key, generation, nbytes, used_at, mirrored=bool(mirrored))
+        gone = None if rival is None else slots.forget(rival.slot).slot
+        slots.put(key, Block(slot, generation, nbytes, used_at), mirrored=bool(mirrored))
         return gone
 
     def _sweep(self) -> None:

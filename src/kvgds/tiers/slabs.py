@@ -24,7 +24,7 @@ from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect, unusable
 from kvgds.tiers.recovery import Recovery
-from kvgds.tiers.slots import Forgotten, Slots
+from kvgds.tiers.slots import Block, Forgotten, Slots
 from kvgds.tiers.space import SLOT_BITS, slabs_in
 from kvgds.tiers.supply import Supply, commit_error, disk_full
 
@@ -158,18 +158,18 @@ class Slabs:
 
     def contains(self, key: BlockKey) -> bool:
         """See ``Tier.contains``."""
-        return key in self._slots.blocks
+        return key in self._slots.keys
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``."""
-        missing = (n for n, key in enumerate(keys) if key not in self._slots.blocks)
+        missing = (n for n, key in enumerate(keys) if key not in self._slots.keys)
         done(next(missing, len(keys)))
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``."""
         return TierStatistics(
             name=self.name,
-            blocks=len(self._slots.blocks),
+            blocks=len(self._slots.keys),
             bytes_used=self._slots.bytes_used,
             capacity_bytes=self._settings.capacity_bytes,
             evictions=self._slots.evictions,
@@ -187,14 +187,14 @@ class Slabs:
         """See ``Tier.load``."""
         settled, going = [], []
         for move in moves:
-            block = self._slots.blocks.get(move.key)
-            if block is None:
+            slot = self._slots.keys.get(move.key)
+            if slot is None:
                 move.status = "miss"
-            elif block[2] != move.nbytes:
-                rule = f"the stored block has {block[2]} bytes; give memory of that size"
+            elif (nbytes := self._slots.nbytes(slot)) != move.nbytes:
+                rule = f"the stored block has {nbytes} bytes; give memory of that size"
                 move.error = ConfigError("memory", f"{move.nbytes} bytes", rule)
             else:
-                self._slots.hold(move, block)
+                self._slots.hold(move, slot)
                 going.append(move)
                 continue
             settled.append(move)
@@ -242,7 +242,7 @@ class Slabs:
 
     def _is_there(self, move: Move) -> bool:
         """Whether the block that was loaded is still the one under its key."""
-        block = self._slots.blocks.get(move.key)
+        block = self._slots.find(move.key)
         return block is not None and block[:2] == (move.slot, move.generation)
 
     # --- storing ----------------------------------------------------------------------
@@ -252,13 +252,13 @@ class Slabs:
         present, new = [], []
         slabs = self._slots.slabs
         for move in moves:
-            block = self._slots.blocks.get(move.key)
-            other = block is not None and block[2] != move.nbytes and not move.mirrored
-            if block is None or other or slabs[block[0] >> SLOT_BITS].lost:
+            block = self._slots.find(move.key)
+            other = block is not None and block.nbytes != move.nbytes and not move.mirrored
+            if block is None or other or slabs[block.slot >> SLOT_BITS].lost:
                 new.append(move)
             else:
                 move.status = "present"
-                self._slots.touch(move.key, block)
+                self._slots.touch(block.slot)
                 present.append(move)
         self._supply.ask(new)
         if present:
@@ -309,7 +309,7 @@ class Slabs:
                 slots.free(move.slot)
             elif move.abandoned:
                 drops.append(Forgotten(move.slot))
-            elif move.mirrored and move.key in slots.blocks:  # stored meanwhile: that counts
+            elif move.mirrored and move.key in slots.keys:  # stored meanwhile: that counts
                 move.status = "present"
                 drops.append(Forgotten(move.slot))
             elif (slab := slots.slabs[move.slot >> SLOT_BITS]).lost is not None:
@@ -318,11 +318,12 @@ class Slabs:
                 move.error = TransferError(text, errno=slab.lost.errno, **move.context)
                 drops.append(Forgotten(move.slot))
             else:
-                old = slots.blocks.get(move.key)
+                old = slots.keys.get(move.key)
                 if old is not None:
-                    drops.append(slots.forget(old[0]))
+                    drops.append(slots.forget(old))
                 number = move.generation or 0
-                slots.put(move.slot, move.key, number, move.nbytes, number, mirrored=move.mirrored)
+                block = Block(move.slot, number, move.nbytes, number)
+                slots.put(move.key, block, mirrored=move.mirrored)
                 move.status = "stored"
         for slab in lost:
             slots.abandon_slab(slab)
@@ -341,7 +342,7 @@ class Slabs:
         """See ``Tier.mirrored``."""
         slots = self._slots
         still = [move for move in moves if self._is_there(move)]
-        still.sort(key=lambda move: -slots.blocks[move.key][3])  # the coldest becomes the first
+        still.sort(key=lambda move: slots.used_at(move.slot), reverse=True)  # coldest becomes first
         news = [move.slot for move in still if slots.clear(move.key, mirrored=True)]
         if news:
             self._index.commit(Changes(mirrored=news), _ignore)
@@ -350,7 +351,7 @@ class Slabs:
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """See ``Tier.look_again``."""
         for key in given_up:
-            if key in self._slots.blocks:
+            if key in self._slots.keys:
                 self._slots.clear(key, mirrored=False)
         self._supply.serve()
 
@@ -360,11 +361,11 @@ class Slabs:
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """See ``Tier.delete``."""
-        block = self._slots.blocks.get(key)
-        if block is None:
+        slot = self._slots.keys.get(key)
+        if slot is None:
             done(False, None)  # noqa: FBT003 - the callback's contract
             return
-        gone = [self._slots.forget(block[0])]
+        gone = [self._slots.forget(slot)]
         self._supply.drop(gone, lambda error: done(error is None, error))
 
 

@@ -6,8 +6,8 @@ the last load of it has ended. Nothing here waits, and nothing is durable: ``sup
 see to it that the index knows of a change before a slot is used again. A slab may have a million
 slots: no call on the loop looks at all of them.
 
-In a stack, a used slot is either *owed* to the next tier, or *clean*: that has the block, has given
-it up, or is not for it to have. A tier that stands alone keeps no such accounts.
+A used slot is either *owed* to the next tier of a stack, or *clean*: that has the block, has given
+it up, or is not for it to have. In a tier that stands alone all are clean.
 
 Belongs to the event loop's thread; while the directory is opened, to the executor's.
 """
@@ -17,12 +17,15 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict, deque
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from kvgds.tiers.maps import KeyMap, Links, Order, column
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from kvgds.blocks import BlockKey
@@ -31,7 +34,17 @@ if TYPE_CHECKING:
 
 _used_at = attrgetter("used_at")
 
-Block: TypeAlias = tuple[int, int, int, int]  # slot, generation, bytes, when it was last used
+# What a slot is, in a slab's ``states``.
+_UNUSED, _OWED, _GIVEN_UP, _MIRRORED, _QUARANTINED = range(5)
+
+
+class Block(NamedTuple):
+    """A block that a load would find."""
+
+    slot: int
+    generation: int
+    nbytes: int
+    used_at: int
 
 
 class Forgotten(NamedTuple):
@@ -39,32 +52,32 @@ class Forgotten(NamedTuple):
 
     slot: int
     key: BlockKey | None = None
-    block: Block = (0, 0, 0, 0)
+    block: Block = Block(0, 0, 0, 0)
     mirrored: bool = True  # as far as there is a next tier
 
 
 class SizeClass:
     """The slots of one size."""
 
-    def __init__(self, slot_bytes: int) -> None:
+    def __init__(self, slot_bytes: int, links: dict[int, Links]) -> None:
         self.slot_bytes = slot_bytes
         self.slots = 0
         self.free = 0
         self.open: OrderedDict[Slab, None] = OrderedDict()  # where those are; next last
-        self.used: OrderedDict[int, BlockKey | None] = OrderedDict()  # least recent first
-        self.clean: OrderedDict[int, bool] = OrderedDict()  # likewise: whether the next tier has it
+        self.clean = Order(links)  # least recently used first
+        self.owed = Order(links)  # likewise
         self.going = 0  # slots whose removal is being committed
         self.pending = 0  # those, and slots being written
         self.waiting: deque[Move] = deque()  # stores without a slot yet
 
+    @property
+    def used(self) -> int:
+        """How many slots hold blocks."""
+        return len(self.clean) + len(self.owed)
+
 
 class Slab:
-    """One slab file and how many of its slots are in use just now."""
-
-    __slots__ = (
-        *("busy", "file", "free", "fresh", "id", "lost", "owed", "path", "quarantined", "size"),
-        *("shut", "slots", "used_at"),
-    )
+    """One slab file, and what its slots are used for."""
 
     def __init__(self, slab_id: int, slots: int, path: Path, file: File, size: SizeClass) -> None:
         self.id = slab_id
@@ -77,9 +90,15 @@ class Slab:
         self.shut = True  # stores can have none of its slots
         self.lost: OSError | None = None  # why no store is safe there; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
+        self.owed = 0  # slots whose blocks the next tier lacks
         self.quarantined = 0
-        self.owed: set[int] = set()  # slots whose blocks the next tier lacks
         self.used_at = 0  # when one of its blocks was last stored or loaded, by the clock
+        self.states = bytearray(slots)
+        self.keys = np.empty(slots, object)
+        self.generations = column(slots)
+        self.nbytes = column(slots)
+        self.uses = column(slots)
+        self.links = Links(column(slots), column(slots))
 
     def places(self) -> range:
         """The numbers of its slots."""
@@ -97,6 +116,22 @@ class Slab:
         """How many of its slots are free."""
         return len(self.fresh) + len(self.free)
 
+    def find_free(self) -> None:
+        """See which slots are free, once the states are known. Looks at all of them."""
+        used = len(self.states.rstrip(bytes([_UNUSED])))
+        places = self.places()
+        self.fresh = places[used:]
+        self.free.extend(places[n] for n in reversed(range(used)) if self.states[n] == _UNUSED)
+
+    def owing(self, wanted: int) -> list[BlockKey]:
+        """Some keys of blocks that the next tier lacks."""
+        keys: list[BlockKey] = []
+        place = self.states.find(_OWED)
+        while place >= 0 and len(keys) < wanted:
+            keys.append(self.keys[place])
+            place = self.states.find(_OWED, place + 1)
+        return keys
+
 
 class Slots:
     """The map.
@@ -105,7 +140,7 @@ class Slots:
         stacked: whether there is a next tier.
 
     Attributes:
-        blocks: what a load would find.
+        keys: the slots of what a load would find.
         slabs: by id.
         sizes: the size classes, by bytes a slot.
         clock: numbers uses and generations; later is larger.
@@ -118,8 +153,9 @@ class Slots:
 
     def __init__(self, *, stacked: bool) -> None:
         self._stacked = stacked
-        self.blocks: dict[BlockKey, Block] = {}
+        self.keys = KeyMap()
         self.slabs: dict[int, Slab] = {}
+        self._links: dict[int, Links] = {}
         self.sizes: dict[int, SizeClass] = {}
         self.clock = itertools.count(1)
         self.touched: dict[int, int] = {}
@@ -137,19 +173,15 @@ class Slots:
         """The class of slots of this size."""
         size = self.sizes.get(slot_bytes)
         if size is None:
-            size = self.sizes[slot_bytes] = SizeClass(slot_bytes)
+            size = self.sizes[slot_bytes] = SizeClass(slot_bytes, self._links)
         return size
 
     def add_slab(self, slab: Slab) -> None:
         """Know a slab; stores can't have its slots yet."""
         self.slabs[slab.id] = slab
+        self._links[slab.id] = slab.links
         slab.size.slots += slab.slots
         self.slab_bytes += slab.slots * slab.size.slot_bytes
-
-    def take_slots(self, slab: Slab, taken: Container[int]) -> None:
-        """Note which slots are not free, once the slab is known. For the executor."""
-        slab.free.extend(slot for slot in reversed(slab.places()) if slot not in taken)
-        slab.fresh = range(0)
 
     def open_slab(self, slab: Slab) -> None:
         """Let stores have the slab's free slots, after those of the slabs that are open."""
@@ -168,7 +200,8 @@ class Slots:
 
     def empty_slab(self, slab: Slab, places: range) -> list[Forgotten]:
         """Forget the blocks in some places of a slab that is shut."""
-        gone = [self.forget(slot) for slot in places if slot in slab.size.used]
+        used = (_OWED, _GIVEN_UP, _MIRRORED)
+        gone = [self.forget(slot) for slot in places if slab.states[slot & SLOT_MASK] in used]
         self.count_evicted(gone)
         return gone
 
@@ -176,7 +209,7 @@ class Slots:
         """Know a slab no more that is shut, and empty."""
         self.quarantined -= slab.quarantined
         slab.size.slots -= slab.slots
-        del self.slabs[slab.id]
+        del self.slabs[slab.id], self._links[slab.id]
         self.slab_bytes -= slab.slots * slab.size.slot_bytes
 
     def least_wanted_slab(self, other_than: SizeClass | None, *, spare: bool) -> Slab | None:
@@ -193,8 +226,12 @@ class Slots:
         return slab if slab is not None and self._older(slab, size) else None
 
     def _older(self, slab: Slab, size: SizeClass) -> bool:
-        oldest = next(iter(size.used.values()))
-        return oldest is not None and slab.used_at <= self.blocks[oldest][3]
+        oldest = (next(iter(order)) for order in (size.clean, size.owed) if order)
+        return slab.used_at <= min(self.used_at(slot) for slot in oldest)
+
+    def used_at(self, slot: int) -> int:
+        """When a block was last used, by the clock."""
+        return self.slabs[slot >> SLOT_BITS].uses[slot & SLOT_MASK]
 
     def owing_slab(self, size: SizeClass) -> Slab | None:
         """The slab that this class would be given next if its blocks were not owed."""
@@ -238,13 +275,13 @@ class Slots:
         slab.busy += 1
         size.pending += 1
 
-    def hold(self, move: Move, block: Block) -> None:
+    def hold(self, move: Move, slot: int) -> None:
         """Begin a load of a block."""
-        slot = block[0]
-        self._aim(move, slot, block[1])
+        slab = self.slabs[slot >> SLOT_BITS]
+        self._aim(move, slot, slab.generations[slot & SLOT_MASK])
         self.holds[slot] = self.holds.get(slot, 0) + 1
         if not move.mirrored:
-            self.touch(move.key, block)
+            self.touch(slot)
 
     def _aim(self, move: Move, slot: int, generation: int) -> None:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
@@ -291,21 +328,21 @@ class Slots:
         self.quarantined += slots
 
     def quarantine(self, slot: int) -> None:
-        """Take a block's slot out of use, for good."""
-        self.forget(slot)
-        self.condemn(self.slabs[slot >> SLOT_BITS])
+        """Take a slot out of use, for good; its block, if it has one, is forgotten."""
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        if slab.states[place] != _UNUSED:
+            self.forget(slot)
+        slab.states[place] = _QUARANTINED
+        self.condemn(slab)
 
     def victims(self, size: SizeClass, wanted: int, forced: int) -> list[int]:
         """The slots of the least recently used blocks that nobody is loading, clean ones first.
 
         Of those that are owed no more than it takes to have ``forced``.
         """
-        if not self._stacked:
-            return self._unheld(size.used, wanted)
         slots = self._unheld(size.clean, wanted)
         if len(slots) < forced:  # so all that is clean is among them, or held
-            owed = (slot for slot in size.used if slot not in size.clean)
-            slots += self._unheld(owed, forced - len(slots))
+            slots += self._unheld(size.owed, forced - len(slots))
         return slots
 
     def _unheld(self, recent_last: Iterable[int], wanted: int) -> list[int]:
@@ -313,53 +350,64 @@ class Slots:
         return [slot for slot in some if slot not in self.holds][:wanted]
 
     def owed(self, size: SizeClass, wanted: int) -> list[BlockKey]:
-        """The least recently used blocks that the next tier lacks. Cheap while few are clean."""
-        keys = (key for slot, key in size.used.items() if key and slot not in size.clean)
-        return list(itertools.islice(keys, wanted))
+        """The least recently used blocks that the next tier lacks."""
+        return [self._key(slot) for slot in itertools.islice(size.owed, wanted)]
 
     def all_owed(self) -> list[tuple[BlockKey, int]]:
-        """Keys and bytes of all blocks that the next tier lacks, as they were put."""
-        if not self._stacked:
-            return []
-        slabs = self.slabs
-        items = self.blocks.items()
-        return [(key, at[2]) for key, at in items if at[0] in slabs[at[0] >> SLOT_BITS].owed]
+        """Keys and bytes of all blocks that the next tier lacks, least recently used first."""
+        orders = [size.owed for size in self.sizes.values()]
+        slots = sorted(itertools.chain(*orders), key=self.used_at)
+        return [(self._key(slot), self.block(slot).nbytes) for slot in slots]
+
+    def _key(self, slot: int) -> BlockKey:
+        key: BlockKey = self.slabs[slot >> SLOT_BITS].keys[slot & SLOT_MASK]
+        return key
 
     # --- blocks -----------------------------------------------------------------------
 
-    def put(
-        self,
-        slot: int,
-        key: BlockKey,
-        generation: int,
-        nbytes: int,
-        used_at: int,
-        *,
-        mirrored: bool,
-    ) -> None:
+    def find(self, key: BlockKey) -> Block | None:
+        """The block that a load would find."""
+        slot = self.keys.get(key)
+        return None if slot is None else self.block(slot)
+
+    def nbytes(self, slot: int) -> int:
+        """The size of a block."""
+        return self.slabs[slot >> SLOT_BITS].nbytes[slot & SLOT_MASK]
+
+    def block(self, slot: int) -> Block:
+        """The block in a slot."""
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        return Block(slot, slab.generations[place], slab.nbytes[place], slab.uses[place])
+
+    def put(self, key: BlockKey, block: Block, *, mirrored: bool) -> None:
         """Make a block visible: the most recently used."""
-        slab = self.slabs[slot >> SLOT_BITS]
-        self.blocks[key] = (slot, generation, nbytes, used_at)
-        slab.size.used[slot] = key
+        slot, generation, nbytes, used_at = block
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        self.keys.add(key, slot)
+        slab.keys[place] = key
+        slab.generations[place] = generation
+        slab.nbytes[place] = nbytes
         slab.used_at = used_at
-        self.bytes_used += slab.size.slot_bytes
-        self._account(slab, slot, mirrored=mirrored)
+        self._use(slab, place, used_at, _MIRRORED if mirrored or not self._stacked else _OWED)
+        self._order(slab, place).append(slot)
 
-    def put_foreign(self, slot: int, *, mirrored: bool) -> None:
-        """Keep the slot of another namespace's block, which can only be evicted."""
-        slab = self.slabs[slot >> SLOT_BITS]
-        slab.size.used[slot] = None
-        self.bytes_used += slab.size.slot_bytes
-        if self._stacked:  # nobody here uploads it: it is not spared, but counted
-            slab.size.clean[slot] = mirrored
+    def put_foreign(self, slot: int, used_at: int, *, mirrored: bool) -> None:
+        """Keep the slot of another namespace's block, which can only be evicted.
 
-    def _account(self, slab: Slab, slot: int, *, mirrored: bool) -> None:
-        if not self._stacked:
-            return
-        if mirrored:
-            slab.size.clean[slot] = True
-        else:
-            slab.owed.add(slot)
+        Nobody here uploads it: it is not spared, but counted.
+        """
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        self._use(slab, place, used_at, _MIRRORED if mirrored or not self._stacked else _GIVEN_UP)
+        slab.size.clean.append(slot)
+
+    def _use(self, slab: Slab, place: int, used_at: int, state: int) -> None:
+        slab.uses[place] = used_at
+        slab.states[place] = state
+        slab.owed += state == _OWED
+        self.bytes_used += slab.size.slot_bytes
+
+    def _order(self, slab: Slab, place: int) -> Order:
+        return slab.size.owed if slab.states[place] == _OWED else slab.size.clean
 
     def clear(self, key: BlockKey, *, mirrored: bool) -> bool:
         """A block is not owed any more: the next tier has it, or has given it up.
@@ -369,16 +417,17 @@ class Slots:
         Returns:
             Whether that is news.
         """
-        slot, _, _, used_at = self.blocks[key]
-        slab = self.slabs[slot >> SLOT_BITS]
-        clean = slab.size.clean
-        if clean.get(slot, -1) >= mirrored:
+        slot, _, _, used_at = self.block(self.keys[key])
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        state, clean = _MIRRORED if mirrored else _GIVEN_UP, slab.size.clean
+        if slab.states[place] >= state:
             return False
-        coldest = slab.size.used[next(iter(clean))] if clean else None
-        slab.owed.discard(slot)
-        clean[slot] = mirrored
-        if coldest is not None and used_at < self.blocks[coldest][3]:
-            clean.move_to_end(slot, last=False)
+        if slab.states[place] == _OWED:
+            slab.owed -= 1
+            slab.size.owed.remove(slot)
+            coldest = clean and used_at < self.used_at(clean.first)
+            (clean.prepend if coldest else clean.append)(slot)
+        slab.states[place] = state
         return True
 
     def count_evicted(self, gone: Sequence[Forgotten], step: int = 1) -> None:
@@ -386,17 +435,11 @@ class Slots:
         self.evictions += step * len(gone)
         self.dropped += step * sum(not block.mirrored for block in gone)
 
-    def touch(self, key: BlockKey, block: Block) -> None:
+    def touch(self, slot: int) -> None:
         """A block is used now."""
-        slot, generation, nbytes, _ = block
-        now = next(self.clock)
-        self.blocks[key] = (slot, generation, nbytes, now)
-        slab = self.slabs[slot >> SLOT_BITS]
-        slab.size.used.move_to_end(slot)
-        if slot in slab.size.clean:
-            slab.size.clean.move_to_end(slot)
-        slab.used_at = now
-        self.touched[slot] = now
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        slab.used_at = slab.uses[place] = self.touched[slot] = next(self.clock)
+        self._order(slab, place).renew(slot)
 
     def take_touched(self) -> dict[int, int]:
         """The uses that the index is to be told of now."""
@@ -405,26 +448,27 @@ class Slots:
 
     def forget(self, slot: int) -> Forgotten:
         """Make a block invisible; its slot is not free yet."""
-        slab = self.slabs[slot >> SLOT_BITS]
-        key = slab.size.used.pop(slot)
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        self._order(slab, place).remove(slot)
+        key, state = slab.keys[place], slab.states[place]
+        slab.owed -= state == _OWED
+        slab.states[place], slab.keys[place] = _UNUSED, None
         self.bytes_used -= slab.size.slot_bytes
         self.touched.pop(slot, None)
-        mirrored = slab.size.clean.pop(slot, not self._stacked)
-        slab.owed.discard(slot)
+        mirrored = state == _MIRRORED
         if key is None:
             return Forgotten(slot, mirrored=mirrored)
-        return Forgotten(slot, key, self.blocks.pop(key), mirrored)
+        self.keys.remove(key)
+        return Forgotten(slot, key, self.block(slot), mirrored)
 
     def remember(self, gone: Forgotten) -> None:
-        """The index still names a block, so its slot is not free: go on with it."""
-        slab = self.slabs[gone.slot >> SLOT_BITS]
-        size = slab.size
-        self.bytes_used += size.slot_bytes
-        replaced = gone.key is None or gone.key in self.blocks
-        size.used[gone.slot] = None if replaced else gone.key
-        size.used.move_to_end(gone.slot, last=False)
-        self._account(slab, gone.slot, mirrored=gone.mirrored or replaced)
-        if gone.slot in size.clean:
-            size.clean.move_to_end(gone.slot, last=False)
-        if gone.key is not None and not replaced:
-            self.blocks[gone.key] = gone.block
+        """The index still names a block, so its slot is not free: go on with it, used long ago."""
+        slot, key, block, mirrored = gone
+        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        if key in self.keys:  # stored again meanwhile
+            key = None
+        self._use(slab, place, block.used_at, _MIRRORED if mirrored or key is None else _OWED)
+        self._order(slab, place).prepend(slot)
+        if key is not None:
+            slab.keys[place] = key
+            self.keys.add(key, slot)

@@ -16,7 +16,6 @@ import errno
 import sqlite3
 from collections import deque
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvgds.errors import StorageFull, TransferError
@@ -178,9 +177,9 @@ class Supply:
         if backlog is None or backlog.out:
             return
         wanted = min(len(size.waiting) - size.going, _EVICT) + max(_ahead(size), 1)
-        keys = self._slots.owed(size, wanted - len(size.clean)) if wanted > len(size.clean) else []
+        keys = self._slots.owed(size, max(wanted - len(size.clean), 0))
         if size.waiting and (slab := self._slots.owing_slab(size)):
-            keys += [key for slot in islice(slab.owed, _EVICT) if (key := slab.size.used[slot])]
+            keys += slab.owing(_EVICT)
         if keys:
             backlog.hasten(keys)
             if not size.pending:

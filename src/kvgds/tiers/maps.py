@@ -1,0 +1,153 @@
+"""Containers for millions of entries in which no one call ever takes long.
+
+A large ``dict`` or ``OrderedDict`` keeps its caller for a tenth of a second per million entries
+whenever it grows or makes its holes good, and each full run of the garbage collector for as long
+again. These have small parts, and nothing for the collector to follow.
+
+Slots are numbered as ``space`` says: the slab's id, then the place in the slab.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvgds.blocks import BlockKey
+
+_PART = 0x3FF  # of a key's hash
+_END = (1 << 64) - 1
+
+
+class KeyMap:
+    """Which slot has which key."""
+
+    __slots__ = ("_count", "_parts")
+
+    def __init__(self) -> None:
+        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_PART + 1))
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        for part in self._parts:
+            yield from part
+
+    def __contains__(self, key: BlockKey | None) -> bool:
+        return key in self._parts[hash(key) & _PART]
+
+    def __getitem__(self, key: BlockKey) -> int:
+        return self._parts[hash(key) & _PART][key]
+
+    def get(self, key: BlockKey) -> int | None:
+        """The slot of a key, if it has one."""
+        return self._parts[hash(key) & _PART].get(key)
+
+    def add(self, key: BlockKey, slot: int) -> None:
+        """Give a slot to a key that has none."""
+        self._parts[hash(key) & _PART][key] = slot
+        self._count += 1
+
+    def remove(self, key: BlockKey) -> None:
+        """Take a key's slot from it."""
+        del self._parts[hash(key) & _PART][key]
+        self._count -= 1
+
+
+def column(length: int) -> memoryview[int]:
+    """Numbers from 0 to 2**64 - 1, all 0; takes memory where it is written to."""
+    return np.zeros(length, np.uint64).data
+
+
+class Links(NamedTuple):
+    """For each place of a slab, its slot's neighbours in an order."""
+
+    before: memoryview[int]
+    after: memoryview[int]
+
+
+class Order:
+    """Slots in an order of their own: a doubly linked list. A slot is in one at a time.
+
+    Args:
+        links: of each slab, by id; shared between orders.
+    """
+
+    __slots__ = ("_count", "_links", "first", "last")
+
+    def __init__(self, links: dict[int, Links]) -> None:
+        self._links = links
+        self._count = 0
+        self.first = self.last = _END
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        slot = self.first
+        while slot != _END:
+            yield slot
+            slot = self._links[slot >> SLOT_BITS].after[slot & SLOT_MASK]
+
+    def append(self, slot: int) -> None:
+        """Make it the last."""
+        before, after = self._links[slot >> SLOT_BITS]
+        place, last = slot & SLOT_MASK, self.last
+        before[place], after[place] = last, _END
+        if last == _END:
+            self.first = slot
+        else:
+            self._links[last >> SLOT_BITS].after[last & SLOT_MASK] = slot
+        self.last = slot
+        self._count += 1
+
+    def prepend(self, slot: int) -> None:
+        """Make it the first."""
+        before, after = self._links[slot >> SLOT_BITS]
+        place, first = slot & SLOT_MASK, self.first
+        before[place], after[place] = _END, first
+        if first == _END:
+            self.last = slot
+        else:
+            self._links[first >> SLOT_BITS].before[first & SLOT_MASK] = slot
+        self.first = slot
+        self._count += 1
+
+    def renew(self, slot: int) -> None:
+        """Make one of them the last."""
+        last, links = self.last, self._links
+        if slot == last:
+            return
+        before, after = links[slot >> SLOT_BITS]
+        place = slot & SLOT_MASK
+        left, right = before[place], after[place]
+        if left == _END:
+            self.first = right
+        else:
+            links[left >> SLOT_BITS].after[left & SLOT_MASK] = right
+        links[right >> SLOT_BITS].before[right & SLOT_MASK] = left
+        before[place], after[place] = last, _END
+        links[last >> SLOT_BITS].after[last & SLOT_MASK] = slot
+        self.last = slot
+
+    def remove(self, slot: int) -> None:
+        """Take it out."""
+        links = self._links
+        before, after = links[slot >> SLOT_BITS]
+        left, right = before[slot & SLOT_MASK], after[slot & SLOT_MASK]
+        if left == _END:
+            self.first = right
+        else:
+            links[left >> SLOT_BITS].after[left & SLOT_MASK] = right
+        if right == _END:
+            self.last = left
+        else:
+            links[right >> SLOT_BITS].before[right & SLOT_MASK] = left
+        self._count -= 1

@@ -1,0 +1,95 @@
+"""The containers of the map of slots, against Python's own."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvgds.tiers.maps import KeyMap, Links, Order, column
+from kvgds.tiers.slots import Block, Slab, Slots
+from kvgds.tiers.space import SLOT_BITS, slab_name
+from kvgds.transport import File
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SLABS, PLACES = 3, 4
+SLOTS = [slab << SLOT_BITS | place for slab in range(SLABS) for place in range(PLACES)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["append", "prepend", "other", "renew"]), st.integers())))
+def test_an_order_is_a_list(steps: list[tuple[str, int]]) -> None:
+    """Two orders over the same slots; a slot is in one of them or in none."""
+    links = {slab: Links(column(PLACES), column(PLACES)) for slab in range(SLABS)}
+    order, other = Order(links), Order(links)
+    model: list[int] = []
+    others: list[int] = []
+    for step, number in steps:
+        slot = SLOTS[number % len(SLOTS)]
+        was = slot in model
+        if step == "renew" and was:
+            order.renew(slot)
+            model.remove(slot)
+            model.append(slot)
+        elif was:
+            order.remove(slot)
+            model.remove(slot)
+        elif slot in others:
+            other.remove(slot)
+            others.remove(slot)
+        elif step == "append":
+            order.append(slot)
+            model.append(slot)
+        elif step == "prepend":
+            order.prepend(slot)
+            model.insert(0, slot)
+        else:
+            other.append(slot)
+            others.append(slot)
+        assert (list(order), len(order), bool(order)) == (model, len(model), bool(model))
+        assert list(other) == others
+        if model:
+            assert (order.first, order.last) == (model[0], model[-1])
+
+
+@given(st.lists(st.tuples(st.binary(max_size=2), st.booleans())))
+def test_a_map_of_keys_is_a_dict(steps: list[tuple[bytes, bool]]) -> None:
+    keys, model = KeyMap(), dict[bytes, int]()
+    for number, (key, adds) in enumerate(steps):
+        if key in model and not adds:
+            keys.remove(key)
+            del model[key]
+        elif key not in model and adds:
+            keys.add(key, number)
+            model[key] = number
+        assert (key in keys) == (key in model)
+        assert keys.get(key) == model.get(key)
+        assert len(keys) == len(model)
+    assert {key: keys[key] for key in keys} == model
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")
+def test_the_collector_follows_no_block(tmp_path: Path) -> None:
+    """A full run of it takes as long with a million blocks as with none."""
+    slots, count = Slots(stacked=False), 5000
+    size = slots.size_class(8192)
+    slab = Slab(0, count, tmp_path / slab_name(0, 8192), File(0), size)
+    slots.add_slab(slab)
+    before = followed()
+    for slot in slab.places():
+        slots.put(b"%d" % slot, Block(slot, slot, 4096, slot), mirrored=False)
+    for slot in slab.places():
+        slots.touch(slot)
+    slots.take_touched()
+    assert followed() < before + 100
+
+
+def followed() -> int:
+    """How many references the collector looks at."""
+    gc.collect()
+    return sum(len(gc.get_referents(each)) for each in gc.get_objects())
