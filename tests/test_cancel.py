@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from kvgds import (
     BusyError,
     ClosedError,
     Outcome,
+    Priority,
     TransferTimeout,
     open_engine,
 )
@@ -531,6 +533,155 @@ async def test_all_leave_one_after_the_other(tmp_path: Path) -> None:
         assert settled[0] is not None
         await settled[0]
         assert engine.statistics().quarantined_bytes == 0
+
+
+async def test_what_ended_in_time_is_told_though_the_loop_was_late(tmp_path: Path) -> None:
+    """The deadline passes while the loop has no time to look: nobody is told of a timeout."""
+    async with opened(tmp_path / "kv") as engine:
+        keys = [b"%d" % i for i in range(20)]
+        await store(engine, *keys)
+        engine.held.hold("landing")
+        memory = [engine.register(aligned(SIZE)) for _ in keys]
+        pairs = zip(keys, memory, strict=True)
+        loads = [soon(engine.load(*pair, timeout_s=LATE_S)) for pair in pairs]
+        stores = [soon(engine.store(b"s" + key, bytes(SIZE), timeout_s=LATE_S)) for key in keys]
+        await engine.held.wait_held("landing", 40)
+        engine.held.release()
+        while engine.held.delivered < engine.held.submitted:
+            pass  # the loop is busy with something else
+        skip_time(LATE_S)
+        assert await asyncio.gather(*loads) == [True] * 20
+        ended = await asyncio.gather(*stores, return_exceptions=True)
+        for key, outcome in zip(keys, ended, strict=True):  # their commits may have come too late
+            assert (outcome is True) == await engine.prefix([b"s" + key])
+
+
+async def test_a_cancelled_call_says_when_all_of_its_memory_is_free(tmp_path: Path) -> None:
+    """Several of its blocks are in use past their deadline: one error, settled after the last."""
+    async with opened(tmp_path / "kv") as engine:
+        keys = [b"%d" % i for i in range(3)]
+        await store(engine, *keys)
+        engine.held.hold("landing")
+        memory = [engine.register(aligned(SIZE)) for _ in keys]
+        task = soon(engine.load_many(zip(keys, memory, strict=True), timeout_s=LATE_S))
+        await engine.held.wait_held("landing", 3)
+        task.cancel()
+        await turns()
+        error = await late(engine, task)
+        assert "3 blocks" in str(error)
+        assert error.settled is not None
+        settled = soon(error.settled)
+        for left in (2, 1, 0):
+            assert not settled.done()
+            engine.held.step("landing", 1)
+            await until(lambda: sum(each.uses for each in memory) == left)  # noqa: B023 - used at once
+        await settled
+        for each in memory:
+            await engine.deregister(each)
+
+
+# --- many who want one block ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leave", ["cancel", "deadline"])
+async def test_the_first_of_many_leave_one_after_another(tmp_path: Path, leave: str) -> None:
+    """Each time the next one leads; nobody boards anew, or loses the place in the queue."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"hot", b"ahead", b"behind")
+        order: list[bytes] = []
+
+        def note(transfer: Any) -> bool:
+            order.append(transfer.key)
+            return len(order) == 1
+
+        engine.held.hold("start", note)
+        ahead = soon(engine.load(b"ahead", bytearray(SIZE)))
+        await engine.held.wait_held("start")
+        memory = [make(SIZE) for make in (aligned, unaligned) * 50]
+        regions = [engine.register(each) for each in memory]
+        timeouts = [None if leave == "cancel" else LATE_S] * 97 + [None] * 3
+        loads = [
+            soon(engine.load(b"hot", region, timeout_s=timeout_s))
+            for region, timeout_s in zip(regions, timeouts, strict=True)
+        ]
+        await turns()
+        behind = soon(engine.load(b"behind", bytearray(SIZE)))
+        await turns()
+        assert engine.statistics().joined == 99
+        if leave == "cancel":
+            for load in loads[:97]:
+                load.cancel()
+        else:
+            skip_time(LATE_S)
+        await asyncio.wait(loads[:97])
+        assert engine.statistics().joined == 99
+        engine.held.step("start")
+        assert await asyncio.gather(ahead, *loads[97:], behind) == [True] * 5
+        assert order == [b"ahead", b"hot", b"behind"]
+        for each in memory[97:]:
+            assert each.tobytes() == content(b"hot", SIZE)
+        assert not any(each.any() for each in memory[:97])
+
+
+async def test_who_joins_hastens(tmp_path: Path) -> None:
+    """A request needs what is being prefetched: it waits no longer than for a load of its own."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"ahead", b"early", b"wanted")
+        order: list[bytes] = []
+
+        def note(transfer: Any) -> bool:
+            order.append(transfer.key)
+            return len(order) == 1
+
+        engine.held.hold("start", note)
+        loads = [soon(engine.load(b"ahead", bytearray(SIZE)))]
+        await engine.held.wait_held("start")
+        for key, priority in (
+            (b"early", Priority.PREFETCH),
+            (b"wanted", Priority.BACKGROUND),
+            (b"wanted", Priority.DEMAND),
+            (b"wanted", Priority.BACKGROUND),
+        ):
+            loads.append(soon(engine.load(key, bytearray(SIZE), priority=priority)))
+            await turns()
+        engine.held.step("start")
+        assert await asyncio.gather(*loads) == [True] * 5
+        assert order == [b"ahead", b"wanted", b"early"]
+
+
+@pytest.mark.parametrize("leave", ["cancel", "deadline", "each"])
+async def test_many_leave_in_many_turns(tmp_path: Path, leave: str) -> None:
+    """The loop goes on while a call of thousands of blocks is called off."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"ahead")
+        engine.held.hold("start")
+        ahead = soon(engine.load(b"ahead", bytearray(SIZE)))
+        await engine.held.wait_held("start")
+        items = [(b"%d" % i, bytes(PAGE)) for i in range(2000)]
+        timeout_s = LATE_S if leave == "deadline" else None
+
+        async def each() -> None:
+            async with contextlib.aclosing(engine.store_each(items, timeout_s=timeout_s)) as ends:
+                async for _ in ends:
+                    pass
+
+        if leave == "each":
+            call = soon(each())
+        else:
+            call = soon(engine.store_many(items, timeout_s=timeout_s))
+        await until(lambda: engine.statistics().queued == 1999)  # one has begun
+        if leave == "deadline":
+            skip_time(LATE_S)
+        else:
+            call.cancel()
+        left = [1999]
+        while left[-1]:
+            await asyncio.sleep(0)
+            left.append(engine.statistics().queued)
+        assert max(a - b for a, b in itertools.pairwise(left)) <= 64
+        engine.held.release()
+        await asyncio.wait([call])
+        assert await ahead
 
 
 # --- iterators ----------------------------------------------------------------------------------

@@ -624,6 +624,25 @@ async def test_a_slab_that_can_not_be_given_up_is_as_it_was(tmp_path: Path) -> N
     engine.check()
 
 
+async def test_many_deletes_are_told_in_many_turns(tmp_path: Path) -> None:
+    """The index takes them in one commit; the loop goes on all the same."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        keys = [b"%d" % i for i in range(1000)]
+        await engine.store_many([(key, bytes(PAGE)) for key in keys])
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            database.execute("BEGIN IMMEDIATE")  # until all have asked
+            deletes = [asyncio.ensure_future(engine.delete(key)) for key in keys]
+            await until(lambda: not blocks(engine))
+            database.rollback()
+        told = [0]
+        while told[-1] < 1000:
+            await asyncio.sleep(0)
+            told.append(sum(delete.done() for delete in deletes))
+        assert max(b - a for a, b in itertools.pairwise(told)) <= 100
+        assert all(delete.result() for delete in deletes)
+
+
 async def test_a_capacity_far_above_the_disk(tmp_path: Path) -> None:
     """Slabs are made as large as there is room for."""
     with small_disk(tmp_path, 24 * MIB) as disk:

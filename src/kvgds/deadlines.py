@@ -24,6 +24,7 @@ class Finite(Protocol):
 
 T = TypeVar("T", bound=Finite)
 
+_AT_ONCE = 256
 _SLACK = 64  # ended entries worth keeping: rebuilding a short heap again and again is not free
 
 
@@ -67,7 +68,9 @@ class Deadlines(Generic[T]):
 
     def _fire(self) -> None:
         now = self._loop.time()
-        while self._heap and self._heap[0][0] <= now:
+        for _ in range(_AT_ONCE):  # the others in the next turn of the loop
+            if not self._heap or self._heap[0][0] > now:
+                break
             thing = heapq.heappop(self._heap)[2]()
             if thing is not None and thing.left:
                 self._expire(thing)

@@ -36,7 +36,7 @@ from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 from kvgds.waits import until_done
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future as ThreadFuture
 
     from kvgds.blocks import BlockKey
@@ -53,6 +53,8 @@ _log = logging.getLogger("kvgds")
 _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _SETTLE_AT_ONCE = 4
+_LEAVE_AT_ONCE = 32
+_DONE = object()
 _PUMP_BYTES = 4 << 20
 _COUNTED = ("hit", "miss", "stored", "present", "error", "cancelled", "joined")
 
@@ -91,6 +93,7 @@ class Flights:
         self.quarantined = 0
         self.territory = Territory()
         self.deadlines = Deadlines[Batch](self._loop, self._expire)
+        self._late: deque[Iterator[None]] = deque()
         self.closed = False
         self._pumping = False
         self._ended: deque[Move] = deque()
@@ -218,7 +221,7 @@ class Flights:
             waiter = Waiter(batch, index, view)
             view.claim(write=not batch.write)
             try:
-                self._board(waiter, key, batch.priority, level)
+                self.counts["joined"] += self._board(waiter, key, level)
             except BaseException:
                 view.release(write=not batch.write)
                 raise
@@ -259,20 +262,23 @@ class Flights:
                 return level
         return None
 
-    def _board(self, waiter: Waiter, key: BlockKey, priority: Priority, level: int) -> None:
-        """Join the flight of this block, or start one."""
-        write = waiter.batch.write
+    def _board(self, waiter: Waiter, key: BlockKey, level: int) -> bool:
+        """Join the flight of this block, or start one; whether it joined."""
+        write, priority = waiter.batch.write, waiter.batch.priority
         flight = self._flights.get((key, write))
-        if flight is None or not flight.takes(waiter):
+        joins = flight is not None and flight.takes(waiter)
+        if flight is None or not joins:
             flight = Flight(key, waiter, level=level, write=write)
-            self._book(flight, priority)
+            self._book(flight, priority, self._loop.time())
             self._flights[key, write] = flight
         else:
-            flight.waiters.append(waiter)
-            self.counts["joined"] += 1
+            flight.waiters[waiter] = None
+            if priority < flight.ticket.priority:
+                flight.ticket = self.scheduler.hasten(flight.ticket, priority, self._loop.time())
         waiter.flight = flight
+        return joins
 
-    def _book(self, flight: Flight, priority: Priority) -> None:
+    def _book(self, flight: Flight, priority: Priority, since: float) -> None:
         """Queue a flight for its tier."""
         view = flight.leader.view
         flight.path = self.ways.path_for(view, self.tiers[flight.level].plan)
@@ -288,7 +294,7 @@ class Flights:
             nbytes=max(view.nbytes, lease),
             bounce_bytes=lease,
             priority=priority,
-            now=self._loop.time(),
+            now=since,
         )
 
     def _close_boarding(self, flight: Flight) -> None:
@@ -384,6 +390,9 @@ class Flights:
         A few in each turn of the loop: every one wakes a task, and others are waiting too.
         """
         self._ended.extend(moves)
+        for move in moves:
+            if isinstance(move.owner, Flight):
+                move.owner.landed = True
         if not self._settling:
             self._settle_some()
 
@@ -404,6 +413,7 @@ class Flights:
         if not isinstance(flight, Flight):
             flight.ended(move)
             return
+        flight.landed = False
         relay = self.relay
         hit = move.status == "hit" and not move.abandoned
         promotes = hit and flight.level and flight.lasting and relay is not None
@@ -428,7 +438,7 @@ class Flights:
             self.quarantined -= len(move.lease)
             self._free_overdue(flight)
             self._rebook(flight)
-        elif move.status == "hit" and flight.waiters != [flight.leader]:
+        elif move.status == "hit" and flight.waiters.keys() != {flight.leader}:
             self._copy(flight, move)
         else:
             self._tell(flight, move)
@@ -449,7 +459,7 @@ class Flights:
             self._rebook(flight, level)
             return True
         flight.level, flight.move, flight.doubt = level, None, error
-        self._book(flight, flight.leader.batch.priority)
+        self._book(flight, flight.ticket.priority, self._loop.time())
         return True
 
     def mirrored(self, flight: Flight, error: Exception | None) -> None:
@@ -501,11 +511,11 @@ class Flights:
 
     def _rebook(self, flight: Flight, level: int | None = None) -> None:
         """Its first waiter gave up before it moved, others still want the block."""
-        waiters, flight.waiters = flight.waiters, []
+        waiters, flight.waiters = flight.waiters, {}
         level = flight.level if level is None else level
         for waiter in waiters:
             try:
-                self._board(waiter, flight.key, Priority.DEMAND, level)
+                self._board(waiter, flight.key, level)
             except KvgdsError as error:
                 self._end(waiter, Outcome(flight.key, "error", untraced(error)), "none")
 
@@ -546,15 +556,31 @@ class Flights:
     def _expire(self, batch: Batch) -> None:
         """A batch's deadline has passed: nobody waits longer, whatever becomes of the I/O."""
         batch.expired = True
-        again = False
-        for waiter in batch.waiters:
-            if waiter.flight is not None and not self._give_up(waiter, waiter.flight):
-                again = True
-        if again:  # a reactor is copying right now; that takes moments
-            self.deadlines.add(batch, self._loop.time() + _COPY_RETRY_S)
+        self._late.append(self._end_late(batch))
+        if len(self._late) == 1:
+            self._loop.call_soon(self._end_some)
+
+    def _end_some(self) -> None:
+        for _ in range(_LEAVE_AT_ONCE):
+            if self._late and next(self._late[0], _DONE) is _DONE:
+                self._late.popleft()
         for tier in self.tiers:
             tier.expire()
         self.wake_closer()
+        if self._late:
+            self._loop.call_soon(self._end_some)
+
+    def _end_late(self, batch: Batch) -> Iterator[None]:
+        """End a batch's waiters, one a step."""
+        again = False
+        for waiter in batch.waiters:
+            flight = waiter.flight
+            if flight is not None:
+                # What has ended in time is told, however late the loop comes to it.
+                again |= flight.landed or not self._give_up(waiter, flight)
+                yield
+        if again and batch.left:  # that, and what a reactor is copying just now, takes moments
+            self.deadlines.add(batch, self._loop.time() + _COPY_RETRY_S)
 
     def _give_up(self, waiter: Waiter, flight: Flight) -> bool:
         """End one waiter with TransferTimeout. False: try again in a moment."""
@@ -569,10 +595,10 @@ class Flights:
             if move.abandon():
                 self._quarantine(flight, move)
             elif move.path.holds or waiter.view.region.device is not None:
-                waiter.overdue = Settled(self._loop)
+                waiter.overdue = Settled(self._loop.create_future())
             else:
                 return False
-        flight.waiters.remove(waiter)
+        del flight.waiters[waiter]
         self._time_out(waiter, flight, waiter.overdue)
         if not flight.waiters and not move.abandoned:
             move.abandoned = True  # nobody is left to be told: publish nothing
@@ -600,38 +626,57 @@ class Flights:
 
     def _leave_queue(self, waiter: Waiter, flight: Flight) -> bool:
         """Drop a waiter whose I/O has not started, or has ended here. False: it is under way."""
-        if flight.mirroring:
-            flight.waiters.remove(waiter)
-            return True
-        if flight.ticket.state != "queued":
+        if not flight.mirroring and flight.ticket.state != "queued":
             return False
-        flight.waiters.remove(waiter)
-        if waiter is flight.leader:
-            self.scheduler.cancel(flight.ticket)
-            self._close_boarding(flight)
-            self._rebook(flight)
-            if flight.waiters or self.scheduler.queued:
-                self.pump_soon()
+        del flight.waiters[waiter]
+        if waiter is flight.leader and not flight.mirroring:
+            self._follow(flight)
         return True
+
+    def _follow(self, flight: Flight) -> None:
+        """The one whose memory was to move has left the queue: it is the next one's turn."""
+        ticket, plan = flight.ticket, self.tiers[flight.level].plan
+        while flight.waiters:
+            flight.leader = waiter = next(iter(flight.waiters))
+            path = self.ways.path_for(waiter.view, plan)
+            same = path.lease_bytes(waiter.view.nbytes) == ticket.bounce_bytes
+            if same and ticket.state == "queued":
+                flight.path = path
+                return
+            self.scheduler.cancel(ticket)
+            try:
+                self._book(flight, ticket.priority, ticket.since)
+            except KvgdsError as error:
+                del flight.waiters[waiter]
+                self._end(waiter, Outcome(flight.key, "error", untraced(error)), "none")
+            else:
+                self.pump_soon()
+                return
+        self.scheduler.cancel(ticket)
+        self._close_boarding(flight)
+        if self.scheduler.queued:
+            self.pump_soon()
 
     async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
         """Drop what is queued and wait for the rest, however often the wait is cancelled."""
-        for waiter in batch.waiters:
+        again = False
+        for number, waiter in enumerate(batch.waiters, 1):
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
                 outcome = Outcome(flight.key, "cancelled", asyncio.CancelledError())
                 self._end(waiter, outcome, "none")
-        again = False
+            if not number % _LEAVE_AT_ONCE:
+                again |= await _cancelled(asyncio.sleep(0))
         while batch.left:
-            try:
-                await batch.news()
-            except asyncio.CancelledError:  # the memory is still not the caller's
-                again = True
+            again |= await _cancelled(batch.news())  # the memory is still not the caller's
         batch.waiters.clear()
-        for outcome in batch.outcomes:
-            error = outcome.error
-            if isinstance(error, TransferTimeout) and error.settled is not None:
-                raise error from cancelled
+        late = [
+            outcome.error
+            for outcome in batch.outcomes
+            if isinstance(outcome.error, TransferTimeout) and outcome.error.settled is not None
+        ]
+        if late:
+            raise _joined(late) from cancelled
         if again:  # who only left a loop has not been told yet that it is cancelled
             raise asyncio.CancelledError
 
@@ -696,6 +741,31 @@ def _path_of(outcome: Outcome, move: Move) -> str:
         outcome.error, ConfigError | CapacityError
     )
     return "none" if still else move.path.name
+
+
+async def _cancelled(wait: Awaitable[None]) -> bool:
+    """Whether a wait was cancelled, which ended it."""
+    try:
+        await wait
+    except asyncio.CancelledError:
+        return True
+    return False
+
+
+def _joined(late: list[TransferTimeout]) -> TransferTimeout:
+    """The one error of a cancelled call: all of its memory is free when this has settled."""
+    error = late[0]
+    if len(late) > 1:
+        error = TransferTimeout(
+            f"{len(late)} blocks passed their deadline; their memory is in use: await .settled",
+            direction=error.direction,
+            path=error.path,
+            backend=error.backend,
+            errno=error.errno,
+        )
+        waits: list[Any] = [each.settled for each in late]
+        error.settled = Settled(*(block for wait in waits for block in wait.blocks))
+    return error
 
 
 def _check_priority(priority: object) -> None:

@@ -58,15 +58,17 @@ def pairs(items: Iterable[tuple[BlockKey, Any]]) -> list[tuple[BlockKey, Any]]:
 class Settled:
     """Returns, to however many await it, once the memory is the caller's again."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._future: asyncio.Future[None] = loop.create_future()
+    def __init__(self, *blocks: asyncio.Future[None]) -> None:
+        self.blocks = blocks
 
     def __await__(self) -> Generator[Any, None, None]:
-        return asyncio.shield(self._future).__await__()
+        for block in self.blocks:
+            yield from asyncio.shield(block).__await__()
 
     def set(self) -> None:
         """The memory is free."""
-        self._future.set_result(None)
+        for block in self.blocks:
+            block.set_result(None)
 
 
 class Batch:
@@ -157,6 +159,7 @@ class Flight:
         "copying",
         "doubt",
         "key",
+        "landed",
         "lasting",
         "leader",
         "level",
@@ -174,9 +177,10 @@ class Flight:
         self.path: Path
         self.write = write
         self.leader = leader  # whose memory moves, even if it waits no longer
-        self.waiters = [leader]
+        self.waiters = {leader: None}  # in the order in which they came
         self.ticket: Ticket[Any]
         self.move: Move | None = None  # set when it starts
+        self.landed = False  # its move has ended, and will be settled in a moment
         self.copying = False
         self.lasting = True  # what it loads may be kept: it was not deleted meanwhile
         self.doubt: Exception | None = None  # what was wrong in the tiers asked so far

@@ -13,6 +13,7 @@ import os
 import queue
 import sqlite3
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,6 +31,7 @@ Row: TypeAlias = tuple[int, int, bytes | None, int, int, int, int]
 _FORMAT = 2  # 1 lacks `mirrored`
 _APPLICATION = 0x6B766764
 _LOG_BYTES = 4 << 20  # of SQLite's log, which keeps its size; more for as long as somebody reads
+_TELL_AT_ONCE = 16  # who asked for a commit; a flight of stores, or one delete
 _ROWS = 512  # rows a statement; SQLite's limit is 32,766 parameters
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -117,7 +119,7 @@ class Changes:
 
 
 WAIT_S = 5.0  # for another program, a backup perhaps, that has the database locked
-Done = "Callable[[Exception | None], None]"
+Done: TypeAlias = "Callable[[Exception | None], None]"
 
 
 def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Connection:
@@ -238,6 +240,8 @@ class Index:
         self._post = post
         self._sync = sync
         self._inbox: queue.SimpleQueue[tuple[Changes, Any] | None] = queue.SimpleQueue()
+        self._told: deque[tuple[Done, Exception | None]] = deque()
+        self._telling = False
         self._thread = threading.Thread(target=self._main, name="kvgds-index", daemon=True)
 
     # --- before start ---------------------------------------------------------------
@@ -310,7 +314,7 @@ class Index:
 
     # --- afterwards -----------------------------------------------------------------
 
-    def commit(self, changes: Changes, done: Callable[[Exception | None], None]) -> None:
+    def commit(self, changes: Changes, done: Done) -> None:
         """Commit soon; then call ``done`` on the loop with None or what went wrong."""
         self._inbox.put((changes, done))
 
@@ -349,7 +353,21 @@ class Index:
             self.apply(merged)
         except Exception as cause:  # noqa: BLE001 - handed to whoever waits
             error = cause
-        self._post(_tell, [(done, error) for _, done in group])
+        self._post(self._tell, [(done, error) for _, done in group])
+
+    def _tell(self, group: Sequence[tuple[Done, Exception | None]]) -> None:
+        """On the loop: tell who asked, in the order in which they did, some each turn."""
+        self._told.extend(group)
+        if not self._telling:
+            self._tell_some()
+
+    def _tell_some(self) -> None:
+        self._telling = len(self._told) > _TELL_AT_ONCE
+        if self._telling:
+            self._post(self._tell_some)
+        for _ in range(min(_TELL_AT_ONCE, len(self._told))):
+            done, error = self._told.popleft()
+            done(error)
 
     def _write(self, changes: Changes) -> None:
         execute = self._database.execute
@@ -375,11 +393,6 @@ class Index:
             first = slab_id << SLOT_BITS
             execute("DELETE FROM block WHERE slot BETWEEN ? AND ?", (first, first | SLOT_MASK))
             execute("DELETE FROM slab WHERE id=?", (slab_id,))
-
-
-def _tell(group: Sequence[tuple[Callable[[Exception | None], None], Exception | None]]) -> None:
-    for done, error in group:
-        done(error)
 
 
 def _marks(part: Sequence[object]) -> str:
