@@ -643,6 +643,20 @@ async def test_many_deletes_are_told_in_many_turns(tmp_path: Path) -> None:
         assert all(delete.result() for delete in deletes)
 
 
+async def test_loads_and_deletes_evict_nothing(tmp_path: Path) -> None:
+    """Only stores make room; a tier that is full stays so as long as it is only read."""
+    root = tmp_path / "kv"
+    keys = [b"%d" % i for i in range(192)]
+    async with opened(root, tier={"capacity_bytes": 256 * slot_bytes_for(PAGE)}) as engine:
+        await engine.store_many([(key, bytes(PAGE)) for key in keys])
+    async with opened(root, tier={"capacity_bytes": 128 * slot_bytes_for(PAGE)}) as engine:
+        assert (before := blocks(engine)) > 124  # all that there is room for
+        await engine.load_many([(key, bytearray(PAGE)) for key in keys])
+        assert blocks(engine) == before
+        assert await engine.delete(keys[-1])
+        assert blocks(engine) == before - 1
+
+
 async def test_a_capacity_far_above_the_disk(tmp_path: Path) -> None:
     """Slabs are made as large as there is room for."""
     with small_disk(tmp_path, 24 * MIB) as disk:

@@ -330,6 +330,7 @@ class Slabs:
         self._supply.drop(drops)
         self._services.settle(moves)
         self._supply.serve()
+        self._supply.stock()
 
     # --- the next tier ----------------------------------------------------------------
 
@@ -347,6 +348,7 @@ class Slabs:
         if news:
             self._index.commit(Changes(mirrored=news), _ignore)
         self._supply.serve()
+        self._supply.stock()
 
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """See ``Tier.look_again``."""

@@ -100,9 +100,10 @@ class Supply:
         if refused:
             self._services.settle(refused)
         self.serve()
+        self.stock()
 
     def serve(self) -> None:
-        """Give slots to waiting stores, and see to it that there will be more."""
+        """Give slots to waiting stores, or see to it that there will be some."""
         self._leave()
         sizes = self._slots.sizes.values()
         for size in sizes:
@@ -113,9 +114,14 @@ class Supply:
                 going.append(move)
             if going:
                 self._send(going)
-        # Those that wait come first: the room made for them is not to be taken ahead of need.
-        for size in sorted(sizes, key=lambda size: not size.waiting):
-            if size.waiting or _low(size):
+        for size in sizes:
+            if size.waiting:
+                self._make_room(size)
+
+    def stock(self) -> None:
+        """See to it that the next stores will find slots; after those that wait."""
+        for size in self._slots.sizes.values():
+            if not size.waiting and _low(size):
                 self._make_room(size)
 
     def expire(self) -> None:
@@ -358,6 +364,7 @@ class Supply:
         self._slots.add_slab(slab)
         self._slots.open_slab(slab)
         self.serve()
+        self.stock()
 
     def _grown_badly(self, error: BaseException) -> None:
         """The disk has no room for another slab: go on with what there is, or say so."""
