@@ -365,6 +365,7 @@ async def test_a_hanging_upload_keeps_a_through_store_no_longer_than_its_deadlin
         with pytest.raises(TransferTimeout) as caught:
             await storing
         assert caught.value.settled is None
+        assert caught.value.kept_in == engine.statistics().tiers[0].name
         storing = asyncio.ensure_future(engine.store(b"key", data))
         await turns()
         storing.cancel()
@@ -442,6 +443,7 @@ async def test_a_store_that_does_not_get_through_is_told_where_the_block_is(plac
             with pytest.raises(TransferError, match=f"{place.root} has the block") as caught:
                 await engine.store(key, content(key, SIZE))
             assert (caught.value.key, caught.value.direction) == (key, "store")
+            assert caught.value.kept_in == engine.statistics().tiers[0].name
             assert engine.near(key)
         place.wire.ok()
 

@@ -107,7 +107,11 @@ class TransferError(KvgdsError, OSError):
         backend: the transport that failed, for example ``"POSIX/uring"``.
         reason: what went wrong, without which block's operation it was.
         errno: the system's error number where it could be found out, else ``None``.
+        kept_in: of a store with ``write="through"`` that came only as far as the first tier:
+            that tier's name, which serves the block and goes on trying; else "".
     """
+
+    kept_in: str = ""
 
     def __init__(
         self,

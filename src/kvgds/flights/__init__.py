@@ -612,16 +612,21 @@ class Flights:
 
     def _time_out(self, waiter: Waiter, flight: Flight, settled: Settled | None) -> None:
         path = flight.move.path.name if flight.move else "none"
+        kept_in = self.tiers[0].name if flight.mirroring else ""
         text = "passed its deadline"
+        if settled is not None:
+            text += "; its memory is in use: await .settled"
+        elif kept_in:
+            text += f"; {kept_in} has the block"
         error = TransferTimeout(
-            text if settled is None else f"{text}; its memory is in use: await .settled",
+            text,
             direction="store" if flight.write else "load",
             key=flight.key,
             path=path,
             backend=self.tiers[flight.level].plan.backend,
             errno=errno.ETIMEDOUT,
         )
-        error.settled = settled
+        error.settled, error.kept_in = settled, kept_in
         self._end(waiter, Outcome(flight.key, "error", error), path)
 
     def _leave_queue(self, waiter: Waiter, flight: Flight) -> bool:

@@ -311,8 +311,13 @@ class Relay:
         return f"{self.far.name} is left alone until it answers again: {self.far.out}"
 
     def _out_error(self, key: BlockKey) -> TransferError:
-        text = f"{self._out_text()}; {self.near.name} has the block"
-        return TransferError(text, direction="store", key=key, errno=errno.EHOSTDOWN)
+        return self._kept(key, self._out_text(), errno.EHOSTDOWN)
+
+    def _kept(self, key: BlockKey, why: str, number: int | None) -> TransferError:
+        text = f"{why}; {self.near.name} has the block"
+        error = TransferError(text, direction="store", key=key, errno=number)
+        error.kept_in = self.near.name
+        return error
 
     def _refuse(self, key: BlockKey, error: Exception) -> None:
         self._urgent.pop(key, None)
@@ -417,9 +422,8 @@ class Relay:
         if self._refusals == _REFUSALS:
             self._loop.call_soon(self.near.look_again)
         number = error.errno if isinstance(error, TransferError) else None
-        text = f"{getattr(error, 'reason', error)}; {self.near.name} has the block"
-        failed = TransferError(text, direction="store", key=upload.key, errno=number)
-        self._refuse(upload.key, failed)
+        why = str(getattr(error, "reason", error))
+        self._refuse(upload.key, self._kept(upload.key, why, number))
         self._owed.setdefault(upload.key, upload.nbytes)
         if self._pause is None:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
