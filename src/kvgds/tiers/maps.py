@@ -16,7 +16,7 @@ import numpy as np
 from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvgds.blocks import BlockKey
 
@@ -49,6 +49,14 @@ class KeyMap:
     def get(self, key: BlockKey) -> int | None:
         """The slot of a key, if it has one."""
         return self._parts[hash(key) & _PART].get(key)
+
+    def leading(self, keys: Sequence[BlockKey]) -> int:
+        """How many of the first keys have slots."""
+        parts = self._parts
+        for number, key in enumerate(keys):
+            if key not in parts[hash(key) & _PART]:
+                return number
+        return len(keys)
 
     def add(self, key: BlockKey, slot: int) -> None:
         """Give a slot to a key that has none."""

@@ -162,8 +162,7 @@ class Slabs:
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``."""
-        missing = (n for n, key in enumerate(keys) if key not in self._slots.keys)
-        done(next(missing, len(keys)))
+        done(self._slots.keys.leading(keys))
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``."""

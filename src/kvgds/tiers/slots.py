@@ -268,7 +268,7 @@ class Slots:
     def take(self, move: Move, size: SizeClass) -> None:
         """Lend a free slot of this class to a store."""
         slab = next(reversed(size.open))
-        self._aim(move, slab.lend(), next(self.clock))
+        _aim(move, slab, slab.lend(), next(self.clock))
         size.free -= 1
         if not slab.count_free():
             del size.open[slab]
@@ -278,18 +278,10 @@ class Slots:
     def hold(self, move: Move, slot: int) -> None:
         """Begin a load of a block."""
         slab = self.slabs[slot >> SLOT_BITS]
-        self._aim(move, slot, slab.generations[slot & SLOT_MASK])
+        _aim(move, slab, slot, slab.generations[slot & SLOT_MASK])
         self.holds[slot] = self.holds.get(slot, 0) + 1
         if not move.mirrored:
-            self.touch(slot)
-
-    def _aim(self, move: Move, slot: int, generation: int) -> None:
-        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
-        move.file = slab.file
-        move.offset = place * slab.size.slot_bytes
-        move.generation = generation
-        move.place = f"slab {slab.id} slot {place}"
-        move.slot = slot
+            self._touch(slab, slot)
 
     def unhold(self, slot: int) -> None:
         """A load has ended."""
@@ -437,9 +429,12 @@ class Slots:
 
     def touch(self, slot: int) -> None:
         """A block is used now."""
-        slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        self._touch(self.slabs[slot >> SLOT_BITS], slot)
+
+    def _touch(self, slab: Slab, slot: int) -> None:
+        place, size = slot & SLOT_MASK, slab.size
         slab.used_at = slab.uses[place] = self.touched[slot] = next(self.clock)
-        self._order(slab, place).renew(slot)
+        (size.owed if slab.states[place] == _OWED else size.clean).renew(slot)
 
     def take_touched(self) -> dict[int, int]:
         """The uses that the index is to be told of now."""
@@ -472,3 +467,12 @@ class Slots:
         if key is not None:
             slab.keys[place] = key
             self.keys.add(key, slot)
+
+
+def _aim(move: Move, slab: Slab, slot: int, generation: int) -> None:
+    place = slot & SLOT_MASK
+    move.file = slab.file
+    move.offset = place * slab.size.slot_bytes
+    move.generation = generation
+    move.place = f"slab {slab.id} slot {place}"
+    move.slot = slot
