@@ -21,6 +21,10 @@ from kvgds import (
     TransferTimeout,
     open_engine,
 )
+from kvgds.engine import Engine, running
+from kvgds.memory.device import cuda
+from kvgds.testing import HeldTransport
+from kvgds.transport import NixlTransport
 from simulator import Simulator, Vram
 from support import spoil, until
 
@@ -209,7 +213,7 @@ async def test_a_copy_past_its_deadline(gpu: Simulator, tmp_path: Path, directio
     async with open_engine(config(tmp_path / "kv")) as engine:
         region = engine.register(vram)
         await engine.store(b"there", region)
-        gpu.hold()
+        gpu.hold(await asyncio.to_thread(cuda().stream, 0))
         act, key = (engine.store, b"k") if direction == "store" else (engine.load, b"there")
         with pytest.raises(TransferTimeout) as caught:
             await act(key, region, timeout_s=0.05)
@@ -223,6 +227,58 @@ async def test_a_copy_past_its_deadline(gpu: Simulator, tmp_path: Path, directio
         assert await engine.prefix([b"k"]) == 0
         assert await engine.load(b"there", region)
         assert vram.read() == data
+
+
+async def test_a_copy_past_its_deadline_keeps_its_lease(gpu: Simulator, tmp_path: Path) -> None:
+    """Until the GPU has come to it: else it would copy into a block that another loads there."""
+    vram, _ = filled(gpu, 2 * PAGE, "late")
+    data, back = random.Random("there").randbytes(2 * PAGE), bytearray(2 * PAGE)
+    held = HeldTransport(NixlTransport())
+    async with running(Engine(config(tmp_path / "kv", tier={"verify": "stamp"}), held)) as engine:
+        assert await engine.store(b"there", data)
+        ours = await asyncio.to_thread(cuda().stream, 0)
+        gpu.hold(ours)
+        with pytest.raises(TransferTimeout) as caught:
+            await engine.store(b"k", engine.register(vram), timeout_s=0.1)
+        assert caught.value.settled is not None
+        settled = asyncio.ensure_future(caught.value.settled)
+        for i in range(5):  # as often at least the reactor has looked
+            assert await engine.store(b"%d" % i, bytes(PAGE))
+        held.hold("landing", lambda transfer: not transfer.write)
+        loading = asyncio.create_task(engine.load(b"there", back))
+        await held.wait_held("landing")  # it has been read into its lease
+        early = settled.done()
+        gpu.release(ours)
+        await until(lambda: not gpu.counter("pending"))
+        held.release()
+        assert await loading
+        await settled
+        assert back == data
+        assert not early
+        assert await engine.prefix([b"k"]) == 0
+
+
+@pytest.mark.parametrize("path", ["bounce", "gds"])
+@pytest.mark.parametrize("direction", ["store", "load"])
+async def test_past_its_deadline_while_its_stream_is_busy(
+    gpu: Simulator, tmp_path: Path, direction: str, path: str
+) -> None:
+    """Nothing has been begun: the memory is free at once, and no lease waits for that stream."""
+    vram, data = filled(gpu, 2 * PAGE, "busy")
+    stream = gpu.stream()
+    async with open_engine(config(tmp_path / "kv", path=path)) as engine:
+        region = engine.register(vram)
+        assert await engine.store(b"there", region)
+        gpu.hold(stream)
+        act, key = (engine.store, b"k") if direction == "store" else (engine.load, b"there")
+        with pytest.raises(TransferTimeout) as caught:
+            await act(key, region, stream=stream, timeout_s=0.1)
+        assert caught.value.settled is None
+        await until(lambda: not engine.statistics().quarantined_bytes)
+        vram.write(bytes(2 * PAGE))
+        assert await engine.load(b"there", region)
+        assert vram.read() == data
+        assert await engine.prefix([b"k"]) == 0
 
 
 async def test_corrupt_bytes_never_reach_the_gpu(gpu: Simulator, tmp_path: Path) -> None:

@@ -63,14 +63,15 @@ class Steps:
 
 
 def after_stream(move: Move, start: Callable[[], Work]) -> Steps:
-    """Work that starts once the caller's stream has done what it was given.
+    """Work on the caller's memory, once their stream has done what it was given.
 
     The reactor looks instead of letting our stream wait: others' work would wait behind that.
     """
 
     def steps() -> Iterator[Work]:
         yield cuda().reached(move.device, move.stream)
-        yield start()
+        if move.enter():
+            yield start()
 
     return Steps(steps())
 
@@ -300,18 +301,18 @@ class GpuDirect:
     def begin(self, move: Move) -> Rows | Later | None:
         """See ``Path``."""
         if move.work is None:
-            if not move.enter():
-                return None
             move.work = Steps(self._departing(move))
         if not move.work.done:
             return LATER
         move.work = None
+        if not move.entered:
+            return None
         move.device_rows = payload_rows(move)
         return [(move.lease_address, move.offset, PAGE)]
 
     def _departing(self, move: Move) -> Iterator[Work]:
         yield cuda().reached(move.device, move.stream)
-        if move.write:
+        if move.enter() and move.write:
             checksum = NOTHING
             if move.algorithm != NO_CHECKSUM:
                 checksum = yield from _summed(self._gpus[move.device], move.view.rows())

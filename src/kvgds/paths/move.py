@@ -19,6 +19,7 @@ from kvgds import contention
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import BlockCorrupt, TransferError, TransferTimeout
 from kvgds.memory import Arena
+from kvgds.transport import LATER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Move:
         status: set by the tier when it ends: ``"hit"``, ``"miss"``, ``"stored"`` or
             ``"present"``; ``error`` is set instead when it failed.
         abandoned: the caller has gone; what arrives must not be published.
+        entered: the caller's memory is being used, perhaps by a GPU that nothing can stop.
         mirrored: of a store: the next tier has the block already. Of a load: it is for the next
             tier, and so no use of the block.
     """
@@ -51,6 +53,7 @@ class Move:
         "backend",
         "device",
         "device_rows",
+        "entered",
         "error",
         "file",
         "generation",
@@ -100,6 +103,7 @@ class Move:
         self.status = ""
         self.error: Exception | None = None
         self.abandoned = False
+        self.entered = False
         self.mirrored = False
         self.lease: memoryview = memoryview(b"")
         self.lease_address = 0
@@ -154,35 +158,44 @@ class Move:
 
     def enter(self) -> bool:
         """Reactor: use the caller's memory from now on. False: the caller took it back."""
-        if self._gate.acquire(blocking=False):
-            return True
-        self.error = self.timeout()
-        return False
+        self.entered = self._gate.acquire(blocking=False)
+        if not self.entered:
+            self.error = self.timeout()
+        return self.entered
 
     def leave(self) -> None:
         """Reactor: the caller's memory is not needed any more."""
+        self.entered = False
         self._gate.release()
 
     def again(self) -> None:
         """After a failure: ready to begin once more, and until then the caller's to take back."""
         self.error = None
-        if self.path.holds:
+        if self.entered:
             self.leave()
         self.work = None
         self.device_rows = _NO_ROWS
 
     def begin(self) -> Rows | Later | None:
         """Stage what is to be stored; see ``transport.Transfer``."""
-        if self.abandoned:
-            self.error = self.timeout()
-            self.work = None
-            self.vacate()  # a kernel may still read what lies there, but none writes
-            return None
-        return self.path.begin(self)
+        rows = self.path.begin(self) if self.entered or not self.abandoned else None
+        if not self.abandoned or rows is LATER:  # a GPU writes into the lease or room, or may yet
+            return rows
+        self._drop()
+        return None
 
     def end(self) -> Later | None:
         """Check and hand over what was loaded; see ``transport.Transfer``."""
-        return self.path.end(self)
+        if self.write or self.entered or not self.abandoned:
+            return self.path.end(self)
+        self._drop()
+        return None
+
+    def _drop(self) -> None:
+        """Nobody waits, and nothing has the caller's memory or is written in ours."""
+        self.error = self.error or self.timeout()
+        self.work = None
+        self.vacate()  # a kernel may still read what lies there, but none writes
 
     def fail(self, error: Exception) -> None:
         """Record why the bytes did not move; see ``transport.Transfer``."""

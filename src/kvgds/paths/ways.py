@@ -68,11 +68,11 @@ class _Bounce:
     def begin(self, move: Move) -> Rows | Later | None:
         if move.write:
             if move.work is None:
-                if not move.enter():
-                    return None
                 move.work = self._copy(move)
             if not move.work.done:
                 return LATER
+            if not move.entered:
+                return None
             move.leave()
             _seal(move)
         return [(move.lease_address, move.offset, image_bytes(move.nbytes))]
@@ -82,8 +82,6 @@ class _Bounce:
             return None
         if move.work is None:
             move.check(lambda: checksum_of([move.lease[PAGE : PAGE + move.nbytes]]))
-            if not move.enter():
-                return None
             move.work = self._copy(move)
         return None if move.work.done else LATER
 
@@ -91,8 +89,9 @@ class _Bounce:
     def _copy(move: Move) -> Work:
         view, device = move.view, move.view.region.device
         if device is None:
-            payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
-            copy_pieces(*((pieces, payload) if move.write else (payload, pieces)))
+            if move.enter():
+                payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
+                copy_pieces(*((pieces, payload) if move.write else (payload, pieces)))
             return COPIED
         lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)
