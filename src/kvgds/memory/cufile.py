@@ -6,19 +6,16 @@ to seconds. Opening reads the environment and prints, and may hang with a broken
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvgds import environment
 from kvgds.errors import PathUnavailable
 from kvgds.memory.device import cuda, packaged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvgds.memory import Span
 
 GPU_PACKAGES = "from your checkout, pip install -c constraints.txt '.[cu12]' (or cu13)"
@@ -87,7 +84,7 @@ class Cufile:
 
     def open(self, *, compat: bool) -> None:
         """Open the driver in this mode, unless this process has it open already. Blocks."""
-        with _environment(_COMPAT, "true" if compat else "false"):
+        with environment.changed({_COMPAT: "true" if compat else "false"}):
             self._call("DriverOpen")
 
     def means(self) -> Means:
@@ -125,19 +122,6 @@ class Cufile:
         status = getattr(self._library, f"cuFile{name}")(*arguments)
         if status.code:
             raise CufileError(f"cuFile{name}", status.code)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgds import contention
+from kvgds import contention, environment
 from kvgds.errors import PathUnavailable
 from kvgds.memory import Span
 from kvgds.memory.cufile import CufileError, cufile
@@ -44,6 +44,7 @@ POOL_ROWS = 65536
 some of it has begun then, and goes on in memory that is taken to be free."""
 
 _LIBRARY = "libnixl_capi.so"
+_LEVEL = "NIXL_LOG_LEVEL"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
 _LEAST_PIECE = 16 << 20  # of GPU memory; what cuFile moves at a time
 _GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
@@ -118,18 +119,13 @@ def nixl() -> _Nixl:
     Raises:
         PathUnavailable: it is not installed, or can't be loaded.
     """
-    level = os.environ.get("NIXL_LOG_LEVEL")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
     report = []
-    try:
+    with environment.changed({_LEVEL: os.environ.get(_LEVEL, "FATAL")}):
         for path in _candidates():
             try:
                 return _Nixl(path)
             except OSError as error:
                 report.append(str(error))
-    finally:
-        if level is None:
-            del os.environ["NIXL_LOG_LEVEL"]
     raise PathUnavailable("NIXL can't be loaded; pip install 'nixl-cu12>=1.5.1'", tuple(report))
 
 

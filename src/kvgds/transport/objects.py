@@ -20,10 +20,10 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvgds import environment
 from kvgds.blocks import PAGE
 from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory import bytes_at
@@ -34,7 +34,7 @@ from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox, all_of, fulfil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from kvgds.config import ObjectTier
     from kvgds.memory import Region
@@ -53,7 +53,6 @@ _RETRY_S = 0.1
 _LASTING = (errno.EACCES, errno.ENOENT, errno.ENODEV, errno.ERANGE)  # another try would end alike
 # Retries are this module's; the SDK reads these when a client is made. Only the keys given count.
 _SDK = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "1"}
-_changing = threading.Lock()  # the environment, which is the process's
 _SDK_KEYS = {"AWS_EC2_METADATA_DISABLED": "true"}
 
 
@@ -91,7 +90,7 @@ class _Nixl:
         self._registered: dict[Memory | File, ctypes.c_void_p] = {}
         self._agent = new_agent(self._name)
         try:
-            with _environment(_SDK if settings.access_key is None else _SDK | _SDK_KEYS):
+            with environment.changed(_SDK if settings.access_key is None else _SDK | _SDK_KEYS):
                 self._options = new_backend(self._agent, "OBJ", _parameters(settings))
         except NixlError as error:
             self._library.call("destroy_agent", self._agent)
@@ -194,22 +193,6 @@ def _parameters(settings: ObjectTier) -> dict[str, str]:
         **({"ca_bundle": os.fspath(settings.ca_bundle)} if settings.ca_bundle else {}),
         **{name: key.get_secret_value() for name, key in keys.items() if key is not None},
     }
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for as long as a client is made, which reads them."""
-    with _changing:
-        before = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
 
 
 class _Obstore:
