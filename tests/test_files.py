@@ -682,3 +682,67 @@ async def test_loads_do_not_wait_for_the_ledger(tmp_path: Path) -> None:
         assert await deleting
         await put(engine, b"late")
         assert ledger(root) == taken(root) == IMAGE
+
+
+# --- prefixes beside loads ------------------------------------------------------------------
+
+
+def plant_blocks(root: Path, keys: list[bytes]) -> None:
+    """Files that a prefix finds: it asks for no more than their names."""
+    for key in keys:
+        path_of(root, key).parent.mkdir(mode=0o700, exist_ok=True)
+        path_of(root, key).touch(0o600)
+
+
+async def test_prefixes_leave_a_thread_to_loads(tmp_path: Path) -> None:
+    """However many are asked for: one is looked for at a time, and the others are told as well."""
+    keys = [b"%d" % n for n in range(100)]
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"wanted")
+            plant_blocks(disk.backing / "kv", keys)
+            disk.hang("lookup", match=path_of(root, keys[0]).name)
+            asked = [asyncio.ensure_future(engine.prefix(keys[n % 2 :])) for n in range(8)]
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            assert await get(engine, b"wanted")
+            assert not any(each.done() for each in asked)
+            disk.release()
+            disk.clear()
+            assert await asyncio.gather(*asked) == [100, 99] * 4
+            assert engine.statistics().tiers[0].blocks == 101
+
+
+async def test_a_load_waits_for_one_piece_of_a_prefix(tmp_path: Path) -> None:
+    """Where the other thread waits for the ledger: not for a whole prefix, nor for all of them."""
+    keys = [b"%d" % n for n in range(300)]
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"wanted")
+            plant_blocks(disk.backing / "kv", keys)
+            with locked(root):
+                deleting = asyncio.ensure_future(engine.delete(b"gone"))
+                await asyncio.sleep(0)  # its job is first in line
+                # A piece, and perhaps one that was in line already; and the block's own.
+                disk.hang("lookup", match="*.kv", skip=2 * 64 + 1)
+                asked = [asyncio.ensure_future(engine.prefix(keys)) for _ in range(4)]
+                await asyncio.sleep(0)  # and then they
+                assert await get(engine, b"wanted")
+                await asyncio.to_thread(disk.wait_waiting, 1)
+                assert not any(each.done() for each in (*asked, deleting))
+                disk.release()
+                disk.clear()
+                assert await asyncio.gather(*asked) == [300] * 4
+            await deleting
+
+
+async def test_closing_waits_for_a_prefix(tmp_path: Path) -> None:
+    """All its pieces: whoever asked is told."""
+    keys = [b"%d" % n for n in range(300)]
+    async with opened(tmp_path / "kv") as engine:
+        plant_blocks(tmp_path / "kv", keys)
+        asked = [asyncio.ensure_future(engine.prefix(keys)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await engine.aclose()
+        assert await asyncio.gather(*asked) == [300] * 3

@@ -3,7 +3,8 @@
 The tier itself: what is under way, what waits for room, and which blocks have been seen.
 All state belongs to the event loop's thread; ``tree`` makes the file-system calls, in the
 executor: loads at once, and everything that stores or removes in one job at a time, so that
-a thread is always left for loads however long another process holds the ledger.
+a thread is always left for loads however long another process holds the ledger. In that
+thread a load waits for no more than the piece of one prefix that is being looked at.
 
 Recency is a file's modification time, which a load sets at most once a minute: that much of
 it a restart forgets, and other processes don't see. All who share a directory need to be
@@ -13,6 +14,8 @@ one user, and a file system whose flock works between them.
 from __future__ import annotations
 
 import os
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,9 +42,26 @@ if TYPE_CHECKING:
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import FileTier
     from kvgds.paths import Move
+    from kvgds.tiers.folders import Folders
     from kvgds.tiers.tree import Opened
 
 _PAUSE_S = 10e-3  # between looks for room that other processes have reserved
+_PIECE = 64  # keys of a prefix that are looked for before loads have their turn
+
+
+@dataclass(eq=False, slots=True)
+class _Prefix:
+    """A question how many of the first keys are there.
+
+    Attributes:
+        folders: what it has seen of the tree; its pieces share that, as one job would.
+        length: keys found so far.
+    """
+
+    keys: tuple[BlockKey, ...]
+    done: Callable[[int], None]
+    folders: Folders
+    length: int = 0
 
 
 class Files:
@@ -66,6 +86,7 @@ class Files:
         self._errands = Errands()
         self._waiting: list[Store] = []  # for room; in order
         self._moving: dict[Move, Store] = {}
+        self._prefixes: deque[_Prefix] = deque()  # the first is being looked for
         self._busy = False  # a job is doing errands
         self._under_way = 0
         self._progress = 0
@@ -104,17 +125,34 @@ class Files:
 
     def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
         """See ``Tier.prefix``."""
-
-        def counted(future: Future[tuple[int, list[bytes]]]) -> None:
-            length, seen = (0, []) if future.exception() else future.result()
-            self._known.update(seen)
-            if future.exception() is None and length < len(keys):  # others may have dropped it
-                self._known.discard(known_as(self._tree.place(keys[length])))
-            done(length)
-            self._end([], 1)
-
         self._under_way += 1
-        self._services.run(partial(self._tree.prefix, tuple(keys)), counted)
+        self._prefixes.append(_Prefix(tuple(keys), done, self._tree.folders()))
+        if len(self._prefixes) == 1:
+            self._look_for_piece()
+
+    def _look_for_piece(self) -> None:
+        """Of the first prefix alone: its pieces take one thread, and queue behind loads."""
+        asked = self._prefixes[0]
+        piece = asked.keys[asked.length : asked.length + _PIECE]
+        look = partial(self._tree.prefix, piece, asked.folders)
+        self._services.run(look, partial(self._found, asked, len(piece)))
+
+    def _found(self, asked: _Prefix, wanted: int, future: Future[list[bytes]]) -> None:
+        failed = future.exception() is not None
+        seen = [] if failed else future.result()
+        self._known.update(seen)
+        asked.length += len(seen)
+        ended = failed or len(seen) < wanted or asked.length == len(asked.keys)
+        if ended:
+            self._prefixes.popleft()
+        if self._prefixes:
+            self._look_for_piece()
+        if not ended:
+            return
+        if not failed and asked.length < len(asked.keys):  # others may have dropped it
+            self._known.discard(known_as(self._tree.place(asked.keys[asked.length])))
+        asked.done(0 if failed else asked.length)
+        self._end([], 1)
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``; the bytes are those of the ledger when it was last read."""

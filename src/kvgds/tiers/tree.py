@@ -227,18 +227,20 @@ class Tree:
 
     # --- loading ----------------------------------------------------------------------
 
-    def prefix(self, keys: Sequence[BlockKey]) -> tuple[int, list[bytes]]:
-        """How many of the first keys are there, and what those are known as."""
+    def folders(self) -> Folders:
+        """What a job that is done in pieces sees of the tree, and hands from piece to piece."""
+        return Folders(self._root)
+
+    def prefix(self, keys: Sequence[BlockKey], folders: Folders) -> list[bytes]:
+        """What the first keys, as many of them as are there, are known as."""
         seen: list[bytes] = []
-        folders = Folders(self._root)
-        for n, key in enumerate(keys):
-            place = self.place(key)
+        for place in map(self.place, keys):
             try:
                 folders.regular(place)
             except OSError:  # not there, or nothing that a load would read
-                return n, seen
+                break
             seen.append(known_as(place))
-        return len(keys), seen
+        return seen
 
     def open_blocks(self, moves: Sequence[Move]) -> tuple[list[Move], list[Move]]:
         """Open the files of blocks to be loaded: the moves that ended, those that can go."""
