@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from faults import FaultyDisk
 from kvgds import Namespace
 from kvgds.tiers.directory import prepare_root
 from sharing import (
@@ -36,7 +38,7 @@ from sharing import (
     there,
     write_ledger,
 )
-from support import content
+from support import NAMESPACE, PAGE, content, digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,6 +156,62 @@ async def test_deleting_what_has_only_just_been_linked(tmp_path: Path) -> None:
         assert await engine.delete(b"key")
         assert ledger(root) == taken(root) == 0
         assert temporaries(root) == []
+
+
+ROOM, MORE = 50, 200  # blocks; and how many that have gone may be remembered
+
+
+def blocks_in(root: Path) -> int:
+    return len(list(root.glob("*/*/*.kv")))
+
+
+@pytest.mark.parametrize("act", ["load", "prefix", "store"])
+async def test_what_others_evict_is_forgotten(tmp_path: Path, act: str) -> None:
+    """By an engine that evicts nothing itself, too; and never a block that is there."""
+    root, capacity = tmp_path / "kv", ROOM * 2 * PAGE
+    memory = bytearray(PAGE)
+    async with opened(root, capacity_bytes=capacity) as one, opened(root) as other:
+        for n in range(8 * ROOM):
+            key = b"%d" % n
+            assert await (other if act == "store" else one).store(key, memory)
+            if act == "load":
+                assert await other.load(key, memory)
+            elif act == "prefix":
+                assert await other.prefix([key]) == 1
+            else:  # in whose way it makes room
+                assert await one.store(b"more %d" % n, memory)
+        await other.delete(b"x")  # comes after whatever was going on
+        there = blocks_in(root)
+        assert there <= ROOM
+        seen = other.statistics().tiers[0]
+        assert seen.blocks <= there + MORE
+        assert seen.evictions == 0
+        if act != "store":
+            assert there <= seen.blocks
+
+
+@pytest.mark.parametrize(("op", "number"), [("opendir", errno.EIO), ("readdir", 0)])
+async def test_a_look_that_sees_nothing_forgets_nothing(
+    tmp_path: Path, op: Any, number: int
+) -> None:
+    """It fails, or gets an old listing, as network file systems give."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.backing / "kv") as one, opened(disk.root / "kv") as other:
+            disk.fail(op, number)
+            keys = [b"%d" % n for n in range(200)]
+            for key in keys:
+                assert await one.store(key, bytes(PAGE))
+            with locked(disk.root / "kv"):
+                stores = [asyncio.ensure_future(other.store(b"first", bytes(PAGE)))]
+                await asyncio.sleep(0)  # its job waits for the ledger; the next is to look as well
+                for key in keys:
+                    assert await other.load(key, bytearray(PAGE))
+                stores.append(asyncio.ensure_future(other.store(b"second", bytes(PAGE))))
+                await asyncio.sleep(0)
+            assert await asyncio.gather(*stores) == [True] * 2
+            await other.delete(b"x")  # comes after whatever was going on
+            assert disk.seen("opendir", f"*/{digest(NAMESPACE).hex()}/??")  # it has looked
+            assert other.statistics().tiers[0].blocks == 202
 
 
 # --- dead and living ------------------------------------------------------------------------

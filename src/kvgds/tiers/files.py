@@ -24,7 +24,7 @@ from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
 from kvgds.paths import PathPlan, try_directory
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.directory import prepare_root
-from kvgds.tiers.room import known_as
+from kvgds.tiers.known import Known, known_as
 from kvgds.tiers.tree import (
     Delete,
     Errands,
@@ -68,7 +68,8 @@ class Files:
     """The files layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``.
 
     What it knows without asking the directory are the blocks it has seen; others come and
-    go by the hand of other processes.
+    go by the hand of other processes. So that tells what need not be stored or is worth a wait,
+    and never that a load would miss.
     """
 
     authoritative = False
@@ -82,7 +83,7 @@ class Files:
         self._services = services
         self._tree = Tree(settings, namespace, stacked=services.backlog is not None)
         self._owed: list[tuple[BlockKey, int]] = []  # until they are asked for
-        self._known: set[bytes] = set()
+        self._known = Known()
         self._errands = Errands()
         self._waiting: list[Store] = []  # for room; in order
         self._moving: dict[Move, Store] = {}
@@ -103,7 +104,7 @@ class Files:
             self.plan = found.path_plan(self.name, self._services.transport.name)
             self._tree.direct = os.O_DIRECT if found.direct_io else 0
             self._tree.recover()
-            self._known = self._tree.listing(progress)
+            self._known.saw((set(), found) for found in self._tree.listing(progress))
             self._owed = self._tree.owed()
         except OSError as error:
             self._tree.close()
@@ -140,7 +141,7 @@ class Files:
     def _found(self, asked: _Prefix, wanted: int, future: Future[list[bytes]]) -> None:
         failed = future.exception() is not None
         seen = [] if failed else future.result()
-        self._known.update(seen)
+        self._known.add(seen)
         asked.length += len(seen)
         ended = failed or len(seen) < wanted or asked.length == len(asked.keys)
         if ended:
@@ -150,7 +151,7 @@ class Files:
         if not ended:
             return
         if not failed and asked.length < len(asked.keys):  # others may have dropped it
-            self._known.discard(known_as(self._tree.place(asked.keys[asked.length])))
+            self._known.discard([known_as(self._tree.place(asked.keys[asked.length]))])
         asked.done(0 if failed else asked.length)
         self._end([], 1)
 
@@ -229,11 +230,11 @@ class Files:
         for move in moves:
             self._unpin(move.place)
             if move.status == "hit":
-                self._known.add(known_as(move.place))
+                self._known.add([known_as(move.place)])
                 if not move.mirrored:
                     self._tree.room.note_use(move.place)
             elif move.status == "miss":
-                self._known.discard(known_as(move.place))
+                self._known.discard([known_as(move.place)])
         self._end(moves, len(moves))
 
     def _unpin(self, place: str) -> None:
@@ -314,32 +315,36 @@ class Files:
         """Start the next job, unless one is running: it will start the next when it ends."""
         errands = self._errands
         wanted = errands.stores or errands.corrupt or errands.deletes or errands.mirrored
-        if self._busy or not wanted:
+        if self._busy or not (wanted or self._known.due):
             return
         self._errands = Errands()
+        errands.looks = self._known.take_due()
+        self._under_way += len(errands.looks)
         self._busy = True
         ran = partial(self._ran, errands, self._progress)
         self._services.run(partial(self._tree.run, errands), ran)
 
     def _ran(self, errands: Errands, progress: int, future: Future[None]) -> None:
         self._busy = False
+        self._under_way -= len(errands.looks)
         if error := future.exception():
             for store in errands.stores:
                 if store.state != "ended":
                     fail(store.move, error)
                     store.state = "ended"
         stored = [store for store in errands.stores if store.move.status]
-        self._known.update(known_as(store.place) for store in stored)
-        self._known.difference_update(self._tree.room.take_evicted())
+        self._known.saw(errands.sights)
+        self._known.add(known_as(store.place) for store in stored)
+        self._known.discard(self._tree.room.take_evicted())
         self._go_on(errands)
         ended = [store.move for store in errands.stores if store.state == "ended"]
         for move, _ in errands.corrupt:
             self._unpin(move.place)
             if not isinstance(move.error, ConfigError | TransferError):  # that block is there
-                self._known.discard(known_as(move.place))
+                self._known.discard([known_as(move.place)])
             ended.append(move)
         for delete in errands.deletes:
-            self._known.discard(known_as(delete.place))
+            self._known.discard([known_as(delete.place)])
             failed = delete.error or (TransferError(str(error)) if error else None)
             delete.done(delete.there, failed)
         others = len(errands.deletes) + len(errands.mirrored)

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kvgds.tiers.folders import files_in, subfolders
+from kvgds.tiers.known import known_as
 from kvgds.tiers.ledger import reserved_by
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ _SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
 _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
 _LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
-
-
-def known_as(place: str) -> bytes:
-    """The digest at the end of a block's path: smaller to remember."""
-    return bytes.fromhex(place[-43:-3])
 
 
 class Room:

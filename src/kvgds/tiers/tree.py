@@ -47,17 +47,19 @@ from kvgds.tiers.folders import (
     subfolders,
     touch,
 )
+from kvgds.tiers.known import known_as
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
-from kvgds.tiers.room import NAME, Room, known_as
+from kvgds.tiers.room import NAME, Room
 from kvgds.transport import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import FileTier
     from kvgds.paths import Move
+    from kvgds.tiers.known import Look, Sight
 
     Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
 
@@ -103,12 +105,14 @@ class Delete:
 
 @dataclass(eq=False, slots=True)
 class Errands:
-    """What the next job is to do, after a pause if need be."""
+    """What the next job is to do, after a pause if need be; and what it has seen."""
 
     stores: list[Store] = field(default_factory=list)
     corrupt: list[Opened] = field(default_factory=list)
     deletes: list[Delete] = field(default_factory=list)
     mirrored: list[str] = field(default_factory=list)  # places of blocks that are not owed now
+    looks: list[Look] = field(default_factory=list)
+    sights: list[Sight] = field(default_factory=list)
     pause_s: float = 0.0
 
 
@@ -188,15 +192,16 @@ class Tree:
                     self.room.make(0, 0)
         locks.lock(self._openers, fcntl.LOCK_SH)
 
-    def listing(self, progress: Callable[[str, int, int], None]) -> set[bytes]:
+    def listing(self, progress: Callable[[str, int, int], None]) -> Iterator[set[bytes]]:
         """The blocks of the namespace, as digests of their keys."""
-        known: set[bytes] = set()
         fans = list(subfolders(self._space, self._root))
         for done, fan in enumerate(fans, 1):
-            entries = entries_of(f"{self._space}/{fan}", self._root)
-            known.update(known_as(entry.name) for entry in entries if NAME.fullmatch(entry.name))
+            yield self._blocks_in(fan)
             progress("listing the blocks", done, len(fans))
-        return known
+
+    def _blocks_in(self, fan: str) -> set[bytes]:
+        entries = entries_of(f"{self._space}/{fan}", self._root)
+        return {known_as(entry.name) for entry in entries if NAME.fullmatch(entry.name)}
 
     def owed(self) -> list[tuple[BlockKey, int]]:
         """Keys and bytes of the namespace's blocks that the next tier may lack."""
@@ -294,6 +299,8 @@ class Tree:
         time.sleep(errands.pause_s)
         folders = Folders(self._root, power=self._power)
         try:
+            with contextlib.suppress(OSError):  # no longer, or not just now: that can wait
+                errands.sights = [self._look_into(fan, before) for fan, before in errands.looks]
             for place in errands.mirrored:
                 with contextlib.suppress(OSError):  # it stays owed
                     self._debts.unmark(place)
@@ -310,6 +317,16 @@ class Tree:
                 self._settle_accounts(Errands(), folders)
         finally:
             close_files(errands.corrupt)
+
+    def _look_into(self, number: int, before: set[bytes]) -> Sight:
+        """What has gone from a folder, and come. Who reads it while it changes may miss a name."""
+        fan = f"{number:02x}"
+        seen = self._blocks_in(fan)
+        gone = {each for each in before - seen if not self._is_there(f"{fan}/{each.hex()}.kv")}
+        return gone, seen - before
+
+    def _is_there(self, name: str) -> bool:
+        return status(f"{self._space}/{name}", self._root) is not None
 
     def _try(self, store: Store, step: Callable[[Store, Folders], None], folders: Folders) -> None:
         try:
