@@ -8,7 +8,6 @@ import errno
 import gc
 import mmap
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from faults import FaultyDisk
+from forbidding import IO_SETUP, IO_URING_SETUP
 from kvgds.memory import Arena, region_of
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
 from kvgds.transport import File, NixlTransport
@@ -301,20 +301,12 @@ def test_a_row_longer_than_one_call_moves(tmp_path: Path) -> None:
 
 
 FORBIDDING = """
-import ctypes, os, struct, sys
+import sys
 import kvgds.transport
+from forbidding import forbid
 from kvgds.errors import PathUnavailable
 
-libc = ctypes.CDLL(None, use_errno=True)
-code = struct.pack("HBBI", 0x20, 0, 0, 0)  # which system call
-for number in map(int, sys.argv[1:]):
-    code += struct.pack("HBBI", 0x15, 0, 1, number)
-    code += struct.pack("HBBI", 0x06, 0, 0, 0x00050000 | 1)  # EPERM
-code += struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)  # any other may go
-buffer = ctypes.create_string_buffer(code)
-program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())
+forbid(*map(int, sys.argv[1:]))
 transport = kvgds.transport.NixlTransport()
 try:
     transport.start()
@@ -324,8 +316,6 @@ else:
     print(transport.name)
     transport.close().result(20)
 """
-IO_URING_SETUP = 425
-IO_SETUP = 0 if platform.machine() == "aarch64" else 206
 
 
 @pytest.mark.parametrize(
@@ -341,6 +331,7 @@ def test_queues_that_a_container_forbids(forbidden: list[int], expected: str) ->
     """As Docker does it, by seccomp: the next queue is taken, or the error tells of each."""
     done = subprocess.run(
         [sys.executable, "-c", FORBIDDING, *map(str, forbidden)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=True,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvgds.blocks import Outcome, check_key
 from kvgds.config import EngineConfig, FileTier, ObjectTier
 from kvgds.errors import (
+    CapacityError,
     ClosedError,
     ConfigError,
     QueueFull,
@@ -32,6 +33,7 @@ from kvgds.metrics import Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
 from kvgds.statistics import Statistics, gauges_of, statistics_of
+from kvgds.threads import fill, starting
 from kvgds.tiers import Services, Tier
 from kvgds.tiers.files import Files
 from kvgds.tiers.objects import Objects
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger("kvgds")
+_FILE_THREADS = 2
 _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
     "slabs": Slabs,
     "files": Files,
@@ -99,7 +102,7 @@ class Engine:
         self._loop = _running_loop()
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
-        self._executor = ThreadPoolExecutor(2, thread_name_prefix="kvgds-files")
+        self._executor = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="kvgds-files")
         # Of memory, which never waits: not behind files, which may.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="kvgds-copies")
         self.metrics = Metrics(lambda: gauges_of(self.statistics()))
@@ -137,11 +140,17 @@ class Engine:
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Probe, recover and get ready. Called by :func:`open_engine`."""
         told = progress or logged_progress()
-        starting = self._in_thread(self._start, told)
         try:
-            self._flights.ways = await asyncio.shield(starting)
+            with starting():
+                opening = self._in_thread(self._start, told)
+        except CapacityError:
+            for transport in self._transports:  # not started: that is over at once
+                transport.close()
+            raise
+        try:
+            self._flights.ways = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            self._closing = to_the_end(lambda: self._unopen(starting))
+            self._closing = to_the_end(lambda: self._unopen(opening))
             await outlast(self._closing)
             raise
         except BaseException:
@@ -150,11 +159,11 @@ class Engine:
         self.plan = self._flights.ways.plans
         self._flights.open()
 
-    async def _unopen(self, starting: asyncio.Future[Ways]) -> None:
+    async def _unopen(self, opening: asyncio.Future[Ways]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
-        await until_done(starting)
-        if starting.exception() is None:
-            self._flights.ways = starting.result()
+        await until_done(opening)
+        if opening.exception() is None:
+            self._flights.ways = opening.result()
             await self._close()
         else:
             self._end_threads()
@@ -163,6 +172,9 @@ class Engine:
         with contextlib.ExitStack() as stack:
             for transport in self._transports:
                 stack.callback(_closed, transport)
+            fill(self._executor, _FILE_THREADS - 1)  # this one is there
+            fill(self._copier, 1)
+            for transport in self._transports:
                 start = getattr(transport, "start", None)
                 if start is not None:
                     start()
@@ -614,6 +626,7 @@ def open_engine(
         ClosedError: no event loop of asyncio runs here.
         BusyError: another engine has the directory.
         PathUnavailable: NIXL, or a path that was asked for, can't be had.
+        CapacityError: the system allows no more threads.
     """
     if not isinstance(config, EngineConfig):
         raise ConfigError("config", type(config).__name__, "must be an EngineConfig")

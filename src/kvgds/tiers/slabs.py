@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvgds.errors import BlockCorrupt, ConfigError, TransferError
 from kvgds.paths import PathPlan, try_directory
+from kvgds.threads import starting
 from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect, unusable
@@ -95,6 +96,8 @@ class Slabs:
             found = Recovery(settings, index, slots, folder=folder, namespace=number, direct=direct)
             found.run(progress)
             index.promise(power=power)
+            with starting():
+                index.start()
         except BaseException:
             index.close()
             raise
@@ -102,7 +105,6 @@ class Slabs:
         self._supply = Supply(
             settings, services, index, self._slots, self._send, folder=self._folder, direct=direct
         )
-        index.start()
 
     def close(self) -> None:
         """See ``Tier.close``."""

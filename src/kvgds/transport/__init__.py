@@ -41,6 +41,7 @@ class NixlTransport:
 
         Raises:
             PathUnavailable: NIXL or its plugin can't be loaded.
+            CapacityError: the system allows no more threads.
         """
         for lane in self._lanes:
             lane.start()
@@ -84,9 +85,7 @@ class NixlTransport:
     def close(self) -> Future[None]:
         """See :class:`Transport`."""
         self._closed = True
-        for lane in self._lanes:
-            lane.call(lane.stop)
-        return all_of([lane.stopped for lane in self._lanes])
+        return all_of([lane.close() for lane in self._lanes])
 
     def abandon(self) -> None:
         """See :class:`Transport`."""

@@ -28,6 +28,7 @@ from kvgds.blocks import PAGE
 from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
+from kvgds.threads import fill, starting
 from kvgds.transport.agent import NixlError, new_agent, new_backend, nixl
 from kvgds.transport.bucket import Bucket
 from kvgds.transport.contract import LATER, NotMoved
@@ -288,10 +289,12 @@ class ObjectTransport:
 
         Raises:
             PathUnavailable: the one that was asked for can't be had. ConfigError: the settings
-                can't be used.
+                can't be used. CapacityError: the system allows no more threads.
         """
         self.bucket = Bucket(self._settings)
-        self._thread.start()
+        fill(self._pool, 2 * self._settings.connections)
+        with starting():
+            self._thread.start()
         self._ready.result()
 
     def submit(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:

@@ -31,6 +31,7 @@ from kvgds import contention
 from kvgds.blocks import padded
 from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
+from kvgds.threads import starting
 from kvgds.transport.agent import POOL_ROWS, Agent
 from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox, fulfil
@@ -170,7 +171,7 @@ class _Side:
 
 
 class Lane:
-    """One agent and its thread. All methods but start, submit, call and leak run on that thread.
+    """One agent and its thread, on which run all methods but start, close, submit, call and leak.
 
     Attributes:
         backend: what moves the bytes, once ``ready``.
@@ -201,8 +202,17 @@ class Lane:
     # --- called from other threads -------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread; see :func:`kvgds.threads.starting`."""
+        with starting():
+            self._thread.start()
+
+    def close(self) -> Future[None]:
+        """End once nothing is under way, or at once if it never began; that is ``stopped``."""
+        if self._thread.ident is not None:
+            self.call(self._stop)
+        elif not self.stopped.done():
+            self._finish()
+        return self.stopped
 
     def submit(self, transfers: Sequence[Transfer], deliver: Deliver) -> None:
         """Queue transfers; their ends go to ``deliver``, on the lane's thread."""
@@ -229,8 +239,8 @@ class Lane:
         try:
             self._agent = Agent(*self._settings)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever opens the transport
+            self._finish()
             self.ready.set_exception(error)
-            self.stopped.set_result(None)
             return
         if self._agent.ring is not None:
             self._inbox.watch(self._agent.ring)
@@ -243,11 +253,13 @@ class Lane:
             self._poll()
             self._report()
         self._agent.close()
+        self._finish()
+
+    def _finish(self) -> None:
         self._inbox.close()
         self.stopped.set_result(None)
 
-    def stop(self) -> None:
-        """End once nothing is under way."""
+    def _stop(self) -> None:
         self._closing = True
 
     def add_gpu(self, plugin: str) -> None:
