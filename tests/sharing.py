@@ -253,7 +253,8 @@ async def act_holding(root: Path, seed: int) -> None:
     async with opened(root, capacity_bytes=1 << 30) as engine:
         engine.held.hold("landing")
         keys = [b"held-%d-%d" % (seed, n) for n in range(3)]
-        storing = asyncio.ensure_future(engine.store_many([(k, content(k, NBYTES)) for k in keys]))
+        blocks = [(key, content(key, NBYTES)) for key in keys]
+        storing = asyncio.ensure_future(engine.store_many(blocks, timeout_s=600))
         await engine.held.wait_held("landing", 3)
         say("held")
         await asyncio.to_thread(sys.stdin.readline)
