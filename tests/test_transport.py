@@ -11,8 +11,10 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 import weakref
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,10 +23,12 @@ from forbidding import IO_SETUP, IO_URING_SETUP
 from kvgds.memory import Arena, region_of
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
 from kvgds.transport import File, NixlTransport
+from kvgds.transport.inbox import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType
 
     from kvgds.transport import Transport
 
@@ -376,3 +380,45 @@ class FileOf(File):
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+# --- inbox --------------------------------------------------------------------------------------
+
+
+def test_who_rings_while_the_reader_closes_rings_nobody_else() -> None:
+    """Its descriptor's number may be another's by then. One who puts is stopped just before."""
+    inbox, about_to, closed = Inbox(), threading.Event(), threading.Event()
+    last = max(line for *_, line in Inbox.put.__code__.co_lines() if line)
+
+    def stop(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is Inbox.put.__code__ and event == "line" and frame.f_lineno == last:
+            about_to.set()
+            closed.wait()
+        return stop
+
+    def put() -> None:
+        sys.settrace(stop)
+        inbox.put("late")
+
+    def read() -> None:
+        inbox.wait(None)
+        inbox.close()
+
+    wake = os.eventfd(0)
+    inbox.watch(wake)
+    with ThreadPoolExecutor(2) as threads:
+        reading = threads.submit(read)
+        while not inbox._waiting:  # noqa: SLF001 - a thread in poll() tells nobody
+            os.sched_yield()
+        putting = threads.submit(put)
+        about_to.wait()
+        os.eventfd_write(wake, 1)
+        reading.result()
+        others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+        closed.set()
+        putting.result()
+    for fd in others:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+    for fd in (wake, *others):
+        os.close(fd)

@@ -16,22 +16,34 @@ if TYPE_CHECKING:
 _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 
 
+class _Bell:
+    """Ends a wait. It lasts as long as somebody has it, and so until whoever just rings it has."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class Inbox:
     """A queue with one reader, which may wait for a descriptor as well. Any thread may put."""
 
     def __init__(self) -> None:
         self._items: deque[Any] = deque()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell: _Bell | None = _Bell()
+        self._fd = self._bell.fd
         self._poll = select.poll()
-        self._poll.register(self._bell, select.POLLIN)
+        self._poll.register(self._fd, select.POLLIN)
         self._waiting = False
 
     def put(self, item: object) -> None:
         """Leave something; wakes the reactor if it waits."""
         self._items.append(item)
-        if self._waiting:
+        bell = self._bell  # the reader may close meanwhile
+        if self._waiting and bell is not None:
             self._waiting = False
-            os.eventfd_write(self._bell, 1)
+            os.eventfd_write(bell.fd, 1)
 
     def take(self) -> Any:  # noqa: ANN401 - transfers, or a call
         """The oldest item, or None."""
@@ -51,13 +63,13 @@ class Inbox:
         self._waiting = True
         if not self._items:
             ready = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
-            if (self._bell, select.POLLIN) in ready:
-                os.eventfd_read(self._bell)
+            if (self._fd, select.POLLIN) in ready:
+                os.eventfd_read(self._fd)
         self._waiting = False
 
     def close(self) -> None:
-        """Let go of the bell; nothing may be put any more."""
-        os.close(self._bell)
+        """Reader: wait no more. What is put from now on is left there."""
+        self._bell = None
 
 
 def fulfil(function: Callable[[], None], future: Future[None]) -> None:
