@@ -33,7 +33,7 @@ from kvgds import EngineConfig, FileTier, Namespace, open_engine
 from kvgds.bench import ending, limits
 from kvgds.bench.blocks import Blocks, Content, cold, opened
 from kvgds.bench.grid import Field, copies, field_of, moves, ticker
-from kvgds.bench.machine import filesystem, report
+from kvgds.bench.machine import report
 from kvgds.bench.measure import (
     Contender,
     Sample,
@@ -48,6 +48,7 @@ from kvgds.bench.measure import (
 )
 from kvgds.bench.quick import gpus
 from kvgds.blocks import XXH3_128
+from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import prepare_root
 from kvgds.tiers.index import Changes, Index, connect
 from kvgds.tiers.space import slab_name, slot_bytes_for
@@ -428,7 +429,7 @@ async def peers(setup: Setup) -> Rows:
     Loads from a disk begin with a cold page cache, which O_DIRECT does without; those from a warm
     one run at memory's speed. On tmpfs there is no disk, and all ways are one.
     """
-    kind = filesystem(setup.root)
+    kind = filesystem_of(setup.root)
     if not pythons(setup.peers):
         print("peers: none is here; python bench/peers.py makes them", file=sys.stderr)
     async with AsyncExitStack() as stack:

@@ -240,9 +240,9 @@ class HeldTransport:
         if last:
             self._close_inner()
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """See ``transport.Transport``."""
-        self.inner.add_gpu(plugin)
+        self.inner.add_gpu()
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See ``transport.Transport``."""

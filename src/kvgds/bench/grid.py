@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds.bench import limits
 from kvgds.bench.blocks import Blocks, Content, opened
-from kvgds.bench.machine import filesystem
 from kvgds.bench.measure import Cell, Contender, Sample, rows_of, ticks, timed
 from kvgds.errors import PathUnavailable
+from kvgds.paths import filesystem_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,7 +67,7 @@ class Field:
             in_flight=in_flight,
             direction=direction,
             cache="O_DIRECT" if self.direct else "page cache, warm",
-            filesystem=filesystem(self.root),
+            filesystem=filesystem_of(self.root),
         )
 
     def count(self, block: int, in_flight: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from kvgds.memory.cufile import cufile
+from kvgds.paths import filesystem_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "filesystem": filesystem(root),
+        "filesystem": filesystem_of(root),
         "disk": _disk(root),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled") or "none",
         "gpu": _said("nvidia-smi", _GPU, "--format=csv,noheader") or "none",
@@ -56,14 +57,6 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
 def _how(plan: PathPlan) -> str:
     """The first line of a plan, without the directory."""
     return str(plan).partition("\n")[0].rpartition(": ")[2]
-
-
-def filesystem(root: Path) -> str:
-    """The kind of file system that a directory is on."""
-    mounts = [line.split() for line in _read("/proc/mounts").splitlines()]
-    here = root.resolve()
-    below = [each for each in mounts if here.is_relative_to(each[1])]
-    return max(below, key=lambda each: len(each[1]))[2] if below else "unknown"
 
 
 def _disk(root: Path) -> str:

@@ -71,7 +71,7 @@ def try_gds(job: dict[str, Any]) -> tuple[int, list[str]]:
     if job["checksums"]:
         seen.append("the GPU makes checksums that are xxhash's")
     agent = Agent("canary", ("uring", "aio"))
-    agent.add_gpu(job["plugin"])
+    agent.add_gpu()
     with ExitStack() as stack:
         fd = _file(job, stack)
         file = File(fd)

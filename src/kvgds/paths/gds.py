@@ -24,8 +24,6 @@ from kvgds.paths.plan import trial_path
 if TYPE_CHECKING:
     from kvgds.transport import Transport
 
-PLUGIN = "GDS_MT"
-
 
 @dataclass(frozen=True, slots=True)
 class Gds:
@@ -33,7 +31,6 @@ class Gds:
 
     Attributes:
         path: ``"gds"``, ``"gds-compat"``, or "": neither.
-        plugin: NIXL's plugin for it.
         gather: a block whose fragments are no longer than this on average moves as one piece; 0:
             none does.
         evidence: what was seen to work.
@@ -41,7 +38,6 @@ class Gds:
     """
 
     path: str = ""
-    plugin: str = ""
     gather: int = 0
     evidence: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -76,12 +72,12 @@ def settle_gds(
     }
     for name, compat in ways:
         try:
-            gather, evidence = _prove({**job, "compat": compat, "plugin": PLUGIN}, timeout_s)
+            gather, evidence = _prove({**job, "compat": compat}, timeout_s)
             _open_here(transport, compat=compat)
         except PathUnavailable as error:
             refused += tuple(f"{name}: {line}" for line in str(error).splitlines())
         else:
-            return Gds(name, PLUGIN, gather, evidence, refused)
+            return Gds(name, gather, evidence, refused)
     if wanted == "gds":
         text = "GPUDirect Storage can't be had here; mend what is named, or use path='auto'"
         raise PathUnavailable(text, refused)
@@ -146,4 +142,4 @@ def _open_here(transport: Transport, *, compat: bool) -> None:
     if not compat and (means.compat or not means.real):
         rule = "another library of this process opened cuFile first, in compatibility mode"
         raise PathUnavailable(f"{rule}; open the engine before it")
-    transport.add_gpu(PLUGIN)
+    transport.add_gpu()

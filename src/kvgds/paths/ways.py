@@ -19,6 +19,7 @@ from kvgds.memory.device import COPIED, NOTHING, cuda
 from kvgds.paths.gpu import GpuDirect, GpuGathered, Gpus, after_stream, payload_rows
 from kvgds.paths.move import checksum_of
 from kvgds.transport import LATER
+from kvgds.transport.agent import GPU_PLUGIN
 
 if TYPE_CHECKING:
     from kvgds.memory import Arena, Region, View
@@ -175,7 +176,7 @@ class Ways:
         here = f"{devices} GPUs answer"
         if gds.path:
             evidence = (here, *gds.evidence, "blocks whose parts are not whole pages bounce")
-            backend = f"{gds.plugin}, stamps {host.backend}"
+            backend = f"{GPU_PLUGIN}, stamps {host.backend}"
             plan = replace(host, memory="gpu", path=gds.path, backend=backend, alignment=PAGE)
             return (replace(plan, evidence=evidence, refused=gds.refused),)
         evidence = (f"{here}; copies through page-locked host memory",)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvgds.tiers.ledger import Ledger, Owner
 
 NAME = re.compile(r"[0-9a-f]{40}\.kv")
-_SPACE = re.compile(r"[0-9a-f]{32}")
+SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
 _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
 _LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
@@ -129,7 +129,7 @@ class Room:
         """Every stored file: its recency, path and status. Quarantined ones are the oldest."""
         for name, found in files_in("quarantine", self._root):
             yield 0, f"quarantine/{name}", found
-        for space in filter(_SPACE.fullmatch, subfolders("", self._root)):
+        for space in filter(SPACE.fullmatch, subfolders("", self._root)):
             for fan in subfolders(space, self._root):
                 for name, found in files_in(f"{space}/{fan}", self._root):
                     if NAME.fullmatch(name):

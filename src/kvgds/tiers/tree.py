@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -31,7 +30,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
+from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes, place_of
 from kvgds.errors import BlockCorrupt, ConfigError, KvgdsError, StorageFull, TransferError
 from kvgds.paths import NO_ROOM
 from kvgds.tiers import locks
@@ -227,8 +226,7 @@ class Tree:
 
     def place(self, key: BlockKey) -> str:
         """Path of a block's file."""
-        name = hashlib.blake2b(key, digest_size=20).hexdigest()
-        return f"{self._space}/{name[:2]}/{name}.kv"
+        return place_of(self._space, key)
 
     # --- loading ----------------------------------------------------------------------
 

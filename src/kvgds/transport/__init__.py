@@ -49,7 +49,7 @@ class NixlTransport:
             lane.ready.result()
         self.name = self._lanes[0].backend
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """Add NIXL's plugin for GPU memory to one agent; blocks while its driver opens.
 
         One alone, because cuFile knows each file and each address once in a process.
@@ -57,7 +57,7 @@ class NixlTransport:
         Raises:
             PathUnavailable: it can't be used here.
         """
-        self._lanes[0].call(partial(self._lanes[0].add_gpu, plugin)).result()
+        self._lanes[0].call(self._lanes[0].add_gpu).result()
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """See :class:`Transport`."""

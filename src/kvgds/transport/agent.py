@@ -47,7 +47,7 @@ _LIBRARY = "libnixl_capi.so"
 _LEVEL = "NIXL_LOG_LEVEL"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
 _LEAST_PIECE = 16 << 20  # of GPU memory; what cuFile moves at a time
-_GPU_SETTINGS = {"GDS_MT": {"thread_count": "8"}, "GDS": {"batch_pool_size": "16"}}
+GPU_PLUGIN, _GPU_SETTINGS = "GDS_MT", {"thread_count": "8"}
 _DRAM, _VRAM, _FILE = 0, 1, 4
 _READ, _WRITE = 0, 1
 _STRICT = 1
@@ -318,16 +318,16 @@ class Agent:
             return agent, options, f"POSIX/{kind}"
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """Add the plugin for GPU memory. Blocks as long as its driver takes to open.
 
         Raises:
             PathUnavailable: it can't be used here.
         """
         try:
-            options = new_backend(self._agent, plugin, _GPU_SETTINGS[plugin])
+            options = new_backend(self._agent, GPU_PLUGIN, _GPU_SETTINGS)
         except NixlError as error:
-            text = f"NIXL's {plugin} plugin can't be used here"
+            text = f"NIXL's {GPU_PLUGIN} plugin can't be used here"
             raise PathUnavailable(text, (str(error),)) from None
         self._gpu = _Lists(self._nixl, _VRAM, options)
 

@@ -108,7 +108,7 @@ class Transport(Protocol):
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """Queue transfers; never blocks. Raises ClosedError after :meth:`close`."""
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """Add NIXL's plugin for GPU memory; blocks. Raises PathUnavailable if it can't be used."""
 
     def detach(self, thing: File | Region) -> Future[None]:

@@ -314,9 +314,9 @@ class ObjectTransport:
         """
         self._tell = tell
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """See ``Transport``: there is none."""
-        raise PathUnavailable(f"objects don't move by {plugin}; GPU memory bounces")
+        raise PathUnavailable("objects go by the network; GPU memory bounces")
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See ``Transport``."""

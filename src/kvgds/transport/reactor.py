@@ -262,9 +262,9 @@ class Lane:
     def _stop(self) -> None:
         self._closing = True
 
-    def add_gpu(self, plugin: str) -> None:
+    def add_gpu(self) -> None:
         """Add NIXL's plugin for GPU memory."""
-        self._agent.add_gpu(plugin)
+        self._agent.add_gpu()
 
     def forget(self, thing: Any) -> None:  # noqa: ANN401 - a region or a file
         """Deregister what no transfer uses any more."""

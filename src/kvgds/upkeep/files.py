@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import heapq
 import json
 import os
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
+from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.debts import unmark
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
+from kvgds.tiers.room import NAME, SPACE
 from kvgds.upkeep.images import WINDOW, read_fully
 from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of, no_match
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from kvgds.upkeep.records import Problem, Progress, Report, Retention
     from kvgds.upkeep.retention import Rule
 
-_NAME = re.compile(r"[0-9a-f]{40}\.kv")
-_SPACE = re.compile(r"[0-9a-f]{32}")
 _FAN = re.compile(r"[0-9a-f]{2}")
 _BATCH = 256  # removals under one lock
 
@@ -66,7 +64,7 @@ def _opened(root: Path) -> Iterator[int]:
 
 def _spaces(root: int, namespace: str | None) -> Iterator[Use]:
     """The namespaces that have a folder."""
-    for name in sorted(filter(_SPACE.fullmatch, subfolders("", root))):
+    for name in sorted(filter(SPACE.fullmatch, subfolders("", root))):
         digest = bytes.fromhex(name)
         text = _described(root, f"{name}/namespace.json")
         if matches(namespace, digest, text):
@@ -87,7 +85,7 @@ def _blocks(root: int, use: Use) -> Iterator[_Seen]:
     space = use.digest.hex()
     for fan in filter(_FAN.fullmatch, subfolders(space, root)):
         for name, found in files_in(f"{space}/{fan}", root):
-            if _NAME.fullmatch(name):
+            if NAME.fullmatch(name):
                 path = f"{space}/{fan}/{name}"
                 yield _Seen(found.st_mtime_ns, path, found.st_size, found.st_ino)
 
@@ -159,7 +157,7 @@ def _check_fan(
 ) -> Iterator[tuple[_Seen, Problem]]:
     for entry in entries_of(folder, root):
         path = f"{folder}/{entry.name}"
-        if not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+        if not NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
             report.add("orphan", path, "is no block; nothing of kvgds put it there: remove it")
             continue
         found: os.stat_result | None
@@ -198,9 +196,7 @@ def _file_fault(fd: int, path: str, size: int, arena: Arena) -> tuple[str | None
     stamp = Stamp.decode(page) if read_fully(fd, page, 0) == PAGE else None
     if stamp is None:
         return "there is no whole stamp", 0
-    space, _, name = path.split("/")
-    named = hashlib.blake2b(stamp.key, digest_size=20).hexdigest() + ".kv"
-    if (stamp.namespace.hex(), named) != (space, name):
+    if place_of(stamp.namespace.hex(), stamp.key) != path:
         return f"the stamp is of another block, {stamp.key.hex()[:32]}", 0
     if size != image_bytes(stamp.nbytes):
         return f"the file has {size:,} bytes, not {image_bytes(stamp.nbytes):,}", 0
