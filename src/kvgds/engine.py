@@ -1,7 +1,8 @@
-"""The engine: opens, admits, drains, closes. The public face, and the only place with threads.
+"""The engine: opens, admits, drains, closes. The public face.
 
-Everything here runs on the event loop that opened the engine. What is under way is the
-business of ``flights``; tiers and transport do the I/O on threads of their own.
+Everything here runs on the event loop that opened the engine, save what it starts and closes on a
+thread of its executor. What is under way is the business of ``flights``; tiers and transport do the
+I/O on threads of their own.
 """
 
 from __future__ import annotations

@@ -577,7 +577,7 @@ def region_of(buffer: object, claims: Claims | None = None, *, zero_copy: bool =
     """A region over one contiguous buffer.
 
     Raises:
-        ConfigError: GPU memory, empty or non-contiguous memory, or no buffer at all.
+        ConfigError: empty or non-contiguous memory, or no buffer at all.
     """
     strided = _describe(buffer, "buffer")
     if not _contiguous(strided):
@@ -590,7 +590,7 @@ def cache_of(layers: Sequence[object], block_axis: int) -> Cache:
     """A paged cache over per-layer tensors with the blocks along ``block_axis``.
 
     Raises:
-        ConfigError: no layers, differing numbers of blocks, overlapping or read-only memory.
+        ConfigError: no layers, differing numbers of blocks, overlapping memory or no such axis.
     """
     if not layers:
         raise ConfigError("layers", [], "must hold at least one tensor")

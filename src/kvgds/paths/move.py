@@ -286,7 +286,7 @@ class Work(Protocol):
 
 
 class Path(Protocol):
-    """One way between a view and an image. Both methods run on a reactor thread.
+    """One way between a view and an image. ``begin`` and ``end`` run on a reactor thread.
 
     Attributes:
         holds: whether storage uses the caller's memory itself, from ``begin`` to ``end``.
