@@ -216,49 +216,50 @@ def _contiguous(strided: _Strided) -> bool:
 class Claims:
     """Who uses which part of a region now: readers share, a writer is alone.
 
-    ``bisect`` over two lists sorted by start; writers never overlap each other, so at
-    most one of them can begin before a range and still reach into it.
+    All lists are sorted by start. No claim meets a writer's, so only the last of those that begin
+    before the end of a range can reach into it. Readers may overlap; they are kept apart by size,
+    so that one large claim does not make all small ones near it candidates.
     """
 
     def __init__(self) -> None:
-        self._readers: list[tuple[int, int]] = []
+        self._readers: dict[int, list[tuple[int, int]]] = {}  # by the bits of their size
         self._writers: list[tuple[int, int]] = []
-        self._widest = 0
 
     def __len__(self) -> int:
-        return len(self._readers) + len(self._writers)
+        return sum(map(len, self._readers.values())) + len(self._writers)
 
     def add(self, start: int, stop: int, *, write: bool) -> None:
         """Claim ``[start, stop)``; raise BusyError if another's claim forbids it."""
         self.check(start, stop, write=write)
-        self._widest = max(self._widest, stop - start)
-        bisect.insort(self._writers if write else self._readers, (start, stop))
+        if write:
+            bisect.insort(self._writers, (start, stop))
+        else:
+            bisect.insort(self._readers.setdefault((stop - start).bit_length(), []), (start, stop))
 
     def check(self, start: int, stop: int, *, write: bool) -> None:
         """Raise BusyError if another's claim forbids one on ``[start, stop)``."""
-        if self._meets(self._writers, start, stop, self._widest) or (
-            write and self._meets(self._readers, start, stop, self._widest)
-        ):
+        before = bisect.bisect_left(self._writers, (stop,))
+        written = before and self._writers[before - 1][1] > start
+        if written or (write and self._is_read(start, stop)):
             raise BusyError("this memory has a transfer in flight; await that first")
+
+    def _is_read(self, start: int, stop: int) -> bool:
+        for bits, claims in self._readers.items():
+            for i in range(bisect.bisect_left(claims, (start - (1 << bits),)), len(claims)):
+                begin, end = claims[i]
+                if begin >= stop:
+                    break
+                if end > start:
+                    return True
+        return False
 
     def remove(self, start: int, stop: int, *, write: bool) -> None:
         """Give one claim back."""
-        claims = self._writers if write else self._readers
+        bits = (stop - start).bit_length()
+        claims = self._writers if write else self._readers[bits]
         del claims[bisect.bisect_left(claims, (start, stop))]
-        if not self:
-            self._widest = 0
-
-    @staticmethod
-    def _meets(claims: list[tuple[int, int]], start: int, stop: int, widest: int) -> bool:
-        if not claims:
-            return False
-        for i in range(bisect.bisect_right(claims, (start - widest, stop)), len(claims)):
-            begin, end = claims[i]
-            if begin >= stop:
-                return False
-            if end > start:
-                return True
-        return False
+        if not (claims or write):
+            del self._readers[bits]
 
 
 class Region:
