@@ -602,6 +602,24 @@ async def test_statistics_and_metrics_add_up(tmp_path: Path) -> None:
         assert value("kvgds_queued") == value("kvgds_in_flight") == 0
 
 
+async def test_what_was_posted_runs_though_another_post_raises(tmp_path: Path) -> None:
+    """The error is the loop's to tell; the others of that turn still come."""
+    told: list[Any] = []
+    ran = asyncio.Event()
+
+    def fail() -> None:
+        raise OSError("of this post alone")
+
+    async with opened(tmp_path / "kv") as engine:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+        engine._post(fail)  # noqa: SLF001 - nothing that is posted raises
+        engine._post(ran.set)  # noqa: SLF001
+        async with asyncio.timeout(5):
+            await ran.wait()
+    assert told == ["of this post alone"]
+
+
 async def test_two_engines_count_apart(tmp_path: Path) -> None:
     async with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
         await store(one, b"a")

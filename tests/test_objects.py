@@ -392,6 +392,73 @@ async def test_no_answer_costs_no_more_than_the_deadline(far: Far, fault: str) -
         assert memory == bytes(SIZE)
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_what_passes_is_tried_again(far: Far, method: str) -> None:
+    """As often as was asked for, and no more."""
+    data, memory = content(b"key", SIZE), bytearray(SIZE)
+    far.tier = far.tier.model_copy(update={"retries": 2})
+    async with far.engine() as engine:
+        if method == "GET":
+            assert await engine.store(b"key", data)
+
+        async def act() -> bool:
+            one = engine.store(b"key", data) if method == "PUT" else engine.load(b"key", memory)
+            return await one
+
+        for times, tries in ((3, 3), (2, 3)):
+            before = far.wire.requests[method]
+            error = s3_error(500, "InternalError")
+            far.wire.answer(error, method=method, target="*.kv*", times=times)
+            if times == tries:
+                with pytest.raises(TransferError):
+                    await act()
+            else:
+                assert await act()
+            assert far.wire.requests[method] - before == tries
+        assert method == "PUT" or memory == data
+        assert await asyncio.to_thread(far.stored, b"key") == data
+
+
+@pytest.mark.parametrize("far", ["nixl"], indirect=True)
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_what_nobody_waits_for_is_not_tried_again(far: Far, method: str) -> None:
+    """Between two tries its memory is let go, however long the pause would have been."""
+    data = content(b"key", SIZE)
+    far.tier = far.tier.model_copy(update={"retries": 10})
+    async with far.engine() as engine:
+        assert await engine.store(b"key", data)
+        far.wire.answer(s3_error(500, "InternalError"), method=method, target="*.kv*")
+        with pytest.raises(TransferTimeout):
+            if method == "GET":
+                await engine.load(b"key", bytearray(SIZE), timeout_s=SOON_S)
+            else:
+                await engine.store(b"new", data, timeout_s=SOON_S)
+        began = time.monotonic()
+        await until(lambda: engine.statistics().quarantined_bytes == 0)
+        assert time.monotonic() - began < SOON_S
+        tries = far.wire.requests[method]
+        far.wire.ok()
+        assert await engine.load(b"key", bytearray(SIZE))
+        assert far.wire.requests[method] - tries == (method == "GET")
+
+
+async def test_what_waits_for_a_connection_is_let_go_at_its_deadline(far: Far) -> None:
+    """Not only once the one before it has its answer."""
+    far.tier = far.tier.model_copy(update={"connections": 1, "request_timeout_s": 20.0})
+    async with far.engine() as engine:
+        for key in (b"first", b"next"):
+            assert await engine.store(key, content(key, SIZE))
+        far.wire.hold(method="GET", target="*.kv*")
+        first = asyncio.ensure_future(engine.load(b"first", bytearray(SIZE)))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        with pytest.raises(TransferTimeout):
+            await engine.load(b"next", bytearray(SIZE), timeout_s=0.2)
+        await until(lambda: engine.statistics().quarantined_bytes == 0)
+        assert not first.done()
+        far.wire.ok()
+        assert await first
+
+
 async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
     """Who asks first, as servers do, pays for one look, not for two."""
     async with far.engine() as engine:

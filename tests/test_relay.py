@@ -22,12 +22,37 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from s3 import JuiceServer
+    from support import Watched
 
 
 @pytest.fixture
 def place(tmp_path: Path, s3: JuiceServer) -> Iterator[Place]:
     with Wire(s3.host, s3.port) as wire:
         yield Place(tmp_path / "kv", s3, wire)
+
+
+async def test_prometheus_is_told_what_statistics_say(place: Place, tmp_path: Path) -> None:
+    names = ("kvgds_owed", "kvgds_uploaded_total", "kvgds_upload_failures_total")
+
+    def told(engine: Watched) -> tuple[float | None, ...]:
+        value = engine.metrics.registry.get_sample_value
+        return tuple(value(name) for name in (*names, "kvgds_promoted_total"))
+
+    async with place.opened("back") as engine:
+        await fill(engine, b"one", b"two")
+        await until(lambda: relay(engine)[:2] == (0, 2))
+        assert told(engine) == relay(engine)
+        place.wire.answer(s3_error(500, "InternalError"), method="PUT")
+        await fill(engine, b"three")
+        await until(lambda: relay(engine)[2] > 0)
+        assert told(engine)[0] == 1
+        place.wire.ok()
+        await until(lambda: relay(engine)[0] == 0)
+        assert told(engine) == relay(engine)
+    async with place.opened(root=tmp_path / "other") as engine:
+        assert await load(engine, b"one")
+        await until(lambda: relay(engine)[3] == 1)
+        assert told(engine) == relay(engine)
 
 
 # --- deletes ------------------------------------------------------------------------------------
