@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,20 +143,37 @@ async def test_a_slab_that_can_not_be_synced_is_used_no_more(tmp_path: Path) -> 
             assert await engine.prefix([b"l0", b"s1", b"l1", b"s0"]) == 4
 
 
-async def test_an_index_that_is_deleted_under_an_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durable", ["process", "power"])
+@pytest.mark.parametrize("name", ["index.db", "index.db-wal"])
+async def test_an_index_that_is_deleted_under_an_engine(
+    tmp_path: Path, name: str, durable: str
+) -> None:
     """Nothing is acknowledged that it would have to remember, and the error says what to do."""
     root = tmp_path / "kv"
-    async with open_engine(config(root)) as engine:
+    async with open_engine(config(root, tier={"durable": durable})) as engine:
         assert await engine.store(b"old", content(b"old", SIZE))
-        await remove(root / "index.db")
+        await remove(root / name)
         for _ in range(2):
-            with pytest.raises(TransferError, match=r"index\.db was deleted.*fsck --rebuild"):
+            with pytest.raises(TransferError, match=rf"{name} was deleted.*fsck --rebuild"):
                 await engine.store(b"new", content(b"new", SIZE))
         assert await engine.load(b"old", bytearray(SIZE))
         assert await engine.prefix([b"new"]) == 0
     await asyncio.to_thread(fsck, root, rebuild=True)
     async with open_engine(config(root)) as engine:
         assert await loads(engine, b"old")
+
+
+async def test_a_log_that_is_emptied_is_still_the_log(tmp_path: Path) -> None:
+    """SQLite does that when its log has grown long, or is asked to from outside."""
+    root = tmp_path / "kv"
+    async with open_engine(config(root)) as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            assert database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+        assert (root / "index.db-wal").stat().st_size == 0
+        assert await engine.store(b"b", content(b"b", SIZE))
+    async with slabs(root) as engine:
+        assert await engine.prefix([b"a", b"b"]) == 2
 
 
 async def test_a_file_system_that_counts_no_links(tmp_path: Path) -> None:

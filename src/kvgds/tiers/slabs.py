@@ -31,6 +31,7 @@ from kvgds.tiers.supply import Supply, commit_error, disk_full
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import FileTier
@@ -60,7 +61,8 @@ class Slabs:
         self._namespace_id = 0
         self._dirty: set[int] = set()  # slabs written since the last commit
         self._moving = 0
-        self._lock = self._folder = self._index_fd = -1
+        self._lock = self._folder = -1
+        self._index_fds: dict[str, int] = {}  # of its files that must not go, by name
         self._links_count = True  # not on every file system
 
     # --- opening and closing, in the executor ---------------------------------------
@@ -88,8 +90,7 @@ class Slabs:
         database = connect(path, power=power, new=not slabs_in(settings.root))
         self._index = index = Index(database, services.post, self._secure)
         try:
-            self._index_fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-            self._links_count = bool(os.fstat(self._index_fd).st_nlink)
+            self._watch(path)
             namespace = self._namespace
             self._namespace_id = number = index.namespace(namespace.digest, namespace.text)
             folder, slots = self._folder, self._slots
@@ -106,6 +107,15 @@ class Slabs:
             settings, services, index, self._slots, self._send, folder=self._folder, direct=direct
         )
 
+    def _watch(self, path: Path) -> None:
+        """Keep hold of the index's files: SQLite has both open, and keeps to these."""
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._index_fds[path.name] = fd = os.open(path, flags)
+        self._links_count = bool(os.fstat(fd).st_nlink)
+        log = path.with_name("index.db-wal")
+        with contextlib.suppress(FileNotFoundError):  # where SQLite can't do with one
+            self._index_fds[log.name] = os.open(log, flags)
+
     def close(self) -> None:
         """See ``Tier.close``."""
         self._note_uses(1)
@@ -119,7 +129,7 @@ class Slabs:
     def _close_files(self) -> None:
         with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
             stack.callback(locks.close, self._lock)
-            for fd in (self._folder, self._index_fd):
+            for fd in (self._folder, *self._index_fds.values()):
                 if fd >= 0:
                     stack.callback(os.close, fd)
             for slab in self._slots.slabs.values():
@@ -132,9 +142,10 @@ class Slabs:
         Who deletes files under an engine is found out here, where neither loop nor reactor waits:
         what has no name any more is gone at the latest when it is closed.
         """
-        if self._deleted(self._index_fd):
-            rule = "close the engine, then `kvgds fsck --rebuild`"
-            raise FileNotFoundError(f"index.db {_DELETED}; {rule}")
+        for name, fd in self._index_fds.items():
+            if self._deleted(fd):
+                rule = "close the engine, then `kvgds fsck --rebuild`"
+                raise FileNotFoundError(f"{name} {_DELETED}; {rule}")
         dirty = set()
         while self._dirty:  # one by one: reactors add to it meanwhile
             dirty.add(self._dirty.pop())
