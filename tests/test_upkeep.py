@@ -789,6 +789,23 @@ def test_opening_names_a_namespace_that_a_rebuild_could_not(tmp_path: Path) -> N
     assert sorted(sql(root, "SELECT text FROM namespace")) == [("",), (ONE.text,)]
 
 
+def test_opening_slabs_without_their_index_makes_none(tmp_path: Path) -> None:
+    """What is refused is left as it is, so that fsck sees what is wrong with it."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(2))
+    (root / "index.db").unlink()
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"the index of the slabs beside it is lost.*--rebuild"
+        ):
+            fill(config(root, "slabs"), keys(2))
+    assert not list(root.glob("index.db*"))
+    with pytest.raises(ConfigError, match="the index is missing"):
+        listing(root)
+    assert fsck(root, rebuild=True).blocks == 2
+    assert loads(config(root, "slabs"), keys(2)) == keys(2)
+
+
 def test_a_rebuild_after_a_kill_has_every_acknowledged_block(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     program = f"""

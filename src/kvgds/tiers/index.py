@@ -128,7 +128,10 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
     Raises:
         ConfigError: it is damaged, of another program, or of a newer format.
     """
-    _make_private(path)
+    if new or os.path.lexists(path):
+        _make_private(path)
+    else:
+        raise _lost(path)
     database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
     try:
         application = database.execute("PRAGMA application_id").fetchone()[0]
@@ -136,8 +139,7 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         if tables and application != _APPLICATION:
             raise ConfigError("root", str(path), "is not an index of kvgds; use another directory")
         if not tables and not new:
-            rule = "the index of the slabs beside it is lost; `kvgds fsck --rebuild` makes it anew"
-            raise ConfigError("root", str(path), rule)
+            raise _lost(path)
         if tables:
             check_tables(path, database)
         database.execute("PRAGMA journal_mode=WAL")
@@ -160,6 +162,11 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         database.close()
         raise
     return database
+
+
+def _lost(path: Path) -> ConfigError:
+    rule = "the index of the slabs beside it is lost; `kvgds fsck --rebuild` makes it anew"
+    return ConfigError("root", str(path), rule)
 
 
 def _syncs(database: sqlite3.Connection, *, power: bool) -> str:
