@@ -546,6 +546,29 @@ def test_doctor_says_why_a_directory_cannot_be_used(
     assert all(way["fix"] for way in part["refused"])
 
 
+@pytest.mark.parametrize("name", ["kv", "kv/below"])
+def test_doctor_does_not_say_of_what_it_can_not_see_that_it_is_not_there(
+    tmp_path: Path, name: str
+) -> None:
+    """A directory that may not be entered, as one of another user."""
+    root = tmp_path / name
+    fill(tmp_path / "kv")
+    (tmp_path / "kv").chmod(0)
+    user = [] if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    arguments = [*user, sys.executable, "-m", "kvgds", "doctor", "--root", str(root), "--json"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        result = subprocess.run(
+            arguments, check=False, capture_output=True, text=True, timeout=50, env=environ
+        )
+    finally:
+        (tmp_path / "kv").chmod(0o700)
+    assert result.returncode == 1
+    (part,) = json.loads(result.stdout)["roots"]
+    assert "Permission denied" in part["refused"][0]["why"]
+    assert not any("exist" in line or "no blocks" in line for line in part["evidence"])
+
+
 def without(calls: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a command in a process to which the kernel refuses these system calls, with EPERM."""
     program = f"""
@@ -780,7 +803,7 @@ def test_an_option_that_does_not_fit_the_directory_is_a_wrong_call(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("option", "value", "says"),
-    [("layout", "file", "'slabs' or 'files'"), ("capacity", "4K", "equal to 8192")],
+    [("layout", "file", "'slabs' or 'files'"), ("capacity", "4K", "at least 69,632")],
 )
 def test_a_wrong_setting_of_a_replay_is_a_wrong_call(
     tmp_path: Path, trace: Path, option: str, value: str, says: str

@@ -637,6 +637,21 @@ def test_what_is_wrong_with_a_bucket_s_variables(environ: dict[str, str], says: 
 
 
 @pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({}, "namespace.model: must be given: KVGDS_NAMESPACE__MODEL, or "),
+        ({"KVGDS_TIERS__0__ROOT": "/kv"}, "namespace.model: must be given: KVGDS_NAMESPACE__MODEL"),
+        ({"KVGDS_NAMESPACE__MODEL": "m"}, "tiers: must be given: KVGDS_TIERS__0__ROOT or KVGDS_T"),
+    ],
+)
+def test_variables_that_are_not_all(environ: dict[str, str], says: str) -> None:
+    """Name the ones that are missing."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, environ)
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         (f"[{{bucket = 'kvgds', secret_key = '{SECRET}'}}]", "KVGDS_TIERS.0.secret_key: give both"),

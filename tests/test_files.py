@@ -667,6 +667,21 @@ async def test_a_load_that_meets_an_error(tmp_path: Path, op: Any, count: int) -
             assert await there(engine, [b"bad", b"good"]) == [b"bad", b"good"]
 
 
+async def test_who_waits_long_for_the_ledger_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, by the log: that a deadline passed tells nobody why."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        with locked(root):
+            with pytest.raises(TransferTimeout):
+                await engine.store(b"late", bytes(NBYTES), timeout_s=0.05)
+            await until(lambda: "locked" in caplog.text)
+        await put(engine, b"late")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"another process has had {root}/ledger locked for 1 s")
+
+
 async def test_loads_do_not_wait_for_the_ledger(tmp_path: Path) -> None:
     """However long somebody else holds it; stores do, until their deadline."""
     root = tmp_path / "kv"

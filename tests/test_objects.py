@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -679,6 +680,11 @@ async def test_a_dead_server_is_left_alone_and_comes_back(
             assert isinstance(outcome.error, TransferError)
             assert outcome.error.errno == errno.EHOSTDOWN
             assert "left alone" in str(outcome.error)
+            assert "Host is down" not in str(outcome.error)  # nobody knows: it is left alone
+        why = engine.statistics().tiers[0].out
+        assert not re.search(r"\.kv|retries| in \d|of block", why), (
+            why
+        )  # holds for the next request as well
         with pytest.raises(TransferError, match="left alone"):
             await engine.delete(b"key")
         assert await engine.prefix([b"other"]) == 0

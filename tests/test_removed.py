@@ -27,7 +27,7 @@ SIZE = 3 * PAGE
 # --- slabs, and their index: by hand ----------------------------------------------------------
 
 
-async def remove(*paths: Path) -> None:
+async def remove(*paths: Path | str) -> None:
     rm = await asyncio.create_subprocess_exec("rm", *paths)
     assert await rm.wait() == 0
 
@@ -230,6 +230,24 @@ async def test_a_stale_block_is_stored_anew(tmp_path: Path, op: Any) -> None:
             disk.clear()
             assert await sharing.get(engine, b"stale")
             assert sharing.ledger(root) == sharing.taken(root) == IMAGE
+
+
+async def test_a_directory_of_files_that_is_deleted(tmp_path: Path) -> None:
+    """Stores and removals say what has happened; loads miss."""
+    root = tmp_path / "kv"
+    async with sharing.opened(root) as engine:
+        await sharing.put(engine, b"a")
+        await remove("-r", root)
+        for _ in range(2):
+            says = rf"{root} was deleted while the engine had it open; close the engine"
+            with pytest.raises(TransferError, match=says) as caught:
+                await sharing.put(engine, b"b")
+            assert caught.value.errno == errno.ENOENT
+            with pytest.raises(TransferError, match=says):
+                await engine.delete(b"a")
+        assert not await sharing.get(engine, b"a")
+        assert await engine.prefix([b"a"]) == 0
+    assert not root.exists()
 
 
 async def test_files_that_do_not_close_well(tmp_path: Path) -> None:

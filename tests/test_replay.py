@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faults import FaultyDisk
 from kvgds import ConfigError, EngineConfig, FileTier, Namespace, open_engine
 from kvgds.replay import (
     Buffers,
@@ -326,12 +328,23 @@ def test_a_block_that_is_corrupt_on_disk_is_an_error(tmp_path: Path) -> None:
     assert run(trace, tmp_path / "kv").hits == 3
 
 
-def test_blocks_that_do_not_fit_are_errors_each(tmp_path: Path) -> None:
+def test_blocks_that_can_not_be_stored_are_errors_each(tmp_path: Path) -> None:
     requests = [list(range(40)), list(range(40, 80))]
-    result = run(write(tmp_path / "trace", requests), tmp_path / "kv", capacity_bytes=2 * PAGE)
+    with FaultyDisk(tmp_path) as disk:
+        disk.fail("write", errno.EIO, match="slab-*")
+        result = run(write(tmp_path / "trace", requests), disk.root / "kv")
     assert (result.errors, result.stored) == (80, 0)
     assert 0 < len(result.messages) < 80
-    assert "no room" in result.messages[0]
+    assert "Input/output error" in result.messages[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_capacity_that_holds_no_block_is_refused_at_once(tmp_path: Path, layout: str) -> None:
+    trace, root = write(tmp_path / "trace", [[1]]), tmp_path / "kv"
+    with pytest.raises(ConfigError, match="must be at least 12,288, which one block takes"):
+        run(trace, root, capacity_bytes=3 * PAGE - 1, layout=layout)
+    assert not root.exists()
+    assert run(trace, root, capacity_bytes=3 * PAGE, layout=layout).stored == 1
 
 
 async def test_blocks_that_went_before_they_were_loaded_are_misses_and_stored_again(

@@ -415,8 +415,16 @@ def _set(tree: dict[str, Any], steps: tuple[str, ...], value: object, name: str)
 
 def _from_tree(tree: dict[str, Any]) -> EngineConfig:
     namespace, tiers = tree.pop("namespace", None), tree.pop("tiers", None)
+    if namespace is None:
+        rule = "must be given: KVGDS_NAMESPACE__MODEL, or [namespace] with `model` in a file"
+        raise ConfigError("namespace.model", ..., rule)
     if not isinstance(namespace, dict):
         raise ConfigError("namespace", _shown(namespace), "must be a table with at least `model`")
+    if tiers is None:
+        rule = (
+            "must be given: KVGDS_TIERS__0__ROOT or KVGDS_TIERS__0__BUCKET, or [[tiers]] in a file"
+        )
+        raise ConfigError("tiers", ..., rule)
     if not isinstance(tiers, list) or {type(tier) for tier in tiers} != {dict}:
         rule = "must be an array of one or two tables, with `root` or `bucket`"
         raise ConfigError("tiers", _kinds(tiers), rule)

@@ -296,10 +296,19 @@ def _reason(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def _there(path: Path) -> bool:
+    """Whether something has this name. OSError: that can't be seen, as in a folder of others."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _look(tier: FileTier, part: RootPart) -> FileTier:
     """What can be seen without writing. The tier, with the layout that is really there."""
-    place = tier.root if os.path.lexists(tier.root) else tier.root.parent
-    if not os.path.lexists(place):
+    place = tier.root if _there(tier.root) else tier.root.parent
+    if not _there(place):
         raise ConfigError("root", str(tier.root), f"{place} does not exist; make it first")
     if not place.is_dir():
         raise ConfigError("root", str(tier.root), f"{place} is not a directory; make it one")
@@ -309,7 +318,7 @@ def _look(tier: FileTier, part: RootPart) -> FileTier:
     if place != tier.root:
         part.evidence.append("it does not exist yet; an engine makes it")
         return tier
-    if not os.path.lexists(tier.root / "kvgds.json"):
+    if not _there(tier.root / "kvgds.json"):
         part.evidence.append("it holds no blocks yet")
         return tier
     part.layout = layout_of(tier.root)

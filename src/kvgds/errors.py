@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import os
+from errno import EHOSTDOWN
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ class TransferError(KvgdsError, OSError):
         errno: int | None = None,
     ) -> None:
         where = f"{direction} of block {key.hex()[:32]}: " if key else ""
-        # For a deadline the system's words would be of a connection that timed out.
-        own = isinstance(self, TransferTimeout)
+        # For a deadline the system's words would be of a connection that timed out, and for a tier
+        # that is left alone of a host of which nothing is known.
+        own = isinstance(self, TransferTimeout) or errno == EHOSTDOWN
         words = os.strerror(errno) if errno and not own else ""
         why = f" ({words})" if words and words not in message else ""
         self.reason = f"{message}{why}"

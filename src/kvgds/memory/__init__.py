@@ -564,7 +564,7 @@ class Territory:
 def _check_apart(field: str, region: Region, others: Iterable[Region]) -> None:
     for other in others:
         if other.live and any(_meets(span, other.spans) for span in region.spans):
-            rule = "is registered already under another name; use that, or deregister it first"
+            rule = "is registered already: give cache.block(i), or region[a:b], or deregister it"
             raise ConfigError(field, f"{region.nbytes:,} bytes", rule)
 
 

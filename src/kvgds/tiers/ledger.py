@@ -6,6 +6,7 @@ Everything blocks and belongs to the executor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -41,7 +42,7 @@ class Ledger:
     @contextlib.contextmanager
     def held(self, *, wait: bool = True) -> Iterator[None]:
         """Hold the lock, and know the count. BlockingIOError: who may not wait has to."""
-        self._fd = open_own("ledger", self._root)
+        self._fd = self._open()
         try:
             (locks.lock if wait else locks.lock_nowait)(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)
@@ -50,6 +51,15 @@ class Ledger:
             yield
         finally:
             locks.close(self._fd)
+
+    def _open(self) -> int:
+        try:
+            return open_own("ledger", self._root)
+        except FileNotFoundError:  # it would have been made, if there were a place for it
+            path = os.readlink(f"/proc/self/fd/{self._root}").removesuffix(" (deleted)")
+            rule = "close the engine, and keep others out of the directory"
+            text = f"{path} was deleted while the engine had it open; {rule}"
+            raise FileNotFoundError(errno.ENOENT, text) from None
 
     def add(self, nbytes: int) -> None:
         """Change the count."""

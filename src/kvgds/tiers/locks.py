@@ -8,12 +8,15 @@ not where this process only inherited the lock, which is still its parent's. Eve
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 
 from kvgds.errors import BusyError
 
 _LOCK_S = 60.0
+_LONG_S = 1.0
+_log = logging.getLogger("kvgds")
 _taken: set[int] = set()  # descriptors that this very process has locked
 os.register_at_fork(after_in_child=_taken.clear)
 
@@ -27,22 +30,34 @@ def lock_nowait(fd: int, kind: int) -> None:
 def lock(fd: int, kind: int) -> None:
     """Lock a file; by asking again and again, because waiting in flock has no end.
 
+    Who waits for long is told by the log: callers' deadlines may pass meanwhile, which say nothing.
+
     Raises:
         BusyError: somebody has had it for a minute.
     """
-    deadline = time.monotonic() + _LOCK_S
+    began = time.monotonic()
+    told = False
     pause = 50e-6
     while True:
         try:
             lock_nowait(fd, kind)
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                path = os.readlink(f"/proc/self/fd/{fd}")
-                raise BusyError(f"another process has had {path} locked for {_LOCK_S} s") from None
+            waited = time.monotonic() - began
+            if waited > _LOCK_S:
+                text = f"another process has had {_path(fd)} locked for {_LOCK_S:g} s"
+                raise BusyError(text) from None
+            if waited > _LONG_S and not told:
+                told = True
+                text = "another process has had %s locked for %g s: what stores or removes waits"
+                _log.warning(text, _path(fd), _LONG_S)
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
         else:
             return
+
+
+def _path(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def close(fd: int) -> None:

@@ -369,10 +369,11 @@ class Objects:
         number = getattr(error, "errno", None)
         if number == errno.ECANCELED or since < self._answered_at:
             return
+        reason = getattr(error, "reason", str(error))  # whichever block's operation it was
         if number == errno.ETIMEDOUT and not self.out:
-            self._go_out(str(error))
+            self._go_out(reason)
             return
-        pause = self._breaker.failure(str(error))
+        pause = self._breaker.failure(reason)
         if pause is not None:
             self._stay_out(pause)
 

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Times, numbers and names of objects go too: what is said of one request holds for the next.
 _NOISE = re.compile(
-    r"Generic S3 error: |Error performing list request: |\?list-type\S*"
-    r"|, max_retries: \d+|, retry_timeout: \S+ ?"
+    r"Generic S3 error: |Error performing list request: |\?list-type\S*|(?<=\w)/\S*\.kv\b"
+    r"| in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \S+ ?"
 )
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _ERRNOS = (
