@@ -681,10 +681,8 @@ async def test_a_dead_server_is_left_alone_and_comes_back(
             assert outcome.error.errno == errno.EHOSTDOWN
             assert "left alone" in str(outcome.error)
             assert "Host is down" not in str(outcome.error)  # nobody knows: it is left alone
-        why = engine.statistics().tiers[0].out
-        assert not re.search(r"\.kv|retries| in \d|of block", why), (
-            why
-        )  # holds for the next request as well
+        why = engine.statistics().tiers[0].out  # holds for the next request as well
+        assert not re.search(r"\.kv|retries| in \d|of block", why), why
         with pytest.raises(TransferError, match="left alone"):
             await engine.delete(b"key")
         assert await engine.prefix([b"other"]) == 0

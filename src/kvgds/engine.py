@@ -488,6 +488,8 @@ class Engine:
     async def prefix(self, keys: Iterable[BlockKey], *, timeout_s: float | None = None) -> int:
         """Length of the longest prefix of ``keys`` whose blocks are all stored.
 
+        Eviction does not count that as a use of them.
+
         Raises:
             ConfigError: a key or the timeout can't be. ClosedError: the engine is closed.
             TransferTimeout: no answer in time.
