@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import pickle
@@ -960,6 +961,46 @@ async def test_a_disk_without_room_for_anything(tmp_path: Path) -> None:
             (disk / "ballast").unlink()
             await store(engine, b"a")
             assert await is_whole(engine, b"a")
+
+
+async def test_a_disk_that_was_full_for_a_moment(tmp_path: Path) -> None:
+    """With blocks of one size to evict, too: once there is room again, they stay, and more come."""
+    with small_disk(tmp_path, 64 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 32 * MIB}) as engine:
+            await store(engine, *(b"%d" % i for i in range(100)))
+            free = os.statvfs(disk)
+            with (disk / "ballast").open("wb") as ballast:  # which leaves the index some
+                os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_frsize - MIB)
+            await store(engine, *(b"late %d" % i for i in range(100)))
+            before = engine.statistics().tiers[0]
+            assert before.evictions
+            (disk / "ballast").unlink()
+            names = (b"later %d" % i for i in itertools.count())
+            async with asyncio.timeout(20):
+                while engine.statistics().tiers[0].blocks < 2 * before.blocks:
+                    await store(engine, next(names))
+
+
+async def test_a_slab_that_can_not_be_made(tmp_path: Path) -> None:
+    """Not for want of room: who waits is told why, nothing is evicted, and later it goes on."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            keys = [b"%d" % i for i in range(40)]
+            disk.fail("create", errno.EPERM, match="slab-*", skip=1)
+            outcomes = await engine.store_many([(key, content(key, SIZE)) for key in keys])
+            good = [outcome.key for outcome in outcomes if outcome.ok]
+            errors = {type(outcome.error): outcome.error for outcome in outcomes if not outcome.ok}
+            assert list(errors) == [TransferError]
+            assert "can't make a slab" in str(errors[TransferError])
+            assert getattr(errors[TransferError], "errno", None) == errno.EPERM
+            with pytest.raises(TransferError, match="not permitted"):
+                await engine.store(b"big", content(b"big", MIB))
+            assert engine.statistics().tiers[0].evictions == 0
+            assert await is_whole(engine, *good)
+            disk.clear()
+            await store(engine, *(key for key in keys if key not in good))
+            await store(engine, b"big", nbytes=MIB)
+            assert await is_whole(engine, *keys)
 
 
 async def test_a_disk_that_is_full_to_the_last_byte(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ def make_slab(
     Raises:
         OSError: among others, if one slot would leave less than ``reserve`` bytes of the disk.
     """
+    slots = min(slots, (room_on_disk(folder) - reserve) // slot_bytes)
+    if slots < 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags | (os.O_DIRECT if direct else 0), 0o600, dir_fd=folder)
     try:
-        slots = min(slots, (room_on_disk(folder) - reserve) // slot_bytes)
-        if slots < 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         os.posix_fallocate(fd, 0, slots * slot_bytes)
         if sync:
             os.fsync(fd)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from kvgds.tiers.slots import Forgotten, SizeClass, Slots
 
 _SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
+_FULL_S = 1.0  # after which a disk that was full is tried again: others may have freed some of it
 _PART = 256  # slots of a slab to be given up that one turn of the loop looks at: 1 ms at most
 
 
@@ -71,7 +74,7 @@ class Supply:
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
         self._leaving: tuple[Slab, list[Forgotten]] | None = None  # without blocks, but in use
-        self._disk_full = False
+        self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
     def idle(self) -> bool:
@@ -155,7 +158,8 @@ class Supply:
         if self._slab_on_its_way:
             return
         room = self._settings.capacity_bytes - self._slots.slab_bytes
-        if room >= size.slot_bytes and not (self._disk_full and size.used):
+        full = time.monotonic() < self._full_until
+        if room >= size.slot_bytes and not (full and size.used):
             self._grow(size, room)
             return
         slots = self._slots
@@ -309,11 +313,12 @@ class Supply:
         if error is not None:
             self._not_grown(error)
             return
-        self._slab_on_its_way = self._disk_full = False  # there is room for another again
+        self._slab_on_its_way = False
+        self._full_until = 0.0  # there is room for another again
         self.serve()
 
     def _not_grown(self, error: BaseException) -> None:
-        """The index can't take it, or a file won't go: another try would end alike."""
+        """The index can't take it, or a file can't be made or won't go: another try ends alike."""
         self._slab_on_its_way = False
         for size in tuple(self._slots.sizes.values()):
             self._refuse(size, lambda: self._growth_error(error))
@@ -321,7 +326,11 @@ class Supply:
     def _growth_error(self, error: BaseException) -> Exception:
         if isinstance(error, sqlite3.Error):
             return commit_error(self._settings.root, error)
-        return disk_full(self._settings.root, f"can't make a slab: {error}")
+        why = f"can't make a slab: {error}"
+        if _is_full(error):
+            return disk_full(self._settings.root, why)
+        number = getattr(error, "errno", None)
+        return TransferError(f"{self._settings.root}: {why}", direction="store", errno=number)
 
     # --- making a slab ------------------------------------------------------------------
 
@@ -349,7 +358,7 @@ class Supply:
         self, size: SizeClass, slab_id: int, path: Path, future: Future[tuple[int, int]]
     ) -> None:
         if error := future.exception():
-            self._grown_badly(error)
+            (self._grown_full if _is_full(error) else self._not_grown)(error)
             return
         fd, slots = future.result()
         slab = Slab(slab_id, slots, path, File(fd), size)
@@ -360,16 +369,17 @@ class Supply:
         if error is not None:  # a file that can't be removed goes at the next opening
             self._services.run(self._remover(slab), lambda _: self._not_grown(error))
             return
-        self._slab_on_its_way = self._disk_full = False
+        self._slab_on_its_way = False
+        self._full_until = 0.0
         self._slots.add_slab(slab)
         self._slots.open_slab(slab)
         self.serve()
         self.stock()
 
-    def _grown_badly(self, error: BaseException) -> None:
+    def _grown_full(self, error: BaseException) -> None:
         """The disk has no room for another slab: go on with what there is, or say so."""
         self._slab_on_its_way = False
-        self._disk_full = True
+        self._full_until = time.monotonic() + _FULL_S
         for size in tuple(self._slots.sizes.values()):
             if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
                 continue
@@ -389,10 +399,14 @@ def _low(size: SizeClass) -> bool:
     return bool(size.used) and size.free + size.going < min(_EVICT // 2, size.slots // 32)
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether it says that there is no more room, whoever set the limit."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def commit_error(root: Path, error: Exception) -> Exception:
     """What those are told whose commit failed."""
-    full = isinstance(error, sqlite3.Error) and "full" in str(error)
-    if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+    if _is_full(error) or (isinstance(error, sqlite3.Error) and "full" in str(error)):
         return disk_full(root, f"the index can't grow: {error}")
     wrapped = TransferError(f"the index of {root} failed: {error}", direction="store")
     wrapped.__cause__ = error
