@@ -218,11 +218,13 @@ def fill_up(path: Path) -> None:
 
 
 @contextmanager
-def small_disk(where: Path, size: int, kind: Literal["tmpfs", "ext4"] = "tmpfs") -> Iterator[Path]:
-    """Mount a file system of `size` bytes (ext4: its metadata included, at least 2 MiB) and yield its directory."""
+def small_disk(
+    where: Path, size: int, kind: Literal["tmpfs", "ext4", "ext2"] = "tmpfs"
+) -> Iterator[Path]:
+    """Mount a file system of `size` bytes (but on tmpfs, its metadata included, at least 2 MiB) and yield its directory."""
     root = where / f"small-{kind}"
     root.mkdir(parents=True)
-    with _tmpfs(root, size) if kind == "tmpfs" else _ext4(root, size):
+    with _tmpfs(root, size) if kind == "tmpfs" else _formatted_disk(root, size, kind):
         yield root
 
 
@@ -268,11 +270,12 @@ def _tmpfs(root: Path, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _ext4(root: Path, size: int) -> Iterator[None]:
+def _formatted_disk(root: Path, size: int, kind: str) -> Iterator[None]:
     # No journal and no blocks kept back for root: nearly all of `size` is for files.
-    image = _formatted(root.with_suffix(".img"), size, "-m", "0", "-O", "^has_journal")
+    options = ("-t", kind, "-m", "0", "-O", "^has_journal")
+    image = _formatted(root.with_suffix(".img"), size, *options)
     with _loop_device(image) as device:
-        _mount_or_skip(device, root, "ext4", "")
+        _mount_or_skip(device, root, kind, "")
         try:
             yield
         finally:

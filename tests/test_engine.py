@@ -951,6 +951,20 @@ async def test_a_disk_smaller_than_the_capacity(tmp_path: Path) -> None:
             assert await is_whole(engine, keys[0], nbytes=nbytes)
 
 
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_a_file_system_that_allocates_nothing(tmp_path: Path, layout: str) -> None:
+    """As ext2 and ext3: blocks are stored all the same, and a slab that was cut is made whole."""
+    with small_disk(tmp_path, 32 * MIB, "ext2") as disk:
+        root, tier = disk / "kv", {"layout": layout, "capacity_bytes": 8 * MIB}
+        async with opened(root, tier=tier) as engine:
+            await store(engine, b"a", b"b")
+            assert await is_whole(engine, b"a", b"b")
+        for slab in root.glob("slab-*"):
+            os.truncate(slab, slab.stat().st_size - PAGE)
+        async with opened(root, tier=tier) as engine:
+            assert await is_whole(engine, b"a", b"b")
+
+
 async def test_a_disk_without_room_for_anything(tmp_path: Path) -> None:
     """The first store says so; with room, the next succeeds."""
     with small_disk(tmp_path, 4 * MIB) as disk:

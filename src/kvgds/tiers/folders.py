@@ -151,11 +151,14 @@ def touch(fd: int, found: os.stat_result | None = None) -> None:
 def allocate(fd: int, nbytes: int) -> None:
     """Set a file's length, with its blocks on disk if the file system can do that.
 
-    Not by posix_fallocate: where the file system can't, that writes into every block.
+    Not by posix_fallocate: where the file system can't, that writes a byte into every block, which
+    takes long, and is refused through a descriptor with O_DIRECT.
     """
-    if _libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(nbytes)) == 0:
-        return
-    number = ctypes.get_errno()
+    number = errno.EINTR  # by a signal, which large files give more time to come
+    while number == errno.EINTR:
+        if _libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(nbytes)) == 0:
+            return
+        number = ctypes.get_errno()
     if number not in _UNABLE:
         raise OSError(number, os.strerror(number))
     os.ftruncate(fd, nbytes)

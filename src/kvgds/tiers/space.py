@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import ConfigError
+from kvgds.tiers.folders import allocate
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -78,7 +79,7 @@ def make_slab(
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags | (os.O_DIRECT if direct else 0), 0o600, dir_fd=folder)
     try:
-        os.posix_fallocate(fd, 0, slots * slot_bytes)
+        allocate(fd, slots * slot_bytes)
         if sync:
             os.fsync(fd)
             os.fsync(folder)
@@ -97,7 +98,7 @@ def open_slab(path: Path, nbytes: int, *, direct: bool) -> tuple[int, int]:
         try:
             had = os.fstat(fd).st_size
             if had < nbytes:
-                os.posix_fallocate(fd, 0, nbytes)
+                allocate(fd, nbytes)
         except BaseException:
             os.close(fd)
             raise
