@@ -98,3 +98,82 @@ def test_an_engine_that_may_start_no_more_threads(tmp_path: Path, which: str) ->
     said, left = run(REFUSED, tmp_path / "kv", which)
     assert "raise the limit on processes" in said
     assert left == "[]"
+
+
+# --- what NIXL needs, and what it doesn't ---------------------------------------------------------
+
+LACKING = """
+def lowest():
+    os.close(free := os.dup(1))
+    return free
+
+async def main():
+    said = set()
+    before = lowest()
+    for _ in range(3):
+        try:
+            async with open_engine(config(sys.argv[1])):
+                print("opened")
+        except kvgds.PathUnavailable as error:
+            said.add(str(error).partition("\\n")[0])
+    print(*said)
+    names = [thread.name for thread in threading.enumerate()]
+    print(lowest() - before, [name for name in names if "nixl" in name])
+
+asyncio.run(main())
+"""
+NO_PROC = ("unshare", "--mount", "sh", "-c", 'umount -l /proc && exec "$@"', "sh")
+NO_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")  # root reads what it may
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="a mount table of its own takes root")
+
+
+def closed_home(where: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """How to run what has a home that it may not read."""
+    home = where / "home"
+    home.mkdir(mode=0)
+    return NO_OVERRIDE if os.geteuid() == 0 else (), {"HOME": str(home)}
+
+
+def test_a_plugin_that_is_not_there(tmp_path: Path) -> None:
+    """However often opening fails, nothing of it stays open."""
+    said, left = run(LACKING, tmp_path / "kv", NIXL_PLUGIN_DIR="/nowhere")
+    assert "POSIX plugin can't be used" in said
+    assert left == "0 []"
+
+
+def test_a_home_that_can_not_be_read(tmp_path: Path) -> None:
+    """NIXL then makes no agent, and doesn't say why."""
+    before, environ = closed_home(tmp_path)
+    said, left = run(LACKING, tmp_path / "kv", before=before, **environ)
+    assert "let HOME name a folder" in said
+    assert left == "0 []"
+    doctor = (
+        "from kvgds.doctor import diagnose; print([part.fix for part in diagnose(()).nixl.refused])"
+    )
+    (fixes,) = run(doctor, before=before, **environ)
+    assert fixes.count("let HOME name a folder") == 2
+
+
+@root_only
+def test_without_proc(tmp_path: Path) -> None:
+    """There NIXL's queue is found, and the owner of a file."""
+    said, left = run(LACKING, tmp_path / "kv", before=NO_PROC)
+    assert "mount /proc" in said
+    assert left == "0 []"
+
+
+ADVISED = """
+async def main():
+    forbid(MADVISE, error=errno.EINVAL)
+    async with open_engine(config(sys.argv[1])) as engine:
+        view = bytearray(8192)
+        print(await engine.store(b"a", b"x" * 8192), await engine.load(b"a", view))
+        print(view == b"x" * 8192)
+
+asyncio.run(main())
+"""
+
+
+def test_a_kernel_without_huge_pages(tmp_path: Path) -> None:
+    """They are asked for, and not needed."""
+    assert run(ADVISED, tmp_path / "kv") == ["True True", "True"]

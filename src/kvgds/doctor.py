@@ -191,7 +191,8 @@ def _nixl() -> Part:
             transport.start()
         except PathUnavailable as error:
             why = "; ".join(error.report) or str(error)
-            part.refused.append(Refusal(f"POSIX/{queue}", why, _queue_fix(queue)))
+            fix = _queue_fix(queue) if why.startswith("POSIX/") else str(error).partition("\n")[0]
+            part.refused.append(Refusal(f"POSIX/{queue}", why, fix))
             continue
         transport.close().result()
         part.summary = transport.name

@@ -10,6 +10,7 @@ regions that their claims keep open.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import itertools
 import math
@@ -98,7 +99,8 @@ class Arena:
 
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(self._map, np.uint8)
         start = -whole.ctypes.data % _HUGE_PAGE
         self.bytes = memoryview(self._map)[start : start + nbytes]

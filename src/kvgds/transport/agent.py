@@ -146,9 +146,13 @@ def _candidates() -> Iterator[str]:
 
 
 def new_agent(name: bytes) -> ctypes.c_void_p:
-    """An agent without a backend, safe for several threads."""
+    """An agent without a backend, safe for several threads. Raises PathUnavailable."""
     config = _Config(sync=_STRICT, workers=1, listen_delay_us=100_000)
-    return nixl().make("configured_agent", name, ctypes.byref(config))
+    try:
+        return nixl().make("configured_agent", name, ctypes.byref(config))
+    except NixlError as error:  # it looks for its settings there, and can't start if it may not
+        text = "NIXL can't make an agent; let HOME name a folder that this user may read"
+        raise PathUnavailable(text, (str(error),)) from None
 
 
 def new_backend(agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]) -> ctypes.c_void_p:
@@ -237,7 +241,12 @@ _making_ring = threading.Lock()
 def _rings() -> set[int]:
     """Descriptors of this process's io_uring rings."""
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError as error:
+        advice = "mount /proc, or raise the limit on open files (ulimit -n)"
+        raise PathUnavailable(f"NIXL's queue can't be found; {advice}", (str(error),)) from None
+    for name in names:
         with contextlib.suppress(OSError):
             if "io_uring" in os.readlink(f"/proc/self/fd/{name}"):
                 found.add(int(name))
@@ -305,15 +314,17 @@ class Agent:
         for kind in queues:
             agent = new_agent(self._name)
             settings = {f"use_{kind}": "true", "ios_pool_size": str(POOL_ROWS)}
-            with _making_ring:
-                before = _rings()
-                try:
+            try:
+                with _making_ring:
+                    before = _rings()
                     options = new_backend(agent, "POSIX", settings)
-                except NixlError as error:
-                    report.append(f"POSIX/{kind}: {error}")
-                    self._nixl.call("destroy_agent", agent)
-                    continue
-                made = _rings() - before
+                    made = _rings() - before
+            except (NixlError, PathUnavailable) as error:
+                self._nixl.call("destroy_agent", agent)
+                if isinstance(error, PathUnavailable):
+                    raise
+                report.append(f"POSIX/{kind}: {error}")
+                continue
             self.ring = made.pop() if len(made) == 1 else None
             return agent, options, f"POSIX/{kind}"
         raise PathUnavailable("NIXL's POSIX plugin can't be used here", tuple(report))
