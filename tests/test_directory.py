@@ -80,7 +80,7 @@ def test_a_forked_child_does_not_give_up_its_parents_lock(tmp_path: Path) -> Non
     """Not even if it closes what it thinks is its own."""
     fd = lock_root(tmp_path)
     with forked(lambda: locks.close(fd)):
-        with pytest.raises(BusyError, match=f"process {os.getpid()}"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()}, this one"):
             lock_root(tmp_path)
         assert owner_of(tmp_path) == str(os.getpid())
     locks.close(fd)

@@ -177,3 +177,42 @@ asyncio.run(main())
 def test_a_kernel_without_huge_pages(tmp_path: Path) -> None:
     """They are asked for, and not needed."""
     assert run(ADVISED, tmp_path / "kv") == ["True True", "True"]
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+FORKED = """
+settings = config(sys.argv[1])
+loop = asyncio.new_event_loop()
+context = open_engine(settings)
+engine = loop.run_until_complete(context.__aenter__())
+loop.run_until_complete(engine.store(b"a", b"x" * 8192))
+waits, alive = os.pipe()
+print(os.getpid(), flush=True)
+if os.fork():
+    os._exit(0)
+os.close(alive)
+os.read(waits, 1)  # until the parent is dead
+
+async def use():
+    view = bytearray(8192)
+    calls = [engine.store(b"b", view), engine.load(b"a", view), engine.load_many([(b"a", view)]),
+             engine.prefix([b"a"]), engine.delete(b"a"), engine.aclose(),
+             context.__aexit__(None, None, None)]
+    for call in calls:
+        try:
+            print("no error:", await call)
+        except kvgds.ClosedError as error:
+            print(error)
+    async with open_engine(settings) as another:
+        print(await another.load(b"a", view), view == b"x" * 8192)
+
+loop.run_until_complete(use())
+"""
+
+
+def test_an_engine_in_a_forked_child(tmp_path: Path) -> None:
+    """Every call says why it can't go on, at once; and the parent's lock has died with it."""
+    parent, *said, found = run(FORKED, tmp_path / "kv")
+    assert said == [f"the engine was opened by process {parent}; open one after the fork"] * 7
+    assert found == "True True"

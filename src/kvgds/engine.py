@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from concurrent.futures import Future as ThreadFuture
@@ -85,7 +86,7 @@ class Engine:
     """Moves KV blocks between registered memory and its tiers. Made by :func:`open_engine`.
 
     All methods belong to the event loop that opened the engine; those that begin something
-    raise ClosedError anywhere else.
+    raise ClosedError anywhere else, in a forked child, too.
 
     Attributes:
         plan: per tier, how bytes move and why.
@@ -101,6 +102,7 @@ class Engine:
         self.config = config
         self.plan: tuple[PathPlan, ...] = ()
         self._loop = _running_loop()
+        self._process = os.getpid()
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
         self._executor = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="kvgds-files")
@@ -216,13 +218,13 @@ class Engine:
             TransferTimeout: transfers were still in flight after ``drain_timeout_s``. What
                 they may touch is never freed; the directory stays locked until the
                 process ends.
-            ClosedError: called on another event loop; nothing is closed.
+            ClosedError: called on another event loop, or in a forked child; nothing is closed.
         """
-        self._check_loop()
         await asyncio.shield(self.begin_closing())
 
     def begin_closing(self) -> asyncio.Future[None]:
         """Take nothing more; ends when :meth:`aclose` would, and can't be cancelled."""
+        self._check_loop()
         if self._closing is None:
             self._flights.close()
             self._closing = to_the_end(self._close)
@@ -572,6 +574,9 @@ class Engine:
         self._check_loop()
 
     def _check_loop(self) -> None:
+        if os.getpid() != self._process:  # its threads stayed there
+            text = f"the engine was opened by process {self._process}; open one after the fork"
+            raise ClosedError(text)
         if _running_loop() is not self._loop:
             raise ClosedError("the engine belongs to another event loop; open one for this loop")
 

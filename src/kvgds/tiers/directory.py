@@ -151,18 +151,21 @@ def lock_root(root: Path) -> int:
         BusyError: another engine has it.
         ConfigError: it can't be written.
     """
+    ours = False
     try:
         fd = _open_lock(root, os.O_RDWR | os.O_CREAT)
         try:
             locks.lock_nowait(fd, fcntl.LOCK_EX)
             _sign(root / "lock")
         except BaseException:
+            ours = locks.is_ours(fd)
             locks.close(fd)
             raise
     except BlockingIOError:
+        which = ", this one: an engine that is open, or ended its loop and was not closed"
         raise BusyError(
-            f"{root} is in use by process {_signed(root / 'lock')}; one engine a slab directory "
-            "(layout='files' can be shared)"
+            f"{root} is in use by process {_signed(root / 'lock')}{which if ours else ''}; "
+            "one engine a slab directory (layout='files' can be shared)"
         ) from None
     except OSError as error:
         raise ConfigError("root", str(root), f"can't be written: {error}") from None

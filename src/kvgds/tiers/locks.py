@@ -1,12 +1,14 @@
 """flock on files and directories, given up even if a child shares it.
 
 A child that was forked has its parent's descriptors, and flock belongs to what they share: it would
-outlive the parent's for as long as the child does. So `close` unlocks before it closes, and does
-not where this process only inherited the lock, which is still its parent's. Everything blocks.
+outlive the parent's for as long as the child does. So `close` unlocks before it closes. And since a
+parent may be killed, a forked child lets go at once of what it shares: there these descriptors
+become others, of nothing, which may be closed like the first. Everything blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -18,13 +20,35 @@ _LOCK_S = 60.0
 _LONG_S = 1.0
 _log = logging.getLogger("kvgds")
 _taken: set[int] = set()  # descriptors that this very process has locked
-os.register_at_fork(after_in_child=_taken.clear)
+
+
+def _let_go() -> None:
+    """In a child that was forked: the locks are its parent's alone."""
+    with contextlib.suppress(OSError):  # none can be opened: the child keeps them, and won't unlock
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in _taken:
+            os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
+    _taken.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def lock_nowait(fd: int, kind: int) -> None:
     """Lock a file or directory; BlockingIOError if others have it."""
     fcntl.flock(fd, kind | fcntl.LOCK_NB)
     _taken.add(fd)
+
+
+def is_ours(fd: int) -> bool:
+    """Whether it is this process that has the file or directory locked, by another descriptor."""
+    found = os.fstat(fd)
+    for other in tuple(_taken):
+        with contextlib.suppress(OSError):  # closed meanwhile, by another thread
+            if os.path.samestat(found, os.fstat(other)):
+                return True
+    return False
 
 
 def lock(fd: int, kind: int) -> None:
