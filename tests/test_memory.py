@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support
 from kvgds import BlockCorrupt, BusyError, Cache, ClosedError, ConfigError
@@ -95,7 +96,54 @@ async def test_parts_of_a_region(tmp_path: Path) -> None:
             assert (buffer == expected).all(), (start, stop)
 
 
+class Bits(ctypes.Structure):
+    """Of a format that numpy doesn't know."""
+
+    _fields_ = (("a", ctypes.c_int, 3), ("b", ctypes.c_int, 5))
+
+
+class Holder(ctypes.Structure):
+    """Of a Python object."""
+
+    _fields_ = (("n", ctypes.c_int), ("o", ctypes.py_object))
+
+
+def fake() -> torch.Tensor:
+    """As torch.compile traces with: it says that it is on the host, and has no memory."""
+    with FakeTensorMode():
+        return torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        (Bits * 1000)(),
+        (ctypes.c_void_p * 500)(),
+        (ctypes.c_wchar * 1000)(),
+        (ctypes.c_longdouble * 250)(),
+        np.zeros(1000, [("O", np.int32)]),
+    ],
+    ids=["bits", "pointers", "text", "long double", "a field called O"],
+)
+async def test_memory_of_any_format(tmp_path: Path, memory: Any) -> None:
+    """Bytes are bytes."""
+    whole = memoryview(memory).cast("B")
+    expected = content(b"a", len(whole))
+    async with opened(tmp_path / "kv") as engine:
+        await engine.store(b"a", expected)
+        for each in (memory, engine.register(memory)):
+            whole[:] = bytes(len(whole))
+            assert await engine.load(b"a", each)
+            assert whole == expected
+
+
 USELESS: dict[str, Any] = {
+    "ctypes, every other": memoryview((ctypes.c_void_p * 8)())[::2],
+    "ctypes, objects": (ctypes.py_object * 8)(),
+    "ctypes, objects in a structure": (Holder * 8)(),
+    "numpy, objects": np.zeros(8, object),
+    "numpy, objects in fields": np.zeros(8, [("n", int), ("o", object, (2,))]),
+    "torch, fake": fake(),
     "bytearray of nothing": bytearray(),
     "bytes of nothing": b"",
     "numpy, no rows": np.zeros((0, 4)),
@@ -121,6 +169,7 @@ USELESS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("kind", USELESS)
 async def test_memory_that_can_not_be_used(tmp_path: Path, kind: str) -> None:
     """A ConfigError that says what is wrong, whether it is registered first or not."""

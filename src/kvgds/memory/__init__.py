@@ -16,6 +16,7 @@ import itertools
 import math
 import mmap
 import operator
+import re
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -152,6 +153,8 @@ def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array 
         raise ConfigError(field, strided.shape, "is empty; give memory of at least one byte")
     if strided.movable and strided.moved:
         raise ConfigError(field, strided.shape, "its memory was freed; give a tensor that has some")
+    if not strided.address:  # torch's fake tensors say that they are on the host
+        raise ConfigError(field, strided.shape, "has no memory; give a tensor that is no fake")
     if any(s < 0 for s in strided.strides):
         raise ConfigError(field, strided.strides, "has negative strides; make it contiguous")
     return strided
@@ -198,12 +201,21 @@ def _describe_host(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any b
         raise ConfigError(field, type(buffer).__name__, rule) from None
     except ValueError as error:
         raise ConfigError(field, type(buffer).__name__, f"can't be used: {error}") from None
-    if view.format == "O":
+    if "O" in view.format and "O" in re.sub(":[^:]*:", "", view.format):  # but a field's name
         raise ConfigError(field, type(buffer).__name__, "holds Python objects, not bytes")
     if view.ndim == 0 or view.shape is None or view.strides is None:
         raise ConfigError(field, type(buffer).__name__, "must have at least one axis")
-    address = np.asarray(view).ctypes.data if view.nbytes else 0
+    address = _address(view, field) if view.nbytes else 0
     return _Strided(address, view.shape, view.strides, view.itemsize, view.readonly, view)
+
+
+def _address(view: memoryview, field: str) -> int:
+    if view.c_contiguous:  # as bytes, for numpy knows not all that ctypes has
+        return np.frombuffer(view, np.uint8).ctypes.data
+    try:
+        return np.asarray(view).ctypes.data
+    except (TypeError, ValueError) as error:
+        raise ConfigError(field, view.format, f"can't be used: {error}") from None
 
 
 def _contiguous(strided: _Strided) -> bool:
