@@ -459,6 +459,13 @@ def test_doctor_looks_beside_a_directory_that_is_not_there_yet(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_screen_without_columns(tmp_path: Path) -> None:
+    """As some that start jobs have it: that is no width."""
+    path = os.pathsep.join(filter(None, sys.path))
+    environ = {**os.environ, "PYTHONPATH": path, "COLUMNS": "0"}
+    assert "POSIX" in process("doctor", "--root", tmp_path, env=environ).stdout
+
+
 def test_doctor_says_one_thing_once(tmp_path: Path) -> None:
     result = call("doctor", "--root", tmp_path / "a" / "kv")
     assert result.exit_code == 1

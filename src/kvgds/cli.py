@@ -165,7 +165,14 @@ def _print_json(found: object) -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True, emoji=False)
+    return _wide(Console(highlight=False, soft_wrap=True, emoji=False))
+
+
+def _wide(console: Console) -> Console:
+    """With COLUMNS=0, as some schedulers of jobs set it, nothing at all would be printed."""
+    if not console.width:
+        console.width = 80
+    return console
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -178,7 +185,7 @@ def _table(title: str, *columns: str) -> Table:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars on standard error, if that is a terminal."""
-    console = Console(stderr=True, emoji=False)
+    console = _wide(Console(stderr=True, emoji=False))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -619,7 +626,7 @@ def demo(
     """Serve prompts with a small random model, exit, and go on from its blocks in a new process."""
     from kvgds.demo import run
 
-    raise typer.Exit(run(root, Console()))
+    raise typer.Exit(run(root, _wide(Console())))
 
 
 @contextmanager
