@@ -404,7 +404,7 @@ class ObjectTransport:
         if self._flying and self.name == _Nixl.name:
             young = now - self._flying[-1].since < _YOUNG_S
             pauses.append(_PAUSE_S[0] if young else _PAUSE_S[1])
-        elif self._flying or self._waiting or self._asking:
+        elif self._working():
             pauses.append(_SWEEP_S)
         return min(pauses, default=None)
 
