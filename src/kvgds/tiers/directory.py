@@ -162,7 +162,7 @@ def lock_root(root: Path) -> int:
             locks.close(fd)
             raise
     except BlockingIOError:
-        which = ", this one: an engine that is open, or ended its loop and was not closed"
+        which = ", this one: an engine is open, or its event loop ended before it was closed"
         raise BusyError(
             f"{root} is in use by process {_signed(root / 'lock')}{which if ours else ''}; "
             "one engine a slab directory (layout='files' can be shared)"
