@@ -219,7 +219,7 @@ def fill_up(path: Path) -> None:
 
 @contextmanager
 def small_disk(
-    where: Path, size: int, kind: Literal["tmpfs", "ext4", "ext2"] = "tmpfs"
+    where: Path, size: int, kind: Literal["tmpfs", "ext4", "ext2", "btrfs"] = "tmpfs"
 ) -> Iterator[Path]:
     """Mount a file system of `size` bytes (but on tmpfs, its metadata included, at least 2 MiB) and yield its directory."""
     root = where / f"small-{kind}"
@@ -271,9 +271,11 @@ def _tmpfs(root: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def _formatted_disk(root: Path, size: int, kind: str) -> Iterator[None]:
-    # No journal and no blocks kept back for root: nearly all of `size` is for files.
-    options = ("-t", kind, "-m", "0", "-O", "^has_journal")
-    image = _formatted(root.with_suffix(".img"), size, *options)
+    if kind == "btrfs":
+        image = _formatted(root.with_suffix(".img"), size, mkfs="mkfs.btrfs")
+    else:  # no journal and no blocks kept back for root: nearly all of `size` is for files
+        options = ("-t", kind, "-m", "0", "-O", "^has_journal")
+        image = _formatted(root.with_suffix(".img"), size, *options)
     with _loop_device(image) as device:
         _mount_or_skip(device, root, kind, "")
         try:
@@ -282,13 +284,13 @@ def _formatted_disk(root: Path, size: int, kind: str) -> Iterator[None]:
             _unmount(root)
 
 
-def _formatted(image: Path, size: int, *options: str) -> Path:
-    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-    if mkfs is None:
-        pytest.skip("mkfs.ext4 (Debian package e2fsprogs) is not installed")
+def _formatted(image: Path, size: int, *options: str, mkfs: str = "mkfs.ext4") -> Path:
+    found = shutil.which(mkfs, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"{mkfs} (Debian packages e2fsprogs, btrfs-progs) is not installed")
     with image.open("xb") as file:
         file.truncate(size)
-    subprocess.run([mkfs, "-q", *options, str(image)], check=True, capture_output=True)
+    subprocess.run([found, "-q", *options, str(image)], check=True, capture_output=True)
     return image
 
 

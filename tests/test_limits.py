@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from faults import small_disk
+
 BEGIN = """
 import asyncio, errno, os, resource, sys, threading
 import kvgds
@@ -34,7 +36,7 @@ def run(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environ},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=50,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -216,3 +218,31 @@ def test_an_engine_in_a_forked_child(tmp_path: Path) -> None:
     parent, *said, found = run(FORKED, tmp_path / "kv")
     assert said == [f"the engine was opened by process {parent}; open one after the fork"] * 7
     assert found == "True True"
+
+
+# --- a disk that copies what is overwritten ------------------------------------------------------
+
+COPYING = """
+from support import content
+
+async def main():
+    async with open_engine(config(sys.argv[1], tier={"capacity_bytes": 40 << 20})) as engine:
+        stored = wrong = 0
+        for i in range(1500):
+            try:
+                stored += await engine.store(b"%d" % i, content(i, 65536))
+            except kvgds.StorageFull:
+                pass
+        for i in range(1500):
+            memory = bytearray(65536)
+            wrong += await engine.load(b"%d" % i, memory) and memory != content(i, 65536)
+        print(stored > 400, wrong)
+
+asyncio.run(main())
+"""
+
+
+def test_a_full_disk_that_copies_what_is_overwritten(tmp_path: Path) -> None:
+    """As btrfs does: refused, and no page that can't be written kills the process."""
+    with small_disk(tmp_path, 120 << 20, "btrfs") as disk:
+        assert run(COPYING, disk / "kv") == ["True 0"]

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import MAX_KEY_BYTES, PAGE
 from kvgds.errors import ConfigError
-from kvgds.tiers.space import RESERVE, SLOT_BITS, SLOT_MASK, room_on_disk
+from kvgds.paths import filesystem_of
+from kvgds.tiers.space import COPIES_ON_WRITE, RESERVE, SLOT_BITS, SLOT_MASK, room_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -132,8 +133,12 @@ def connect(path: Path, *, power: bool = False, new: bool = True) -> sqlite3.Con
         _make_private(path)
     else:
         raise _lost(path)
+    # Not shared where that takes a mapped file whose pages are copied when they are written:
+    # without room for a copy the kernel kills the process.
+    alone = filesystem_of(path.parent) in COPIES_ON_WRITE
     database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
     try:
+        database.execute(f"PRAGMA locking_mode={'EXCLUSIVE' if alone else 'NORMAL'}")
         application = database.execute("PRAGMA application_id").fetchone()[0]
         tables = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
         if tables and application != _APPLICATION:
@@ -217,7 +222,9 @@ def damaged(path: Path, why: object) -> ConfigError:
 def unusable(root: Path, error: Exception) -> ConfigError:
     """The error for a directory of slabs whose index, or a file of it, can't be used just now."""
     rule = f"can't be used: {error}"
-    if isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
+    if "locked" in rule:
+        rule += ": another program has the index, as an engine does for itself on btrfs"
+    elif isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
         rule += "; the index needs room on the disk: free some MiB"
     return ConfigError("root", str(root), rule)
 

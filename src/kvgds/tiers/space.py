@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import stat
+import sys
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import PAGE, image_bytes
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 SLOT_BITS = 32  # a slot's number: the slab's id, then its place in the slab
 SLOT_MASK = (1 << SLOT_BITS) - 1
+# Where what is overwritten is put beside what it replaces, and a full disk has no room for that.
+COPIES_ON_WRITE = frozenset(("bcachefs", "btrfs"))
+_GET_FLAGS, _SET_FLAGS, _NOCOW = 0x80086601, 0x40086602, 0x00800000  # of Linux's <linux/fs.h>
 RESERVE = 8 << 20  # bytes of the disk that slabs leave to the index: rows and SQLite's log
 SLAB_NAME = re.compile(r"slab-(\d{8})-(\d+)\.kv")
 
@@ -31,6 +36,13 @@ def slot_bytes_for(nbytes: int) -> int:
     image = image_bytes(nbytes)
     step = max(PAGE, 1 << max(image.bit_length() - 7, 0))
     return -(-image // step) * step
+
+
+def overwrite_in_place(folder: int) -> None:
+    """Let files made in a directory from now on keep their places, as far as btrfs can. Blocks."""
+    with contextlib.suppress(OSError):  # not without rights, say
+        flags = int.from_bytes(fcntl.ioctl(folder, _GET_FLAGS, bytes(8)), sys.byteorder)
+        fcntl.ioctl(folder, _SET_FLAGS, (flags | _NOCOW).to_bytes(8, sys.byteorder))
 
 
 def slab_name(slab_id: int, slot_bytes: int) -> str:
