@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BlockCorrupt, ConfigError, TransferError
-from kvgds.paths import PathPlan, filesystem_of, try_directory
+from kvgds.paths import NO_ROOM, PathPlan, filesystem_of, try_directory
 from kvgds.threads import starting
 from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
@@ -308,7 +308,7 @@ class Slabs:
         for move in moves:
             self._slots.pend(move.slot, -1)
             self._slots.free(move.slot, last=True)  # if the place is bad, the next must not meet it
-            if isinstance(move.error, TransferError) and move.error.errno == errno.ENOSPC:
+            if isinstance(move.error, TransferError) and move.error.errno in NO_ROOM:
                 move.error = disk_full(self._settings.root, str(move.error))
         self._services.settle(moves)
         self._supply.serve()

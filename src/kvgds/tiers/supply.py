@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.errors import StorageFull, TransferError
+from kvgds.paths import NO_ROOM
 from kvgds.tiers.index import Changes
 from kvgds.tiers.slots import Slab
 from kvgds.tiers.space import RESERVE, SLOT_BITS, make_slab, remove_slab, slab_name, slot_bytes_for
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from kvgds.tiers.slots import Forgotten, SizeClass, Slots
 
 _SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (*NO_ROOM, errno.EFBIG)
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _FULL_S = 1.0  # after which a disk that was full is tried again: others may have freed some of it
