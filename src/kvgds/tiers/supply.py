@@ -109,7 +109,7 @@ class Supply:
     def serve(self) -> None:
         """Give slots to waiting stores, or see to it that there will be some."""
         self._leave()
-        sizes = self._slots.sizes.values()
+        sizes = tuple(self._slots.sizes.values())  # who is refused may let others in, of more sizes
         for size in sizes:
             going = []
             while size.waiting and size.free:
@@ -124,7 +124,7 @@ class Supply:
 
     def stock(self) -> None:
         """See to it that the next stores will find slots; after those that wait."""
-        for size in self._slots.sizes.values():
+        for size in tuple(self._slots.sizes.values()):
             if not size.waiting and _low(size):
                 self._make_room(size)
 
