@@ -156,6 +156,8 @@ async def test_an_index_that_is_deleted_under_an_engine(
         for _ in range(2):
             with pytest.raises(TransferError, match=rf"{name} was deleted.*fsck --rebuild"):
                 await engine.store(b"new", content(b"new", SIZE))
+        with pytest.raises(TransferError, match=rf"{name} was deleted.*fsck --rebuild"):
+            await engine.store(b"old", content(b"old", SIZE))
         assert await engine.load(b"old", bytearray(SIZE))
         assert await engine.prefix([b"new"]) == 0
     await asyncio.to_thread(fsck, root, rebuild=True)

@@ -64,6 +64,7 @@ class Slabs:
         self._lock = self._folder = -1
         self._index_fds: dict[str, int] = {}  # of its files that must not go, by name
         self._links_count = True  # not on every file system
+        self._index_lost = False  # what it had acknowledged may be gone when this process is
 
     # --- opening and closing, in the executor ---------------------------------------
 
@@ -146,6 +147,7 @@ class Slabs:
         """
         for name, fd in self._index_fds.items():
             if self._deleted(fd):
+                self._index_lost = True
                 rule = "close the engine, then `kvgds fsck --rebuild`"
                 raise FileNotFoundError(f"{name} {_DELETED}; {rule}")
         dirty = set()
@@ -268,7 +270,8 @@ class Slabs:
         for move in moves:
             block = self._slots.find(move.key)
             other = block is not None and block.nbytes != move.nbytes and not move.mirrored
-            if block is None or other or slabs[block.slot >> SLOT_BITS].lost:
+            lost = self._index_lost or (block and slabs[block.slot >> SLOT_BITS].lost)
+            if block is None or other or lost:
                 new.append(move)
             else:
                 move.status = "present"
