@@ -96,6 +96,12 @@ class Watched(Engine):
         """Whether the first tier has a block."""
         return self._tiers[0].contains(key)
 
+    def key_in_shut_slab(self, place: int) -> bytes:
+        """Whose block is in this place of the slab that is given up just now."""
+        slabs = cast("Any", self._tiers[0])._slots.slabs.values()
+        key: bytes = next(slab.keys[place] for slab in slabs if slab.shut)
+        return key
+
     def busy(self) -> bool:
         return self._flights.busy
 

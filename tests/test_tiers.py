@@ -537,29 +537,46 @@ ROWS = 1900
 SPARE = 100
 
 
-async def one_large_slab(root: Path, **changes: Any) -> Watched:
-    """An engine whose only slab has many slots, which is all that the capacity allows."""
+async def large_slabs(root: Path, count: int = 1) -> Watched:
+    """An engine with slabs of many slots, nearly all used, which are all that there is room for."""
     slot_bytes = slot_bytes_for(PAGE)
-    settings = {"tier": {"capacity_bytes": (ROWS + SPARE) * slot_bytes}, **changes}
+    settings: Any = {"tier": {"capacity_bytes": count * (ROWS + SPARE) * slot_bytes}}
     async with opened(root, **settings):
         pass
     with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-        database.execute("INSERT INTO slab VALUES (0, ?, ?)", (slot_bytes, ROWS + SPARE))
+        rows = [(number, slot_bytes, ROWS + SPARE) for number in range(count)]
+        database.executemany("INSERT INTO slab VALUES (?, ?, ?)", rows)
     engine = Watched(config(root, **settings), HeldTransport(NixlTransport(1)))
     await engine.open()
-    for start in range(0, ROWS, 475):
+    for start in range(0, count * (ROWS + SPARE) - SPARE, 475):
         some = [b"%d" % i for i in range(start, start + 475)]
         await engine.store_many([(key, content(key, PAGE)) for key in some])
     return engine
+
+
+def rows_of(root: Path) -> int:
+    """How many blocks the index knows."""
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        count: int = database.execute("SELECT count(*) FROM block").fetchone()[0]
+        return count
 
 
 def blocks(engine: Watched) -> int:
     return engine.statistics().tiers[0].blocks
 
 
+async def some_gone(engine: Watched) -> None:
+    """Wait for the first part of a slab to be forgotten; the rest follows in a few turns."""
+    before = blocks(engine)
+    for _ in range(10_000_000):
+        if blocks(engine) < before:
+            return
+        await asyncio.sleep(0)
+
+
 async def test_a_slab_is_given_up_in_many_turns(tmp_path: Path) -> None:
     """However many blocks it has, the loop goes on; what is used meanwhile is used to its end."""
-    engine = await one_large_slab(tmp_path / "kv")
+    engine = await large_slabs(tmp_path / "kv")
     try:
         last = b"%d" % (ROWS - 1)
         assert blocks(engine) == ROWS
@@ -580,6 +597,7 @@ async def test_a_slab_is_given_up_in_many_turns(tmp_path: Path) -> None:
         await engine.held.wait_held("start", 1)
         await turns()
         assert not storing.done()
+        assert rows_of(tmp_path / "kv") == 0  # else those that were forgotten would be back one day
         engine.held.release()
         assert loading is not None
         assert await loading
@@ -590,14 +608,76 @@ async def test_a_slab_is_given_up_in_many_turns(tmp_path: Path) -> None:
         assert await engine.load(b"big", bytearray(MIB))
         assert not await engine.load(last, bytearray(PAGE))
     finally:
+        engine.held.release()
         await engine.aclose()
     engine.check()
+
+
+async def test_stores_go_on_while_a_slab_waits_for_a_load(tmp_path: Path) -> None:
+    """Of another slab something is evicted, though one that is given up can't go yet."""
+    engine = await large_slabs(tmp_path / "kv", 2)
+    try:
+        storing = asyncio.create_task(engine.store(b"big", bytes(MIB)))
+        await some_gone(engine)
+        first = engine.key_in_shut_slab(ROWS)
+        engine.held.hold("landing", lambda transfer: transfer.key == first)  # type: ignore[attr-defined]
+        memory = bytearray(PAGE)
+        loading = asyncio.create_task(engine.load(first, memory))
+        await engine.held.wait_held("landing", 1)
+        outcomes = await engine.store_many([(b"new %d" % i, bytes(PAGE)) for i in range(300)])
+        assert {outcome.status for outcome in outcomes} == {"stored"}
+        assert not storing.done()
+        engine.held.release()
+        assert await loading
+        assert memory == content(first, PAGE)
+        assert await storing
+    finally:
+        engine.held.release()
+        await engine.aclose()
+    engine.check()
+
+
+async def test_a_delete_that_fails_in_a_slab_that_goes(tmp_path: Path, monkeypatch: Any) -> None:
+    """It fails, and its block goes with the slab all the same."""
+    root = tmp_path / "kv"
+    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
+    engine = await large_slabs(root)
+    try:
+        last = b"%d" % (ROWS - 1)
+        storing = asyncio.create_task(engine.store(b"big", bytes(MIB)))
+        await some_gone(engine)
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            with pytest.raises(TransferError, match="locked"):
+                await engine.delete(last)
+            database.rollback()
+        assert await engine.prefix([last]) == 0
+        with contextlib.suppress(TransferError):  # its slab could not be made meanwhile
+            await storing
+        assert await engine.store(b"big again", bytes(MIB))
+        assert await engine.store(last, content(last, PAGE))
+    finally:
+        await engine.aclose()
+    engine.check()
+
+
+async def test_new_sizes_on_a_full_disk_at_once(tmp_path: Path) -> None:
+    """Each needs a slab that another size has: they take one after the other."""
+    with small_disk(tmp_path, 48 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 1 << 30}) as engine:
+            for i in range(100):
+                await engine.store(b"a%d" % i, bytes(MIB // 2))
+            sizes = [MIB + i * 64 * PAGE for i in range(4)]
+            stores = [engine.store(b"b%d" % size, bytes(size)) for size in sizes]
+            ended = await asyncio.gather(*stores, return_exceptions=True)
+            assert {type(each) for each in ended} <= {bool, StorageFull}
+            assert True in ended
 
 
 async def test_a_slab_that_can_not_be_given_up_is_as_it_was(tmp_path: Path) -> None:
     """Its index fails when all blocks are forgotten already: they are back, oldest first."""
     root = tmp_path / "kv"
-    engine = await one_large_slab(root)
+    engine = await large_slabs(root)
     try:
         database = sqlite3.connect(root / "index.db")
         with contextlib.closing(database), database:

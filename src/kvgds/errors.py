@@ -147,9 +147,9 @@ class TransferTimeout(TransferError, TimeoutError):
     Attributes:
         settled: ``None`` where the caller's memory is free already (the transfer was
             queued, waited for a GPU's stream, or ran through the bounce region). On a
-            direct transfer, which nothing can stop, something to await: it returns when
-            the memory is the caller's again. Until then operations on that memory raise
-            :class:`BusyError`.
+            direct transfer and on a GPU's copy, which nothing can stop, something to
+            await: it returns when the memory is the caller's again. Until then operations
+            on that memory raise :class:`BusyError`.
     """
 
     settled: Awaitable[None] | None = None

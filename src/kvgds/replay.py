@@ -335,14 +335,14 @@ def part_blocks(settings: Settings) -> int:
         raise ConfigError("block_bytes", size, f"must be a multiple of {PAGE}")
     if in_flight < 1:
         raise ConfigError("in_flight", in_flight, "must be at least 1")
-    need = image_bytes(size) if settings.layout == "files" else slot_bytes_for(size)
-    if settings.capacity_bytes < need:
-        rule = f"must be at least {need:,}, which one block takes with its stamp"
-        raise ConfigError("capacity_bytes", settings.capacity_bytes, rule)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 2 * in_flight * size > memory // 2:
         rule = f"{in_flight} requests with 2 blocks each need more than half of the memory"
         raise ConfigError("block_bytes", size, rule)
+    need = image_bytes(size) if settings.layout == "files" else slot_bytes_for(size)
+    if settings.capacity_bytes < need:
+        rule = f"must be at least {need:,}, which one block takes with its stamp"
+        raise ConfigError("capacity_bytes", settings.capacity_bytes, rule)
     return max(1, min(_PART_BLOCKS, _POOL_BYTES // (2 * in_flight * size)))
 
 

@@ -556,19 +556,20 @@ class Flights:
     def _expire(self, batch: Batch) -> None:
         """A batch's deadline has passed: nobody waits longer, whatever becomes of the I/O."""
         batch.expired = True
-        self._late.append(self._end_late(batch))
-        if len(self._late) == 1:
+        if not self._late:
             self._loop.call_soon(self._end_some)
+        self._late.append(self._end_late(batch))
 
     def _end_some(self) -> None:
+        if not self._late:
+            return
+        self._loop.call_soon(self._end_some)
         for _ in range(_LEAVE_AT_ONCE):
             if self._late and next(self._late[0], _DONE) is _DONE:
                 self._late.popleft()
         for tier in self.tiers:
             tier.expire()
         self.wake_closer()
-        if self._late:
-            self._loop.call_soon(self._end_some)
 
     def _end_late(self, batch: Batch) -> Iterator[None]:
         """End a batch's waiters, one a step."""

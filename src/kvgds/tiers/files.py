@@ -146,6 +146,8 @@ class Files:
         ended = failed or len(seen) < wanted or asked.length == len(asked.keys)
         if ended:
             self._prefixes.popleft()
+        else:
+            self._prefixes.rotate(-1)  # short ones don't wait for long ones
         if self._prefixes:
             self._look_for_piece()
         if not ended:

@@ -222,7 +222,7 @@ def damaged(path: Path, why: object) -> ConfigError:
 def unusable(root: Path, error: Exception) -> ConfigError:
     """The error for a directory of slabs whose index, or a file of it, can't be used just now."""
     rule = f"can't be used: {error}"
-    if "locked" in rule:
+    if isinstance(error, sqlite3.Error) and "locked" in str(error):
         rule += ": another program has the index, as an engine does for itself on btrfs"
     elif isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
         rule += "; the index needs room on the disk: free some MiB"

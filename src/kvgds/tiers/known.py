@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FOLDERS = 256
 _PACE = 16  # names that are looked at again for each that is added
-_FOLDER = 4  # what it takes to look into a folder, in names
+_FOLDER_COST = 4  # of looking into a folder, in names
 _LEAST = 1024  # names: looks worth a job
 _MOST = 4096  # in one job, but for the last folder
 
@@ -68,14 +68,16 @@ class Known:
 
     def take_due(self) -> list[Look]:
         """Folders to be looked into now, if it is time, and what is known of them."""
-        self._due = min(self._due, self._count + _FOLDERS * _FOLDER)  # no need to go round twice
+        self._due = min(
+            self._due, self._count + _FOLDERS * _FOLDER_COST
+        )  # no need to go round twice
         looks: list[Look] = []
         names = 0
-        while self._due >= (_FOLDER if looks else _LEAST) and names < _MOST:
+        while self._due >= (_FOLDER_COST if looks else _LEAST) and names < _MOST:
             part = self._parts[self._next]
             looks.append((self._next, part.copy()))
-            names += _FOLDER + len(part)
-            self._due -= _FOLDER + len(part)
+            names += _FOLDER_COST + len(part)
+            self._due -= _FOLDER_COST + len(part)
             self._next = (self._next + 1) % _FOLDERS
         return looks
 

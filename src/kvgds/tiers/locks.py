@@ -37,8 +37,12 @@ os.register_at_fork(after_in_child=_let_go)
 
 def lock_nowait(fd: int, kind: int) -> None:
     """Lock a file or directory; BlockingIOError if others have it."""
-    fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    _taken.add(fd)
+    _taken.add(fd)  # first: a child that is forked meanwhile lets go of it
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BaseException:
+        _taken.discard(fd)
+        raise
 
 
 def is_ours(fd: int) -> bool:

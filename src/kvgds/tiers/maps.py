@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
 
-_PART = 0x3FF  # of a key's hash
+_MASK = 0x3FF  # of a key's hash
 _END = (1 << 64) - 1
 
 
@@ -30,7 +30,7 @@ class KeyMap:
     __slots__ = ("_count", "_parts")
 
     def __init__(self) -> None:
-        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_PART + 1))
+        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_MASK + 1))
         self._count = 0
 
     def __len__(self) -> int:
@@ -41,31 +41,31 @@ class KeyMap:
             yield from part
 
     def __contains__(self, key: BlockKey | None) -> bool:
-        return key in self._parts[hash(key) & _PART]
+        return key in self._parts[hash(key) & _MASK]
 
     def __getitem__(self, key: BlockKey) -> int:
-        return self._parts[hash(key) & _PART][key]
+        return self._parts[hash(key) & _MASK][key]
 
     def get(self, key: BlockKey) -> int | None:
         """The slot of a key, if it has one."""
-        return self._parts[hash(key) & _PART].get(key)
+        return self._parts[hash(key) & _MASK].get(key)
 
     def leading(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys have slots."""
         parts = self._parts
         for number, key in enumerate(keys):
-            if key not in parts[hash(key) & _PART]:
+            if key not in parts[hash(key) & _MASK]:
                 return number
         return len(keys)
 
     def add(self, key: BlockKey, slot: int) -> None:
         """Give a slot to a key that has none."""
-        self._parts[hash(key) & _PART][key] = slot
+        self._parts[hash(key) & _MASK][key] = slot
         self._count += 1
 
     def remove(self, key: BlockKey) -> None:
         """Take a key's slot from it."""
-        del self._parts[hash(key) & _PART][key]
+        del self._parts[hash(key) & _MASK][key]
         self._count -= 1
 
 

@@ -88,6 +88,7 @@ class Slab:
         self.fresh = self.places()  # free slots that were never used, lent in order
         self.free: deque[int] = deque()  # the others, next last
         self.shut = True  # stores can have none of its slots
+        self.indexed = True  # else what is in it is on its way out
         self.lost: OSError | None = None  # why no store is safe there; the index's thread finds out
         self.busy = 0  # slots being written, or waiting for a commit
         self.owed = 0  # slots whose blocks the next tier lacks
@@ -198,12 +199,11 @@ class Slots:
             del slab.size.open[slab]
             slab.size.free -= slab.count_free()
 
-    def empty_slab(self, slab: Slab, places: range) -> list[Forgotten]:
+    def empty_slab(self, slab: Slab, places: range) -> None:
         """Forget the blocks in some places of a slab that is shut."""
         used = (_OWED, _GIVEN_UP, _MIRRORED)
         gone = [self.forget(slot) for slot in places if slab.states[slot & SLOT_MASK] in used]
         self.count_evicted(gone)
-        return gone
 
     def remove_slab(self, slab: Slab) -> None:
         """Know a slab no more that is shut, and empty."""

@@ -42,7 +42,7 @@ _FULL = (*NO_ROOM, errno.EFBIG)
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
 _FULL_S = 1.0  # after which a disk that was full is tried again: others may have freed some of it
-_PART = 256  # slots of a slab to be given up that one turn of the loop looks at: 1 ms at most
+_SLOTS_A_TURN = 256  # of a slab that is given up: 1 ms of the loop at most
 
 
 class Supply:
@@ -74,7 +74,7 @@ class Supply:
         self._direct = direct
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
-        self._leaving: tuple[Slab, list[Forgotten]] | None = None  # without blocks, but in use
+        self._leaving: Slab | None = None  # has no blocks any more, and waits for who uses it
         self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
@@ -156,26 +156,33 @@ class Supply:
     # --- evicting ---------------------------------------------------------------------
 
     def _make_room(self, size: SizeClass) -> None:
-        if self._slab_on_its_way:
+        if self._slab_on_its_way and self._leaving is None:
+            return  # it may be all that is needed
+        if self._leaving is None and self._change_slabs(size):
             return
+        slots = self._slots
+        needed = len(size.waiting) - size.going
+        evicted = self._evict(size, needed, _ahead(size))
+        wait = evicted or size.pending or size.used or slots.orphans or self._leaving
+        if size.waiting and not wait and not self._steal(size):
+            self._refuse(size, lambda: self._too_big(size.slot_bytes))
+        self._hasten(size)
+
+    def _change_slabs(self, size: SizeClass) -> bool:
+        """Make one for this class, or give one up that is less wanted; whether that is begun."""
         room = self._settings.capacity_bytes - self._slots.slab_bytes
         full = time.monotonic() < self._full_until
         if room >= size.slot_bytes and not (full and size.used):
             self._grow(size, room)
-            return
-        slots = self._slots
-        spare = self._spares()
-        if size.waiting and (
-            slab := slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
-        ):
-            self._give_up(slab)
-            return
-        needed = len(size.waiting) - size.going
-        evicted = self._evict(size, needed, _ahead(size))
-        wait = evicted or size.pending or size.used or slots.orphans
-        if size.waiting and not wait and not self._steal(size):
-            self._refuse(size, lambda: self._too_big(size.slot_bytes))
-        self._hasten(size)
+            return True
+        slots, spare = self._slots, self._spares()
+        if not size.waiting:
+            return False
+        slab = slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
+        if slab is None:
+            return False
+        self._give_up(slab)
+        return True
 
     def _spares(self) -> bool:
         """Whether blocks that the next tier lacks must stay until it has them."""
@@ -240,7 +247,7 @@ class Supply:
         self._dropping -= len(gone)
         for block in reversed(gone):
             self._count_going(block.slot, -1)
-            if error is None:
+            if error is None or not self._slots.slabs[block.slot >> SLOT_BITS].indexed:
                 self._slots.free(block.slot)
             else:
                 self._slots.remember(block)
@@ -266,45 +273,40 @@ class Supply:
         return True
 
     def _give_up(self, slab: Slab) -> None:
+        """The index forgets it first, while all in it still loads: no block may outlive its row.
+
+        Else one that was replaced, or deleted, between would be back after a crash.
+        """
         self._slab_on_its_way = True
         self._slots.shut_slab(slab)
-        self._empty(slab, slab.places(), [])
+        self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab))
 
-    def _empty(self, slab: Slab, places: range, gone: list[Forgotten]) -> None:
-        gone += self._slots.empty_slab(slab, places[:_PART])
-        if len(places) > _PART:
-            self._services.post(self._empty, slab, places[_PART:], gone)
+    def _unindexed(self, slab: Slab, error: Exception | None) -> None:
+        if error is not None:
+            self._slots.open_slab(slab)
+            self._not_grown(error)
             return
-        self._leaving = slab, gone
-        self._leave()
+        slab.indexed = False
+        self._empty(slab, slab.places())
+
+    def _empty(self, slab: Slab, places: range) -> None:
+        """Some of its slots in each turn of the loop, for there may be a million."""
+        self._slots.empty_slab(slab, places[:_SLOTS_A_TURN])
+        if len(places) > _SLOTS_A_TURN:
+            self._services.post(self._empty, slab, places[_SLOTS_A_TURN:])
+            return
+        self._leaving = slab
+        self.serve()
 
     def _leave(self) -> None:
         """Go on with the slab that has no blocks any more, once no load and no delete uses it."""
-        if self._leaving is None or not self._slots.is_idle(self._leaving[0]):
+        slab = self._leaving
+        if slab is None or not self._slots.is_idle(slab):
             return
-        (slab, gone), self._leaving = self._leaving, None
-        self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab, gone))
-
-    def _unindexed(self, slab: Slab, gone: list[Forgotten], error: Exception | None) -> None:
-        if error is not None:
-            self._keep(slab, gone, error)
-            return
+        self._leaving = None
         self._slots.remove_slab(slab)
         detached = self._services.transport.detach(slab.file)
         self._services.run(self._remover(slab, detached), self._removed)
-
-    def _keep(self, slab: Slab, gone: list[Forgotten], error: Exception) -> None:
-        """The index still names the slab: go on with it, in parts as well."""
-        some = gone[-_PART:]
-        del gone[-_PART:]
-        self._slots.count_evicted(some, -1)
-        for block in reversed(some):
-            self._slots.remember(block)
-        if gone:
-            self._services.post(self._keep, slab, gone, error)
-            return
-        self._slots.open_slab(slab)
-        self._not_grown(error)
 
     def _remover(self, slab: Slab, detached: Future[None] | None = None) -> Callable[[], None]:
         return partial(remove_slab, self._folder, slab.path.name, slab.file.fd, detached)
@@ -312,22 +314,22 @@ class Supply:
     def _removed(self, future: Future[None]) -> None:
         error = future.exception()
         if error is not None:
-            self._not_grown(error)
+            self._not_grown(error, "can't remove a slab")
             return
         self._slab_on_its_way = False
         self._full_until = 0.0  # there is room for another again
         self.serve()
 
-    def _not_grown(self, error: BaseException) -> None:
+    def _not_grown(self, error: BaseException, what: str = "can't make a slab") -> None:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""
         self._slab_on_its_way = False
         for size in tuple(self._slots.sizes.values()):
-            self._refuse(size, lambda: self._growth_error(error))
+            self._refuse(size, lambda: self._growth_error(error, what))
 
-    def _growth_error(self, error: BaseException) -> Exception:
+    def _growth_error(self, error: BaseException, what: str = "can't make a slab") -> Exception:
         if isinstance(error, sqlite3.Error):
             return commit_error(self._settings.root, error)
-        why = f"can't make a slab: {error}"
+        why = f"{what}: {error}"
         if _is_full(error):
             return disk_full(self._settings.root, why)
         number = getattr(error, "errno", None)
@@ -384,7 +386,7 @@ class Supply:
         for size in tuple(self._slots.sizes.values()):
             if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
                 continue
-            if size.used or self._steal(size):
+            if size.used or self._slab_on_its_way or self._steal(size):
                 self._hasten(size)
                 continue
             self._refuse(size, lambda: self._growth_error(error))

@@ -19,11 +19,14 @@ _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 class _Bell:
     """Ends a wait. It lasts as long as somebody has it, and so until whoever just rings it has."""
 
+    fd = -1
+
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class Inbox:
