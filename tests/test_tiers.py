@@ -33,6 +33,7 @@ from support import (
     MIB,
     PAGE,
     Watched,
+    aligned,
     config,
     content,
     opened,
@@ -668,7 +669,8 @@ async def test_new_sizes_on_a_full_disk_at_once(tmp_path: Path) -> None:
             for i in range(100):
                 await engine.store(b"a%d" % i, bytes(MIB // 2))
             sizes = [MIB + i * 64 * PAGE for i in range(4)]
-            stores = [engine.store(b"b%d" % size, bytes(size)) for size in sizes]
+            memory = [engine.register(aligned(size)) for size in sizes]  # none waits for a lease
+            stores = [engine.store(b"b%d" % each.nbytes, each) for each in memory]
             ended = await asyncio.gather(*stores, return_exceptions=True)
             assert {type(each) for each in ended} <= {bool, StorageFull}
             assert True in ended
