@@ -96,6 +96,17 @@ class Watched(Engine):
         """Whether the first tier has a block."""
         return self._tiers[0].contains(key)
 
+    def hold_first(self) -> list[bytes]:
+        """Hold the next transfer at its start, and no other; the keys of all, as they start."""
+        order: list[bytes] = []
+
+        def is_first(transfer: Any) -> bool:
+            order.append(transfer.key)
+            return len(order) == 1
+
+        self.held.hold("start", is_first)
+        return order
+
     def key_in_shut_slab(self, place: int) -> bytes:
         """Whose block is in this place of the slab that is given up just now."""
         slabs = cast("Any", self._tiers[0])._slots.slabs.values()

@@ -588,13 +588,7 @@ async def test_the_first_of_many_leave_one_after_another(tmp_path: Path, leave: 
     """Each time the next one leads; nobody boards anew, or loses the place in the queue."""
     async with opened(tmp_path / "kv", inflight_ops=1) as engine:
         await store(engine, b"hot", b"ahead", b"behind")
-        order: list[bytes] = []
-
-        def note(transfer: Any) -> bool:
-            order.append(transfer.key)
-            return len(order) == 1
-
-        engine.held.hold("start", note)
+        order = engine.hold_first()
         ahead = soon(engine.load(b"ahead", bytearray(SIZE)))
         await engine.held.wait_held("start")
         memory = [make(SIZE) for make in (aligned, unaligned) * 50]
@@ -627,13 +621,7 @@ async def test_who_joins_hastens(tmp_path: Path) -> None:
     """A request needs what is being prefetched: it waits no longer than for a load of its own."""
     async with opened(tmp_path / "kv", inflight_ops=1) as engine:
         await store(engine, b"ahead", b"early", b"wanted")
-        order: list[bytes] = []
-
-        def note(transfer: Any) -> bool:
-            order.append(transfer.key)
-            return len(order) == 1
-
-        engine.held.hold("start", note)
+        order = engine.hold_first()
         loads = [soon(engine.load(b"ahead", bytearray(SIZE)))]
         await engine.held.wait_held("start")
         for key, priority in (

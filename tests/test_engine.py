@@ -413,13 +413,7 @@ async def test_a_load_goes_before_the_prefetch_that_came_first(tmp_path: Path) -
     async with opened(tmp_path / "kv", inflight_ops=1) as engine:
         keys = [b"first", b"prefetched", b"demanded"]
         await store(engine, *keys)
-        order: list[bytes] = []
-
-        def note(transfer: Any) -> bool:
-            order.append(transfer.key)
-            return len(order) == 1
-
-        engine.held.hold("start", note)
+        order = engine.hold_first()
         loads = [soon(engine.load(keys[0], bytearray(SIZE)))]
         await engine.held.wait_held("start")
         for key, priority in ((keys[1], Priority.PREFETCH), (keys[2], Priority.DEMAND)):

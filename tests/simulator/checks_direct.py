@@ -11,7 +11,17 @@ import pytest
 
 from kvgds import BlockCorrupt, BusyError, ConfigError, TransferError, TransferTimeout, open_engine
 from kvgds.memory.device import cuda
-from simulator.checks_engine import MIB, NAMESPACE, PAGE, Rows, config, filled, gpu, simulator
+from simulator.checks_engine import (
+    MIB,
+    NAMESPACE,
+    PAGE,
+    Rows,
+    config,
+    filled,
+    gpu,
+    looked_at,
+    simulator,
+)
 from support import spoil, until
 
 if TYPE_CHECKING:
@@ -440,10 +450,7 @@ async def test_past_its_deadline_while_a_kernel_reads_the_memory(
         gpu.hold(ours)
         with pytest.raises(TransferTimeout) as caught:
             await engine.store(b"k", region, timeout_s=0.2)
-        assert caught.value.settled is not None
-        settled = asyncio.ensure_future(caught.value.settled)
-        for i in range(5):  # as often at least the reactor has looked
-            assert await engine.store(b"%d" % i, bytes(PAGE))
+        settled = await looked_at(engine, caught.value)
         early = settled.done()
         gpu.release(ours)
         await settled

@@ -87,6 +87,15 @@ class Rows:
         return self._told
 
 
+async def looked_at(engine: Engine, late: TransferTimeout) -> asyncio.Future[None]:
+    """What ends when the memory is free, once the reactor has looked at it a few times more."""
+    assert late.settled is not None
+    settled: asyncio.Future[None] = asyncio.ensure_future(late.settled)
+    for i in range(5):  # as often at least the reactor has looked
+        assert await engine.store(b"%d" % i, bytes(PAGE))
+    return settled
+
+
 @pytest.mark.parametrize("verify", ["full", "stamp"])
 @pytest.mark.parametrize("layout", ["slabs", "files"])
 async def test_bytes_come_back(gpu: Simulator, tmp_path: Path, layout: str, verify: str) -> None:
@@ -240,10 +249,7 @@ async def test_a_copy_past_its_deadline_keeps_its_lease(gpu: Simulator, tmp_path
         gpu.hold(ours)
         with pytest.raises(TransferTimeout) as caught:
             await engine.store(b"k", engine.register(vram), timeout_s=0.1)
-        assert caught.value.settled is not None
-        settled = asyncio.ensure_future(caught.value.settled)
-        for i in range(5):  # as often at least the reactor has looked
-            assert await engine.store(b"%d" % i, bytes(PAGE))
+        settled = await looked_at(engine, caught.value)
         held.hold("landing", lambda transfer: not transfer.write)
         loading = asyncio.create_task(engine.load(b"there", back))
         await held.wait_held("landing")  # it has been read into its lease

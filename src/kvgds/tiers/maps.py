@@ -129,7 +129,7 @@ class Order:
         self._count += 1
 
     def renew(self, slot: int) -> None:
-        """Make one of them the last."""
+        """Make one of them the last, as each load does: so by itself, not by two calls."""
         last, links = self.last, self._links
         if slot == last:
             return

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvgds.tiers.slots import Forgotten, SizeClass, Slots
 
 _SLAB_MOST = 4 << 30  # bytes; one takes a while to allocate
+_UNMADE = "can't make a slab"
 _FULL = (*NO_ROOM, errno.EFBIG)
 _SLABS = 64  # a slab is about this part of the capacity
 _EVICT = 64  # most blocks that one commit evicts ahead of need
@@ -320,13 +321,13 @@ class Supply:
         self._full_until = 0.0  # there is room for another again
         self.serve()
 
-    def _not_grown(self, error: BaseException, what: str = "can't make a slab") -> None:
+    def _not_grown(self, error: BaseException, what: str = _UNMADE) -> None:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""
         self._slab_on_its_way = False
         for size in tuple(self._slots.sizes.values()):
             self._refuse(size, lambda: self._growth_error(error, what))
 
-    def _growth_error(self, error: BaseException, what: str = "can't make a slab") -> Exception:
+    def _growth_error(self, error: BaseException, what: str = _UNMADE) -> Exception:
         if isinstance(error, sqlite3.Error):
             return commit_error(self._settings.root, error)
         why = f"{what}: {error}"
