@@ -752,6 +752,23 @@ async def test_a_load_waits_for_one_piece_of_a_prefix(tmp_path: Path) -> None:
             await deleting
 
 
+async def test_a_prefix_that_nobody_waits_for_is_looked_for_no_further(tmp_path: Path) -> None:
+    """Than the piece that is under way."""
+    keys = [b"%d" % n for n in range(300)]
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            plant_blocks(disk.backing / "kv", keys)
+            disk.hang("lookup", match="*.kv")
+            with pytest.raises(TransferTimeout):
+                await engine.prefix(keys, timeout_s=0.05)
+            disk.release()
+            disk.clear()
+            for _ in range(5):  # in turns with it
+                assert await engine.prefix([b"gone"]) == 0
+            assert engine.statistics().tiers[0].blocks == 64
+
+
 async def test_closing_waits_for_a_prefix(tmp_path: Path) -> None:
     """All its pieces: whoever asked is told."""
     keys = [b"%d" % n for n in range(300)]

@@ -253,8 +253,8 @@ class Far:
             self.bucket,
             endpoint=wire.endpoint,
             backend=backend,
-            connect_timeout_s=0.5,
-            request_timeout_s=0.5,
+            connect_timeout_s=2.0,
+            request_timeout_s=2.0,
             retries=0,
         )
 
@@ -654,9 +654,27 @@ async def test_what_is_deleted_while_it_is_taken_for_damaged_is_a_miss(far: Far)
         assert engine.statistics().tiers[0].quarantined == 0
 
 
+async def test_a_prefix_that_nobody_waits_for_is_looked_for_no_further(far: Far) -> None:
+    """Each look is a request that is paid for: no more follow than are under way."""
+    keys = [b"%d" % n for n in range(9)]
+    async with far.engine() as engine:
+        await engine.store_many([(key, content(key, SIZE)) for key in keys])
+    async with far.engine() as engine:
+        far.wire.hold(method="HEAD")
+        asking = asyncio.ensure_future(engine.prefix(keys))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        looks = far.wire.requests["HEAD"]
+        far.wire.ok()
+        await engine.aclose()  # which waits for all that is asked
+        assert far.wire.requests["HEAD"] == looks
+
+
 async def test_closing_waits_for_no_queue_of_questions(far: Far) -> None:
     """There are more than threads to ask them: those that wait are not asked any more."""
-    async with far.engine(drain_timeout_s=5.0) as engine:
+    async with far.engine() as engine:
         far.wire.black_hole()
         asked = [asyncio.ensure_future(engine.prefix([b"%d" % n])) for n in range(600)]
         await turns()

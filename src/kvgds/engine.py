@@ -498,8 +498,8 @@ class Engine:
         """
         self._check_open()
         timeout = self._flights.timeout_of(timeout_s)
-        wanted = listed("keys", keys, "must be a list of keys")
-        for key in wanted:
+        asked = listed("keys", keys, "must be a list of keys")
+        for key in asked:
             check_key(key)
         answer: asyncio.Future[int] = self._loop.create_future()
 
@@ -507,7 +507,7 @@ class Engine:
             if not answer.done():
                 answer.set_result(length)
 
-        self._flights.prefix(wanted, done)
+        self._flights.prefix(asked, done, lambda: not answer.done())
         text = "prefix passed its deadline"
         return await _in_time(
             answer, timeout, TransferTimeout(text, direction="prefix", errno=ETIMEDOUT)

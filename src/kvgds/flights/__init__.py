@@ -304,9 +304,11 @@ class Flights:
 
     # --- asking -----------------------------------------------------------------------
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+    def prefix(
+        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
+    ) -> None:
         """How many of the first keys have their blocks in some tier; see ``Tier.prefix``."""
-        (self.relay or self.tiers[0]).prefix(keys, done)
+        (self.relay or self.tiers[0]).prefix(keys, done, wanted)
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""

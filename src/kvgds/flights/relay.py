@@ -221,7 +221,7 @@ class Relay:
             return False
         else:  # others may have stored it there, and not have taken it on
             self._waiting.setdefault(key, []).append(flight)
-            self.far.prefix([key], lambda there: self._looked(flight, there))
+            self.far.prefix([key], lambda there: self._looked(flight, there), lambda: True)
         return True
 
     def _expect(self, key: BlockKey) -> None:
@@ -244,18 +244,21 @@ class Relay:
             del self._waiting[key]
         self.home.mirrored(flight, None)
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+    def prefix(
+        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
+    ) -> None:
         """See ``Tier.prefix``, of both tiers together."""
         near, far = self.near, self.far
 
         def beyond(count: int) -> None:
             lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
-            if not lacking or far.out:
+            if not lacking or far.out or not wanted():
                 done(count if lacking else len(keys))
                 return
-            far.prefix([keys[n] for n in lacking], lambda more: done([*lacking, len(keys)][more]))
+            asked = [keys[n] for n in lacking]
+            far.prefix(asked, lambda more: done([*lacking, len(keys)][more]), wanted)
 
-        near.prefix(keys, beyond)
+        near.prefix(keys, beyond, wanted)
 
     def delete(self, key: BlockKey, done: Done) -> None:
         """Drop a block from both tiers, in this order with what is under way for it.

@@ -115,8 +115,13 @@ class Tier(Protocol):
     def contains(self, key: BlockKey) -> bool:
         """Whether a load would find the block, as far as is known without looking."""
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
-        """Tell on the loop, at once or later, how many of the first keys have their blocks."""
+    def prefix(
+        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
+    ) -> None:
+        """Tell on the loop, at once or later, how many of the first keys have their blocks.
+
+        Once nobody waits for that, which `wanted` says, it looks no further and may tell less.
+        """
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block, then tell on the loop whether it was there, once that is durable."""

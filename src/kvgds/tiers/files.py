@@ -60,6 +60,7 @@ class _Prefix:
 
     keys: tuple[BlockKey, ...]
     done: Callable[[int], None]
+    wanted: Callable[[], bool]
     folders: Folders
     length: int = 0
 
@@ -124,10 +125,12 @@ class Files:
         """See ``Tier.contains``."""
         return known_as(self._tree.place(key)) in self._known
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+    def prefix(
+        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
+    ) -> None:
         """See ``Tier.prefix``."""
         self._under_way += 1
-        self._prefixes.append(_Prefix(tuple(keys), done, self._tree.folders()))
+        self._prefixes.append(_Prefix(tuple(keys), done, wanted, self._tree.folders()))
         if len(self._prefixes) == 1:
             self._look_for_piece()
 
@@ -138,12 +141,13 @@ class Files:
         look = partial(self._tree.prefix, piece, asked.folders)
         self._services.run(look, partial(self._found, asked, len(piece)))
 
-    def _found(self, asked: _Prefix, wanted: int, future: Future[list[bytes]]) -> None:
+    def _found(self, asked: _Prefix, looked_for: int, future: Future[list[bytes]]) -> None:
         failed = future.exception() is not None
         seen = [] if failed else future.result()
         self._known.add(seen)
         asked.length += len(seen)
-        ended = failed or len(seen) < wanted or asked.length == len(asked.keys)
+        lacks = len(seen) < looked_for
+        ended = lacks or asked.length == len(asked.keys) or not asked.wanted()
         if ended:
             self._prefixes.popleft()
         else:
@@ -152,7 +156,7 @@ class Files:
             self._look_for_piece()
         if not ended:
             return
-        if not failed and asked.length < len(asked.keys):  # others may have dropped it
+        if lacks and not failed:  # others may have dropped it
             self._known.discard([known_as(self._tree.place(asked.keys[asked.length]))])
         asked.done(0 if failed else asked.length)
         self._end([], 1)

@@ -205,12 +205,19 @@ class Objects:
         """See ``Tier.contains``."""
         return self._seen_there(self._place(key)) is not None
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+    def prefix(
+        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
+    ) -> None:
         """See ``Tier.prefix``: one look-up at first, then ever more at once."""
-        self._look(keys, 0, 1, done)
+        self._look(keys, 0, 1, done, wanted)
 
     def _look(
-        self, keys: Sequence[BlockKey], start: int, width: int, done: Callable[[int], None]
+        self,
+        keys: Sequence[BlockKey],
+        start: int,
+        width: int,
+        done: Callable[[int], None],
+        wanted: Callable[[], bool],
     ) -> None:
         while start < len(keys) and self.contains(keys[start]):
             start += 1
@@ -235,10 +242,11 @@ class Objects:
                 elif size is None and not self.out:
                     self._miss(place)
             there = next((n for n, size in enumerate(sizes) if size is None), len(sizes))
-            if there < len(sizes):
+            if there < len(sizes) or not wanted():
                 done(start + there)
             else:
-                self._look(keys, start + there, min(4 * width, self._settings.connections), done)
+                wider = min(4 * width, self._settings.connections)
+                self._look(keys, start + there, wider, done, wanted)
 
         self._under_way += 1
         self._asking.update(places)

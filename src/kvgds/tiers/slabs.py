@@ -177,7 +177,12 @@ class Slabs:
         """See ``Tier.contains``."""
         return key in self._slots.keys
 
-    def prefix(self, keys: Sequence[BlockKey], done: Callable[[int], None]) -> None:
+    def prefix(
+        self,
+        keys: Sequence[BlockKey],
+        done: Callable[[int], None],
+        wanted: Callable[[], bool],  # noqa: ARG002 - it answers at once
+    ) -> None:
         """See ``Tier.prefix``."""
         done(self._slots.keys.leading(keys))
 
