@@ -10,13 +10,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from simulator import build, environment
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 CHECKS = Path(__file__).parent / "simulator"
+# Those of dozens of engines, each with a trial in a process of its own, take a minute together.
+PARTS = {"checks_direct": 3, "checks_gather": 3, "checks_gpu": 3}
 
 # Opens an engine with the settings given as JSON, and prints how GPU memory moves, or why not.
 PLAN = """
@@ -93,12 +98,19 @@ def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(150)  # dozens of engines, each with a trial in a process of its own
-@pytest.mark.parametrize("file", sorted(CHECKS.glob("checks_*.py")), ids=lambda path: path.stem)
-def test_checks(file: Path) -> None:
+def parts() -> Iterator[Any]:
+    for file in sorted(CHECKS.glob("checks_*.py")):
+        count = PARTS.get(file.stem, 1)
+        for part in range(count):
+            yield pytest.param(file, f"{part}/{count}", id=f"{file.stem}-{part}")
+
+
+@pytest.mark.timeout(150)  # each takes 20 s where nothing else runs
+@pytest.mark.parametrize(("file", "part"), list(parts()))
+def test_checks(file: Path, part: str) -> None:
     hung = "faulthandler_timeout=20"  # a thread that waits in C hears no signal
-    options = ("-q", "-p", "no:cacheprovider", "--noconftest", "-o", hung)
-    run("-m", "pytest", *options, str(file), devices=2)
+    options = ("-q", "-p", "no:cacheprovider", "-p", "simulator.part", "--noconftest", "-o", hung)
+    run("-m", "pytest", *options, "--part", part, str(file), devices=2)
 
 
 @pytest.mark.parametrize(
