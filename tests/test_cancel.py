@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import random
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from faults import FaultyDisk
 from kvgds import (
     BusyError,
     ClosedError,
+    ConfigError,
     Outcome,
     Priority,
     TransferTimeout,
@@ -125,6 +127,7 @@ async def test_past_its_deadline_while_queued_it_never_starts(
         error = await late(engine, act(b"d" if write else b"b", memory, timeout_s=LATE_S))
         assert error.settled is None
         assert (error.key, error.direction) == ((b"d", "store") if write else (b"b", "load"))
+        assert (error.path, error.errno) == ("", errno.ETIMEDOUT)
         await engine.deregister(memory)
         engine.held.release()
         assert await first
@@ -986,8 +989,12 @@ async def test_a_deadline_that_passes_while_a_batch_is_taken_in(tmp_path: Path) 
     """Blocks that come after the deadline don't start; every block gets its outcome."""
     async with opened(tmp_path / "kv") as engine:
         engine.held.hold("start")
-        items = [(b"%d" % i, content(i, SIZE)) for i in range(200)]
-        outcomes = await engine.store_many(items, timeout_s=1e-4)
-        assert {type(outcome.error) for outcome in outcomes} == {TransferTimeout}
+        items: list[tuple[Any, bytes]] = [(b"%d" % i, content(i, SIZE)) for i in range(200)]
+        items.append(("text", bytes(1)))
+        *outcomes, wrong = await engine.store_many(items, timeout_s=1e-4)
+        errors: list[Any] = [outcome.error for outcome in outcomes]
+        told = {(type(error), error.direction, error.errno) for error in errors}
+        assert told == {(TransferTimeout, "store", errno.ETIMEDOUT)}
+        assert type(wrong.error) is ConfigError
         engine.held.release()
         assert await engine.prefix([b"0"]) == 0

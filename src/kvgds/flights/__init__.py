@@ -211,9 +211,9 @@ class Flights:
     def admit(self, batch: Batch, index: int, key: BlockKey, memory: Memory) -> None:
         """Take one block in; what is wrong with it becomes its outcome."""
         try:
-            if batch.expired:
-                raise TransferTimeout("passed its deadline", key=key)
             view = self._check(batch, key, memory)
+            if batch.expired:
+                raise self._late_error(key, write=batch.write)
             level = 0 if batch.write else self._level(key)
             if level is None:
                 self._end_at_once(batch, index, Outcome(key, "miss"), view.nbytes)
@@ -614,23 +614,30 @@ class Flights:
         self._close_boarding(flight)
 
     def _time_out(self, waiter: Waiter, flight: Flight, settled: Settled | None) -> None:
-        path = flight.move.path.name if flight.move else "none"
+        path = flight.move.path.name if flight.move else ""
         kept_in = self.tiers[0].name if flight.mirroring else ""
-        text = "passed its deadline"
+        more = ""
         if settled is not None:
-            text += "; its memory is in use: await .settled"
+            more = "; its memory is in use: await .settled"
         elif kept_in:
-            text += f"; {kept_in} has the block"
-        error = TransferTimeout(
-            text,
-            direction="store" if flight.write else "load",
-            key=flight.key,
-            path=path,
-            backend=self.tiers[flight.level].plan.backend,
-            errno=errno.ETIMEDOUT,
+            more = f"; {kept_in} has the block"
+        error = self._late_error(
+            flight.key, write=flight.write, path=path, level=flight.level, more=more
         )
         error.settled, error.kept_in = settled, kept_in
-        self._end(waiter, Outcome(flight.key, "error", error), path)
+        self._end(waiter, Outcome(flight.key, "error", error), path or "none")
+
+    def _late_error(
+        self, key: BlockKey, *, write: bool, path: str = "", level: int = 0, more: str = ""
+    ) -> TransferTimeout:
+        return TransferTimeout(
+            f"passed its deadline{more}",
+            direction="store" if write else "load",
+            key=key,
+            path=path,
+            backend=self.tiers[level].plan.backend,
+            errno=errno.ETIMEDOUT,
+        )
 
     def _leave_queue(self, waiter: Waiter, flight: Flight) -> bool:
         """Drop a waiter whose I/O has not started, or has ended here. False: it is under way."""
