@@ -296,7 +296,12 @@ def list_blocks(
     *,
     as_json: AsJson = False,
     limit: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Also list so many blocks, latest used first.")
+        int,
+        typer.Option(
+            min=0,
+            max=MOST,
+            help="Also list so many blocks, latest used (in a bucket: stored) first.",
+        ),
     ] = 0,
     namespace: Named = None,
     config: Config = None,
@@ -374,7 +379,7 @@ def fsck(
             "--rebuild",
             help="Make a new index from the stamps in the slabs (not with layout files); the old "
             "one is kept aside. Brings back blocks that were dropped (gc, eviction, delete) if "
-            "nothing has overwritten them yet.",
+            "nothing has overwritten them yet; leaves out those without a checksum.",
         ),
     ] = False,
     stamps_only: Annotated[
@@ -448,7 +453,10 @@ def gc(
     region: Region = None,
     ca_bundle: CaBundle = None,
 ) -> None:
-    """Drop blocks: old ones, those beyond a size, or whole namespaces."""
+    """Drop blocks: old ones, those beyond a size, or whole namespaces.
+
+    No engine may have a directory of slabs meanwhile, but for --dry-run.
+    """
     from kvgds.upkeep import gc as collect
 
     if older_than is None and keep_bytes is None and namespace is None:
@@ -580,7 +588,7 @@ def bench(
         ),
     ] = 256 << 20,
     out: Annotated[
-        Path | None, typer.Option(help="Write the results here too, as JSON lines.")
+        Path | None, typer.Option(help="Write the results here too, a new file of JSON lines.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

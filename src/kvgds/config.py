@@ -72,11 +72,12 @@ class FileTier(_Settings):
     Attributes:
         root: the directory; made if it is missing (its parent must exist), mode 0700.
         capacity_bytes: most bytes of blocks kept, stamps and padding included; the least
-            recently used go first.
+            recently used go first, at opening too if it is less than it was.
         layout: ``"slabs"``: preallocated files for one engine alone. ``"files"``: a file a
             block, for directories that several processes or hosts share.
         verify: ``"full"`` checks stamp and payload checksum on every load, ``"stamp"`` only
-            the stamp, and then stores write no checksum.
+            the stamp, and then stores write no checksum. Blocks without one are a miss under
+            ``"full"``: slabs drop them at opening, with ``"files"`` `prefix` still counts them.
         direct_io: ``"auto"`` uses O_DIRECT if a trial at open shows that it works,
             ``"require"`` raises PathUnavailable if not, ``"never"`` goes through the page cache.
         durable: what an acknowledged store survives: the death of the ``"process"``, or loss
@@ -112,7 +113,7 @@ class ObjectTier(_Settings):
         bucket: the bucket; it must be there.
         endpoint: ``"https://host:port"`` of the server; None: AWS's own, of the region.
         region: the bucket's region; servers other than AWS take any.
-        prefix: what the names of all objects begin with.
+        prefix: what the names of all objects begin with; it ends with a ``/``, given or not.
         access_key: with ``secret_key`` and perhaps ``session_token``; None: AWS's usual chain, see
             docs/objects.md.
         addressing: whether the bucket is named in the ``"path"`` or in the host (``"virtual"``);
@@ -224,18 +225,22 @@ class EngineConfig(_Settings):
         tiers: where blocks go, in a tuple or list: a FileTier, an ObjectTier, or a FileTier and
             behind it an ObjectTier.
         path: for GPU memory; aligned host memory always goes direct. ``"auto"``: GPUDirect Storage
-            if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not.
+            if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not;
+            ``"bounce"``: without a trial.
         allow_compat: with ``path="gds"``: cuFile's compatibility mode will do, named gds-compat.
-        bounce_bytes: budget of the bounce region, padding included.
+        bounce_bytes: budget of the bounce region, padding included. A block that bounces has to fit
+            into it; with two tiers every block, twice.
         gather_bytes: memory of each GPU that scattered blocks lie in, beside `bounce_bytes`: they
             go through it where GPUDirect Storage is quicker with few large pieces. Taken when it
             is first needed. 0: never.
         timeout_s: deadline of an operation that names none.
         drain_timeout_s: how long closing waits for what is in flight.
         probe_timeout_s: how long the trial of GPUDirect Storage may take, at open.
-        queue_ops: operations that may be queued before ``*_nowait`` raises QueueFull.
-        inflight_ops: blocks that may be in flight, per tier and direction.
-        inflight_bytes: bytes that may be in flight, per tier and direction.
+        queue_ops: blocks that may be queued before ``*_nowait`` raises QueueFull.
+        inflight_ops: blocks that may be in flight, per tier and direction; of a bucket no more than
+            twice its ``connections``.
+        inflight_bytes: bytes that may be in flight, per tier and direction; a larger block alone.
+            With two tiers no more than a quarter of `bounce_bytes`, but for loads from the first.
         transport_threads: NIXL agents, each with a thread of its own.
     """
 

@@ -313,7 +313,9 @@ class Engine:
 
         Raises:
             ConfigError: one tensor instead of a list of them, tensors that differ in their
-                number of blocks, overlap, are empty, or are registered already, or no such axis.
+                number of blocks or their device, overlap, are empty, or are registered already,
+                or no such axis.
+            BusyError: a transfer uses some of it.
         """
         self._check_open()
         return self._flights.territory.register_cache(_list_of(layers), block_axis)
@@ -322,7 +324,8 @@ class Engine:
         """Forget registered memory; it may be freed afterwards.
 
         Raises:
-            BusyError: a transfer uses it. ConfigError: it is neither a region nor a cache.
+            BusyError: a transfer uses it.
+            ConfigError: it is neither a region nor a cache, or another engine's.
         """
         self._check_loop()
         region: object = memory.region if isinstance(memory, Cache) else memory
@@ -369,7 +372,8 @@ class Engine:
 
         Raises:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
-            StorageFull: no room. BusyError: a load into this memory is in flight.
+            StorageFull: no room.
+            BusyError: a load into this memory is in flight, or others keep the directory locked.
             ConfigError: an argument can't be. ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=True)
@@ -632,8 +636,9 @@ def open_engine(
     Raises:
         ConfigError: this is no configuration, or a directory can't be used as configured.
         ClosedError: no event loop of asyncio runs here.
-        BusyError: another engine has the directory.
-        PathUnavailable: NIXL, or a path that was asked for, can't be had.
+        BusyError: another engine has the directory, or keeps it locked.
+        PathUnavailable: NIXL, or a path that was asked for, can't be had, or a bucket that stands
+            alone does not answer.
         CapacityError: the system allows no more threads.
     """
     if not isinstance(config, EngineConfig):

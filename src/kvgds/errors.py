@@ -12,7 +12,7 @@
     │   ├── QueueFull
     │   └── StorageFull
     ├── BusyError                           still in use, may not be freed or opened twice
-    └── ClosedError                         the engine is closed
+    └── ClosedError                         closed, or of another event loop or process
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def untraced(error: E) -> E:
 
 
 class KvgdsError(Exception):
-    """Root of everything that kvgds raises on purpose. Other processes get it by pickle."""
+    """Root of everything that kvgds raises on purpose. Can be pickled, for other processes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name != "settled"}
@@ -61,7 +61,7 @@ def _restored(
 
 
 class ConfigError(KvgdsError, ValueError):
-    """A setting or an argument is wrong. Raised before any I/O.
+    """A setting or an argument is wrong.
 
     Attributes:
         field: name of the setting or argument.
@@ -101,8 +101,8 @@ class TransferError(KvgdsError, OSError):
     stored bytes are :class:`BlockCorrupt`.
 
     Attributes:
-        direction: ``"load"``, ``"store"``, ``"delete"`` or ``"prefix"``.
-        key: the block's key; ``b""`` for a prefix.
+        direction: ``"load"``, ``"store"``, ``"delete"`` or ``"prefix"``; "" of a close.
+        key: the block's key; ``b""`` where it is not of one block.
         path: ``"direct"``, ``"bounce"``, ``"gds"`` or ``"gds-compat"``; "" where no byte had to
             move.
         backend: the transport that failed, for example ``"POSIX/uring"``.
@@ -158,8 +158,8 @@ class TransferTimeout(TransferError, TimeoutError):
 class BlockCorrupt(KvgdsError):
     """What is stored under the key is provably not what was stored there.
 
-    The block is gone from the index, its place is quarantined, and the destination of
-    the load is dirty. Loading the key again is a miss.
+    The block is gone, its place is quarantined, and the destination of the load is to be
+    treated as dirty. Loading the key again is a miss.
 
     Attributes:
         key: the block's key.
@@ -175,7 +175,7 @@ class BlockCorrupt(KvgdsError):
 
 
 class CapacityError(KvgdsError):
-    """Something bounded is full."""
+    """Something bounded is full; raised as such where the system allows no more threads."""
 
 
 class QueueFull(CapacityError):
@@ -183,12 +183,19 @@ class QueueFull(CapacityError):
 
 
 class StorageFull(CapacityError):
-    """No room for the block, and nothing that may be evicted."""
+    """No room for the block: nothing may be evicted, or the disk is full."""
 
 
 class BusyError(KvgdsError):
-    """In use: memory with a transfer in flight, or a directory another engine owns."""
+    """In use by another: memory with a transfer in flight, or a directory.
+
+    A slab directory belongs to one engine; of one of files, somebody has had the ledger locked for
+    a minute. Also an operation that another task awaits.
+    """
 
 
 class ClosedError(KvgdsError):
-    """The engine, or the memory registered with it, has been closed."""
+    """The engine is closed, or the memory was deregistered.
+
+    Also what an engine answers on another event loop, or in a forked child.
+    """

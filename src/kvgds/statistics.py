@@ -18,8 +18,8 @@ class Statistics:
     """What an engine is doing, and has done since it was opened.
 
     Attributes:
-        queued: blocks waiting to start.
-        in_flight: blocks under way.
+        queued: blocks waiting to start, those to be uploaded included.
+        in_flight: blocks under way, likewise.
         hits: loads that found their block.
         misses: loads that did not.
         stored: blocks written.
