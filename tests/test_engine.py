@@ -103,6 +103,25 @@ async def test_prefix_stops_at_the_first_gap(tmp_path: Path) -> None:
         assert await engine.prefix([b"d", b"b", b"a"]) == 3
 
 
+async def test_a_long_prefix_leaves_the_loop_to_others(tmp_path: Path) -> None:
+    """A million tokens are some 60,000 blocks; what is looked at in one turn is bounded."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"a")
+        keys = [b"a"] * 5000
+        asking = asyncio.ensure_future(engine.prefix([*keys, b"gone", b"a"]))
+        await turns(4)
+        assert not asking.done()
+        assert await asking == 5000
+        assert await engine.prefix(keys) == 5000
+        with pytest.raises(ConfigError, match="must be bytes"):
+            await engine.prefix([*keys, "text"])  # type: ignore[list-item]
+        closed = asyncio.ensure_future(engine.prefix([*keys, b"gone"]))
+        await turns(1)
+        await engine.aclose()
+        with pytest.raises(ClosedError):
+            await closed
+
+
 async def test_prefix_takes_any_iterable_once(tmp_path: Path) -> None:
     async with opened(tmp_path / "kv") as engine:
         await store(engine, b"a", b"b")

@@ -344,6 +344,19 @@ async def test_through_sees_to_what_others_have_stored(place: Place) -> None:
         assert place.wire.requests == puts
 
 
+# --- prefixes -----------------------------------------------------------------------------------
+
+
+async def test_a_long_prefix_goes_on_beyond_the_first_part(place: Place) -> None:
+    """What the directory lacks of it is looked for in the bucket part by part."""
+    async with place.opened("through", tier={"capacity_bytes": 4 * SLOT}) as engine:
+        await fill(engine, b"far", *(b"%d" % n for n in range(8)))
+        keys = [b"far"] * 3000
+        assert await engine.prefix([b"7", *keys]) == 3001
+        assert await engine.prefix([*keys, b"gone", b"far"]) == 3000
+        assert await engine.prefix([*keys, b"7", b"gone"]) == 3001
+
+
 # --- a bucket that takes nothing ----------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
 from kvgds.statistics import Statistics, gauges_of, statistics_of
 from kvgds.threads import fill, starting
-from kvgds.tiers import Services, Tier
+from kvgds.tiers import KEYS_AT_ONCE, Services, Tier
 from kvgds.tiers.files import Files
 from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
@@ -503,8 +503,12 @@ class Engine:
         self._check_open()
         timeout = self._flights.timeout_of(timeout_s)
         asked = listed("keys", keys, "must be a list of keys")
-        for key in asked:
-            check_key(key)
+        for start in range(0, len(asked), KEYS_AT_ONCE):
+            if start:  # others use the loop too, and may close the engine
+                await asyncio.sleep(0)
+                self._check_open()
+            for key in asked[start : start + KEYS_AT_ONCE]:
+                check_key(key)
         answer: asyncio.Future[int] = self._loop.create_future()
 
         def done(length: int) -> None:

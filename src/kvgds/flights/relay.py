@@ -12,6 +12,7 @@ loop's thread.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import random
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
 from kvgds.paths import RELAY, Move
 from kvgds.schedule import Priority
+from kvgds.tiers import KEYS_AT_ONCE
 
 if TYPE_CHECKING:
     import asyncio
@@ -250,13 +252,20 @@ class Relay:
         """See ``Tier.prefix``, of both tiers together."""
         near, far = self.near, self.far
 
-        def beyond(count: int) -> None:
-            lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
+        def beyond(start: int) -> None:
+            lacks = (n for n in range(start, len(keys)) if not near.contains(keys[n]))
+            lacking = list(itertools.islice(lacks, KEYS_AT_ONCE))
+
+            def found(count: int) -> None:
+                if count < len(lacking):
+                    done(lacking[count])
+                else:
+                    beyond(lacking[-1] + 1)
+
             if not lacking or far.out or not wanted():
-                done(count if lacking else len(keys))
-                return
-            asked = [keys[n] for n in lacking]
-            far.prefix(asked, lambda more: done([*lacking, len(keys)][more]), wanted)
+                done(start if lacking else len(keys))
+            else:
+                far.prefix([keys[n] for n in lacking], found, wanted)
 
         near.prefix(keys, beyond, wanted)
 

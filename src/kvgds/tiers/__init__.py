@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvgds.paths import Move, PathPlan
     from kvgds.transport import Transport
 
+KEYS_AT_ONCE = 1024  # in one turn of the loop: some 0.4 ms
+
 
 class Backlog(Protocol):
     """Takes blocks on to the next tier of a stack. Belongs to the event loop's thread.
