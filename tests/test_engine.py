@@ -103,6 +103,24 @@ async def test_prefix_stops_at_the_first_gap(tmp_path: Path) -> None:
         assert await engine.prefix([b"d", b"b", b"a"]) == 3
 
 
+async def test_a_block_may_have_so_many_fragments_and_no_more(tmp_path: Path) -> None:
+    """What NIXL is given beyond its places would fail half-begun."""
+    most = 16_383
+    tier = {"capacity_bytes": 256 * MIB}
+    async with opened(tmp_path / "kv", tier=tier, bounce_bytes=MIB) as engine:
+        memory = aligned((most + 1) * 2 * PAGE)
+        memory.reshape(-1, PAGE)[:] = np.arange(2 * (most + 1), dtype=np.uint32)[:, None] % 251
+        pages = memory.reshape(most + 1, 2, PAGE)
+        many = engine.register_cache([pages], block_axis=1)
+        with pytest.raises(TransferError, match=r"16,385 rows, .*; 16,384 are"):
+            await engine.store(b"many", many.block(0))
+        await engine.deregister(many)
+        cache = engine.register_cache([pages[:most]], block_axis=1)
+        assert await engine.store(b"most", cache.block(0))
+        assert await engine.load(b"most", cache.block(1))
+        assert np.array_equal(pages[:most, 0], pages[:most, 1])
+
+
 async def test_a_long_prefix_leaves_the_loop_to_others(tmp_path: Path) -> None:
     """A million tokens are some 60,000 blocks; what is looked at in one turn is bounded."""
     async with opened(tmp_path / "kv") as engine:

@@ -351,7 +351,8 @@ class Lane:
             if isinstance(rows, list) and transfer.nbytes > _ROW_BYTES:
                 rows = list(_cut(rows))
             if isinstance(rows, list) and len(rows) > _SIDE_ROWS:
-                raise NotMoved(None, f"{len(rows):,} fragments; {_SIDE_ROWS:,} are the most")
+                most = f"{_SIDE_ROWS:,} are the most"
+                raise NotMoved(None, f"{len(rows):,} rows, one a fragment and its stamp; {most}")
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)
             rows = None
