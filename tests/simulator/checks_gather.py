@@ -306,9 +306,9 @@ async def test_past_its_deadline_while_its_checksum_is_made(
     async with open_engine(gathering(tmp_path / "kv", gather_bytes=BLOCK)) as engine:
         block = paged.register(engine).block(0)
         assert await engine.store(b"there", block)
-        clean.copy_delay(0.2)  # two until it is gathered, then five
+        clean.copy_delay(0.8)  # two until it is gathered, then five
         with pytest.raises(TransferTimeout) as caught:
-            await engine.store(b"k", block, timeout_s=0.9)
+            await engine.store(b"k", block, timeout_s=3.6)
         assert caught.value.settled is None
         clean.copy_delay(0)
         assert await engine.store(b"other", block)
