@@ -29,7 +29,7 @@ from typer.core import TyperGroup
 
 from kvgds._starting import INTERRUPTED, end_at_once, end_in_order
 from kvgds.arguments import MOST, UNITS, configured, parse_age, parse_size, place
-from kvgds.errors import ConfigError, KvgdsError
+from kvgds.errors import ConfigError, KvgdsError, explain
 from kvgds.upkeep.records import counted
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class _Group(TyperGroup):
 
 def _told(error: Exception) -> str:
     if type(error).__module__ == "builtins" and isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        return explain(error)
     return "; ".join(line.strip() for line in str(error).splitlines())
 
 

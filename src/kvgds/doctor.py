@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from kvgds.blocks import PAGE, Namespace
 from kvgds.config import EngineConfig, FileTier, ObjectTier
 from kvgds.engine import open_engine
-from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
+from kvgds.errors import ConfigError, KvgdsError, PathUnavailable, explain
 from kvgds.memory import Arena
 from kvgds.memory.cufile import GPU_PACKAGES
 from kvgds.memory.device import cuda
@@ -280,7 +280,7 @@ def _root(tier: FileTier, *, works: bool) -> RootPart:
         part.evidence += report
         part.fail("directory", *_why_and_fix(error))
     except OSError as error:
-        part.fail("directory", _reason(error), "make it a directory that you can write to")
+        part.fail("directory", explain(error), "make it a directory that you can write to")
     return part
 
 
@@ -290,11 +290,6 @@ def _why_and_fix(error: KvgdsError) -> tuple[str, str]:
         return str(error).partition("\n")[0], "see what was tried"
     why, _, fix = error.rule.rpartition("; ")
     return why or fix, fix
-
-
-def _reason(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 def _there(path: Path) -> bool:

@@ -41,6 +41,12 @@ def untraced(error: E) -> E:
     return error
 
 
+def explain(error: OSError) -> str:
+    """What went wrong, and with which file, in words."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
 class KvgdsError(Exception):
     """Root of everything that kvgds raises on purpose. Can be pickled, for other processes."""
 

@@ -20,20 +20,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.blocks import image_bytes
-from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError
+from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError, explain
 from kvgds.paths import PathPlan, try_directory
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.directory import prepare_root
 from kvgds.tiers.known import Known, known_as
-from kvgds.tiers.tree import (
-    Delete,
-    Errands,
-    Store,
-    Tree,
-    close_files,
-    explain,
-    fail,
-)
+from kvgds.tiers.tree import Delete, Errands, Store, Tree, close_files, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -31,7 +31,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes, place_of
-from kvgds.errors import BlockCorrupt, ConfigError, KvgdsError, StorageFull, TransferError
+from kvgds.errors import (
+    BlockCorrupt,
+    ConfigError,
+    KvgdsError,
+    StorageFull,
+    TransferError,
+    explain,
+)
 from kvgds.paths import NO_ROOM
 from kvgds.tiers import locks
 from kvgds.tiers.debts import Debts
@@ -619,12 +626,6 @@ def fail(move: Move, error: BaseException) -> None:
 def is_gone(error: BaseException | None) -> bool:
     """Whether somebody, perhaps on another host, has removed the file meanwhile."""
     return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
-
-
-def explain(error: OSError) -> str:
-    """What went wrong, and with which file."""
-    text = error.strerror or str(error)
-    return f"{error.filename}: {text}" if error.filename else text
 
 
 def _disk_full(why: str) -> StorageFull:
