@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import os
 import platform
 import secrets
 import shutil
@@ -27,6 +26,7 @@ from kvgds.memory.cufile import GPU_PACKAGES
 from kvgds.memory.device import cuda
 from kvgds.paths import filesystem_of
 from kvgds.tiers.directory import owner_of
+from kvgds.tiers.space import room_on_disk
 from kvgds.transport import NixlTransport, NotMoved
 from kvgds.transport.bucket import Bucket, fix_of
 from kvgds.upkeep import layout_of, listing
@@ -308,8 +308,7 @@ def _look(tier: FileTier, part: RootPart) -> FileTier:
         raise ConfigError("root", str(tier.root), f"{place} does not exist; make it first")
     if not place.is_dir():
         raise ConfigError("root", str(tier.root), f"{place} is not a directory; make it one")
-    room = os.statvfs(place)
-    part.free_bytes = room.f_bavail * room.f_frsize
+    part.free_bytes = room_on_disk(place)
     part.filesystem = filesystem_of(place)
     if place != tier.root:
         part.evidence.append("it does not exist yet; an engine makes it")
@@ -342,17 +341,14 @@ def _try(tier: FileTier, part: RootPart) -> None:
             shutil.rmtree(stale, ignore_errors=True)
     folder = place / f"{_FOLDER}{secrets.token_hex(8)}"
     trial = tier.model_copy(update={"root": folder, "capacity_bytes": _CAPACITY})
-    config = EngineConfig(
-        namespace=Namespace("kvgds-doctor"), tiers=(trial,), bounce_bytes=4 << 20, timeout_s=15
-    )
     folder.mkdir(mode=0o700)
     try:
-        plan, *far = asyncio.run(_round_trips(config))
+        plan, *far = asyncio.run(_round_trips(trial))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     part.path, part.backend = plan.path, plan.backend
     part.direct_io, part.alignment = bool(plan.direct_io), plan.alignment
-    part.summary = str(plan).partition("\n")[0].partition(": ")[2].replace(str(folder), part.root)
+    part.summary = plan.how
     part.evidence += [line.replace(str(folder), part.root) for line in plan.evidence]
     sizes = ", ".join(f"{nbytes:,}" for nbytes in _TRIAL_BYTES)
     part.evidence.append(
@@ -386,14 +382,11 @@ def _bucket(tier: ObjectTier) -> BucketPart:
     folder = f"{_PREFIX}{secrets.token_hex(8)}/"
     try:
         trial = tier.model_copy(update={"prefix": f"{tier.prefix}{folder}"})
-        config = EngineConfig(
-            namespace=Namespace("kvgds-doctor"), tiers=(trial,), bounce_bytes=4 << 20, timeout_s=15
-        )
         bucket = Bucket(tier)
         try:
             # By itself, because of that obstore says best what is wrong.
             bucket.write(f"{folder}written", b"written")
-            plan, *_ = asyncio.run(_round_trips(config))
+            plan, *_ = asyncio.run(_round_trips(trial))
         finally:
             _clean(bucket, folder)
     except (KvgdsError, NotMoved) as error:
@@ -416,7 +409,7 @@ def _clean(bucket: Bucket, folder: str) -> None:
 
 def _tell_bucket(plan: PathPlan, part: BucketPart) -> None:
     part.backend = plan.backend
-    part.summary = str(plan).partition("\n")[0].partition(": ")[2]
+    part.summary = plan.how
     part.evidence += plan.evidence
     sizes = ", ".join(f"{nbytes:,}" for nbytes in (*_TRIAL_BYTES, _BOUNCED_BYTES))
     part.evidence.append(f"blocks of {sizes} bytes went there and back")
@@ -428,7 +421,10 @@ def _tell_bucket(plan: PathPlan, part: BucketPart) -> None:
 # --- round trips --------------------------------------------------------------------------
 
 
-async def _round_trips(config: EngineConfig) -> tuple[PathPlan, ...]:
+async def _round_trips(tier: FileTier | ObjectTier) -> tuple[PathPlan, ...]:
+    config = EngineConfig(
+        namespace=Namespace("kvgds-doctor"), tiers=(tier,), bounce_bytes=4 << 20, timeout_s=15
+    )
     async with open_engine(config) as engine:
         for nbytes in _TRIAL_BYTES:
             arena = Arena(2 * nbytes)

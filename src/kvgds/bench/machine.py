@@ -48,15 +48,10 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "gpu": _said("nvidia-smi", _GPU, "--format=csv,noheader") or "none",
         "cufile": cufile().means().text if by_gds else "not opened",
         "versions": {name: text for name in _PACKAGES if (text := _version(name))},
-        "plan": list(dict.fromkeys(_how(plan) for plan in plans)),
+        "plan": list(dict.fromkeys(plan.how for plan in plans)),
         "command": _command(sys.argv),
         "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
     }
-
-
-def _how(plan: PathPlan) -> str:
-    """The first line of a plan, without the directory."""
-    return str(plan).partition("\n")[0].rpartition(": ")[2]
 
 
 def _disk(root: Path) -> str:

@@ -47,10 +47,14 @@ class PathPlan:
     evidence: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    @property
+    def how(self) -> str:
+        """The decision in one line, without the tier."""
         caches = {True: ", O_DIRECT", False: ", page cache", None: ""}
-        how = f"{self.memory} memory {self.path} via {self.backend}{caches[self.direct_io]}"
-        lines = [f"{self.tier}: {how}"]
+        return f"{self.memory} memory {self.path} via {self.backend}{caches[self.direct_io]}"
+
+    def __str__(self) -> str:
+        lines = [f"{self.tier}: {self.how}"]
         lines += [f"  because {line}" for line in self.evidence]
         lines += [f"  not {line}" for line in self.refused]
         return "\n".join(lines)
@@ -64,11 +68,6 @@ class DirectoryPlan:
     evidence: tuple[str, ...]
     refused: tuple[str, ...] = ()
 
-    @property
-    def alignment(self) -> int:
-        """What addresses, offsets and lengths must be multiples of, in bytes."""
-        return PAGE if self.direct_io else 1
-
     def path_plan(self, tier: str, backend: str) -> PathPlan:
         """How host memory moves to a tier in this directory."""
         return PathPlan(
@@ -77,7 +76,7 @@ class DirectoryPlan:
             path="direct",
             backend=backend,
             direct_io=self.direct_io,
-            alignment=self.alignment,
+            alignment=PAGE if self.direct_io else 1,
             evidence=self.evidence,
             refused=self.refused,
         )
