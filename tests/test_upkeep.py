@@ -1154,12 +1154,13 @@ def test_a_description_that_is_nested_deeply_leaves_the_digest_too(tmp_path: Pat
     assert (use.fields, use.blocks) == ({}, 1)
 
 
-def test_a_description_that_is_damaged_leaves_the_digest_to_name_a_namespace(
-    tmp_path: Path,
+@pytest.mark.parametrize("said", [b"\xff{", TWO.text.encode()], ids=["damaged", "of another"])
+def test_a_description_that_is_not_its_own_leaves_the_digest_to_name_a_namespace(
+    tmp_path: Path, said: bytes
 ) -> None:
     root = tmp_path / "kv"
     fill(config(root, "files"), keys(1))
-    (root / digest(ONE).hex() / "namespace.json").write_bytes(b"\xff{")
+    (root / digest(ONE).hex() / "namespace.json").write_bytes(said)
     (use,) = listing(root).namespaces
     assert (use.fields, use.blocks) == ({}, 1)
     assert listing(root, namespace=digest(ONE).hex()[:8]).namespaces == (use,)

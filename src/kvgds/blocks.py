@@ -100,7 +100,12 @@ class Namespace:
     @property
     def digest(self) -> bytes:
         """16 bytes that differ when any field differs."""
-        return hashlib.blake2b(self.text.encode(), digest_size=16).digest()
+        return digest_of(self.text.encode())
+
+
+def digest_of(text: bytes) -> bytes:
+    """The digest of the namespace that has this text."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 class Stamp(NamedTuple):

@@ -95,7 +95,7 @@ def listing(
 
     Args:
         root: the directory, or the settings of the bucket.
-        namespace: only these; see :func:`~kvgds.upkeep.records.matches`.
+        namespace: only these; see :meth:`~kvgds.upkeep.records.Use.matches`.
         limit: most blocks listed one by one.
         progress: called with (what, done, total), of a bucket.
 
@@ -186,7 +186,7 @@ def gc(
         root: the directory, or the settings of the bucket.
         keep_bytes: most bytes that stay, stamps and padding included.
         older_than_s: blocks not used for this long go; not with layout ``"slabs"``.
-        namespace: only look at these (see :func:`~kvgds.upkeep.records.matches`). Without
+        namespace: only look at these (see :meth:`~kvgds.upkeep.records.Use.matches`). Without
             ``keep_bytes`` and ``older_than_s`` all of their blocks go.
         dry_run: change nothing; works beside a live engine.
         progress: called with (what, done, total), of a bucket.

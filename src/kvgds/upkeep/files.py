@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import heapq
-import json
 import os
 import re
 import time
@@ -25,7 +24,7 @@ from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolder
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
 from kvgds.tiers.room import NAME, SPACE
 from kvgds.upkeep.images import WINDOW, read_fully
-from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of, no_match
+from kvgds.upkeep.records import BlockEntry, Listing, Use, namespaces_of, no_match
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,22 +61,19 @@ def _opened(root: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _spaces(root: int, namespace: str | None) -> Iterator[Use]:
+def _spaces(root: int) -> list[Use]:
     """The namespaces that have a folder."""
-    for name in sorted(filter(SPACE.fullmatch, subfolders("", root))):
-        digest = bytes.fromhex(name)
-        text = _described(root, f"{name}/namespace.json")
-        if matches(namespace, digest, text):
-            yield Use(digest, text)
+    names = sorted(filter(SPACE.fullmatch, subfolders("", root)))
+    return [Use.described(bytes.fromhex(name), _description(root, name)) for name in names]
 
 
-def _described(root: int, path: str) -> str:
+def _description(root: int, space: str) -> bytes:
     try:
-        fd, _ = Folders(root).open(path, 0)
-        with open(fd, encoding="utf-8") as file:
-            return json.dumps(json.load(file))
-    except (OSError, ValueError, RecursionError):
-        return ""
+        fd, _ = Folders(root).open(f"{space}/namespace.json", 0)
+        with open(fd, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _blocks(root: int, use: Use) -> Iterator[_Seen]:
@@ -98,21 +94,21 @@ def file_listing(path: Path, namespace: str | None, limit: int) -> Listing:
     with _opened(path) as root:
         bad = [found.st_size for _, found in files_in("quarantine", root)]
         allocated = sum(bad) + sum(reserved_by(name) for name, _ in files_in("tmp", root))
-        uses = list(_spaces(root, None))
-        wanted = {use.digest for use in _spaces(root, namespace)}
+        uses = _spaces(root)
         latest: list[_Seen] = []
         for use in uses:
+            listed = limit and use.matches(namespace)
             for seen in _blocks(root, use):
                 allocated += seen.nbytes
                 use.add(max(seen.nbytes - PAGE, 0), seen.nbytes)
-                if use.digest in wanted and limit:
+                if listed:
                     push = heapq.heappush if len(latest) < limit else heapq.heappushpop
                     push(latest, seen)
         entries = [_entry(root, seen) for seen in sorted(latest, reverse=True)]
     return Listing(
         root=str(path),
         layout="files",
-        namespaces=namespaces_of(use for use in uses if use.digest in wanted),
+        namespaces=namespaces_of(use for use in uses if use.matches(namespace)),
         entries=tuple(entry for entry in entries if entry is not None),
         allocated_bytes=allocated,
         quarantined=len(bad),
@@ -141,7 +137,7 @@ def check_files(path: Path, report: Report, progress: Progress, *, repair: bool)
     with _opened(path) as root:
         bad: list[tuple[_Seen, Problem]] = []
         arena = Arena(WINDOW)
-        for use in _spaces(root, None):
+        for use in _spaces(root):
             fans = list(subfolders(use.digest.hex(), root))
             for done, fan in enumerate(fans, 1):
                 bad += _check_fan(root, f"{use.digest.hex()}/{fan}", report, arena)
@@ -271,10 +267,10 @@ def _remove(root: int, files: Sequence[_Seen]) -> set[_Seen]:
 def gc_files(path: Path, rule: Rule, done: Retention) -> None:
     """Remove blocks that are too old or too many."""
     with _opened(path) as root:
-        uses = list(_spaces(root, rule.namespace))
+        there = _spaces(root)
+        uses = [use for use in there if use.matches(rule.namespace)]
         if rule.namespace is not None and not uses:
-            spaces = ((use.digest, use.text) for use in _spaces(root, None))
-            raise no_match(rule.namespace, spaces)
+            raise no_match(rule.namespace, there)
         blocks = sorted(seen for use in uses for seen in _blocks(root, use))
         done.kept_blocks, done.kept_bytes = len(blocks), sum(seen.nbytes for seen in blocks)
         chosen = _choose(blocks, rule, done.kept_bytes)

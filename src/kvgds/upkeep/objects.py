@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import heapq
 import itertools
-import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,7 @@ from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.transport import NotMoved
 from kvgds.transport.bucket import Bucket, Found, fix_of
-from kvgds.upkeep.records import BlockEntry, Listing, Use, matches, namespaces_of, no_match
+from kvgds.upkeep.records import BlockEntry, Listing, Use, namespaces_of, no_match
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -88,29 +86,24 @@ class _Spaces:
         """The namespace of an object, if it is one of those wanted."""
         space = name[: name.index("/")]
         if space not in self.found:
-            digest = bytes.fromhex(space)
-            use = self.found[space] = Use(digest, self._text(space))
-            if matches(self._wanted, digest, use.text):
+            use = Use.described(bytes.fromhex(space), self._description(space))
+            self.found[space] = use
+            if use.matches(self._wanted):
                 self._chosen.add(space)
         return self.found[space] if space in self._chosen else None
 
     def check(self) -> None:
         """Raise ConfigError if none is named so."""
         if self._wanted is not None and not self._chosen:
-            raise no_match(self._wanted, ((use.digest, use.text) for use in self.found.values()))
+            raise no_match(self._wanted, self.found.values())
 
-    def _text(self, space: str) -> str:
-        """What describes it, if that is true: by its name blocks are chosen to be dropped."""
+    def _description(self, space: str) -> bytes:
         try:
-            data = self._bucket.read(f"{space}/namespace.json", 0, _DESCRIPTION)
-            text = json.dumps(json.loads(data), sort_keys=True, separators=(",", ":"))
+            return self._bucket.read(f"{space}/namespace.json", 0, _DESCRIPTION)
         except NotMoved as error:
             if error.errno != errno.ENOENT:
                 raise
-            return ""
-        except (ValueError, RecursionError):
-            return ""
-        return text if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() == space else ""
+            return b""
 
 
 def _objects(bucket: Bucket, what: str, progress: Progress) -> Iterator[Found]:

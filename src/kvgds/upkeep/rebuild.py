@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import mmap
 import os
 import re
@@ -12,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, Namespace, Stamp, image_bytes
+from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, digest_of, image_bytes
 from kvgds.tiers.directory import check_index, sync_folder
 from kvgds.tiers.index import Changes, connect
 from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, slots_in
@@ -122,19 +121,9 @@ def _namespace_texts(root: Path, digests: set[bytes]) -> dict[bytes, str]:
             open(root / name, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            found = {bytes(match[0]) for match in _TEXT.finditer(data)}
-        for text in found:
-            namespace = _namespace(text)
-            if namespace is not None and namespace.digest in digests:
-                texts[namespace.digest] = namespace.text
+            found = {digest_of(match[0]): match[0] for match in _TEXT.finditer(data)}
+        texts |= {digest: found[digest].decode() for digest in digests & found.keys()}
     return texts
-
-
-def _namespace(text: bytes) -> Namespace | None:
-    try:
-        return Namespace(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        return None
 
 
 def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[bytes, str]) -> None:

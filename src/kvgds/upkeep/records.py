@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from kvgds.blocks import digest_of
 from kvgds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,10 +59,39 @@ class Use:
     sizes: Counter[int] = field(default_factory=Counter)
     disk_bytes: int = 0
 
+    @classmethod
+    def described(cls, digest: bytes, data: bytes) -> Use:
+        """With the text in ``data``, if it is its own: by what that says blocks are dropped."""
+        try:
+            text = json.dumps(json.loads(data), sort_keys=True, separators=(",", ":"))
+        except (ValueError, RecursionError):
+            text = ""
+        return cls(digest, text if digest_of(text.encode()) == digest else "")
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """What the text says; empty if that can't be understood."""
+        try:
+            found = json.loads(self.text)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def add(self, nbytes: int, disk_bytes: int, count: int = 1) -> None:
         """Count blocks of ``nbytes`` that take ``disk_bytes`` each."""
         self.sizes[nbytes] += count
         self.disk_bytes += disk_bytes * count
+
+    def matches(self, wanted: str | None) -> bool:
+        """Whether ``wanted`` names it: by its model, or by 8 or more digits of its digest.
+
+        In a model's name ``*`` and ``?`` stand for any text and any character. None names all.
+        """
+        if wanted is None:
+            return True
+        if len(wanted) >= _DIGITS and self.digest.hex().startswith(wanted.lower()):
+            return True
+        return fnmatch.fnmatchcase(str(self.fields.get("model", "")), wanted)
 
 
 def namespaces_of(uses: Iterable[Use]) -> tuple[NamespaceUse, ...]:
@@ -69,7 +99,7 @@ def namespaces_of(uses: Iterable[Use]) -> tuple[NamespaceUse, ...]:
     found = [
         NamespaceUse(
             digest=use.digest.hex(),
-            fields=_fields(use.text),
+            fields=use.fields,
             blocks=use.sizes.total(),
             nbytes=sum(nbytes * count for nbytes, count in use.sizes.items()),
             disk_bytes=use.disk_bytes,
@@ -81,33 +111,13 @@ def namespaces_of(uses: Iterable[Use]) -> tuple[NamespaceUse, ...]:
     return tuple(sorted(found, key=lambda use: (-use.disk_bytes, use.digest)))
 
 
-def matches(wanted: str | None, digest: bytes, text: str) -> bool:
-    """Whether ``wanted`` names a namespace: by its model, or by 8 or more digits of its digest.
-
-    In a model's name ``*`` and ``?`` stand for any text and any character. None names all.
-    """
-    if wanted is None:
-        return True
-    if len(wanted) >= _DIGITS and digest.hex().startswith(wanted.lower()):
-        return True
-    return fnmatch.fnmatchcase(str(_fields(text).get("model", "")), wanted)
-
-
-def no_match(wanted: str | None, spaces: Iterable[tuple[bytes, str]]) -> ConfigError:
+def no_match(wanted: str | None, uses: Iterable[Use]) -> ConfigError:
     """The error for a name that no namespace has; it tells those that there are."""
-    names = {str(_fields(text).get("model") or digest.hex()[:_DIGITS]) for digest, text in spaces}
+    names = {str(use.fields.get("model") or use.digest.hex()[:_DIGITS]) for use in uses}
     shown = ", ".join(sorted(names)[:_SHOWN])
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     there = f"names none of those that are there: {shown}{more}" if names else "there is none"
     return ConfigError("namespace", wanted, there)
-
-
-def _fields(text: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvgds.errors import ConfigError
 from kvgds.tiers.index import Changes
 from kvgds.tiers.space import SLOT_BITS
-from kvgds.upkeep.records import Retention, matches, no_match
-from kvgds.upkeep.slabs import indexed_slabs, reading, writing
+from kvgds.upkeep.records import Retention, no_match
+from kvgds.upkeep.slabs import indexed_slabs, reading, uses_in, writing
 
 if TYPE_CHECKING:
     import sqlite3
@@ -74,10 +74,10 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
 
 
 def _choose(database: sqlite3.Connection, rule: Rule, done: Retention) -> list[int]:
-    spaces = database.execute("SELECT id, digest, text FROM namespace").fetchall()
-    mine = {number for number, *names in spaces if matches(rule.namespace, *names)}
+    there = uses_in(database)
+    mine = {number for number, use in there.items() if use.matches(rule.namespace)}
     if rule.namespace is not None and not mine:
-        raise no_match(rule.namespace, (row[1:] for row in spaces))
+        raise no_match(rule.namespace, there.values())
     query = (
         "SELECT slot, namespace, slot_bytes FROM block JOIN slab ON slab.id = block.slot >> ? "
         "WHERE key IS NOT NULL ORDER BY used"

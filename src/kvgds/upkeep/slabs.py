@@ -35,7 +35,7 @@ from kvgds.upkeep.images import (
     read_fully,
     row_fault,
 )
-from kvgds.upkeep.records import BlockEntry, Listing, Problem, Report, Use, matches, namespaces_of
+from kvgds.upkeep.records import BlockEntry, Listing, Problem, Report, Use, namespaces_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,11 +84,17 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
+def uses_in(database: sqlite3.Connection) -> dict[int, Use]:
+    """The namespaces that the index has, by number."""
+    rows = database.execute("SELECT id, digest, text FROM namespace")
+    return {number: Use(digest, text) for number, digest, text in rows}
+
+
 def slab_listing(root: Path, namespace: str | None, limit: int) -> Listing:
     """What the index says that there is."""
     with reading(root) as database:
-        spaces = database.execute("SELECT id, digest, text FROM namespace").fetchall()
-        uses = {row[0]: Use(*row[1:]) for row in spaces if matches(namespace, *row[1:])}
+        there = uses_in(database)
+        uses = {number: use for number, use in there.items() if use.matches(namespace)}
         query = (
             "SELECT namespace, nbytes, slab.slot_bytes, count(*) FROM block JOIN slab "
             "ON slab.id = block.slot >> ? WHERE key IS NOT NULL GROUP BY 1, 2, 3"
