@@ -30,6 +30,14 @@ _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goe
 _LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
 
 
+def blocks_in(space: str, root: int) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a namespace's blocks, in no order: path and status."""
+    for fan in subfolders(space, root):
+        for name, found in files_in(f"{space}/{fan}", root):
+            if NAME.fullmatch(name):
+                yield f"{space}/{fan}/{name}", found
+
+
 class Room:
     """Counts what is there, and evicts the least recently used of all namespaces.
 
@@ -130,10 +138,8 @@ class Room:
         for name, found in files_in("quarantine", self._root):
             yield 0, f"quarantine/{name}", found
         for space in filter(SPACE.fullmatch, subfolders("", self._root)):
-            for fan in subfolders(space, self._root):
-                for name, found in files_in(f"{space}/{fan}", self._root):
-                    if NAME.fullmatch(name):
-                        yield found.st_mtime_ns, f"{space}/{fan}/{name}", found
+            for place, found in blocks_in(space, self._root):
+                yield found.st_mtime_ns, place, found
 
     def sweep(self) -> tuple[int, set[int], int]:
         """Remove what dead owners left.

@@ -10,20 +10,19 @@ import contextlib
 import errno
 import heapq
 import os
-import re
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
+from kvgds.blocks import PAGE, XXH3_128, Stamp, image_bytes
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.debts import unmark
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
 from kvgds.tiers.ledger import Ledger, Owner, reserved_by
-from kvgds.tiers.room import NAME, SPACE
-from kvgds.upkeep.images import WINDOW, read_fully
+from kvgds.tiers.room import NAME, SPACE, blocks_in
+from kvgds.upkeep.images import MISMATCH, WINDOW, read_fully, stamp_fault
 from kvgds.upkeep.records import BlockEntry, Listing, Use, namespaces_of, no_match
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from kvgds.upkeep.records import Problem, Progress, Report, Retention
     from kvgds.upkeep.retention import Rule
 
-_FAN = re.compile(r"[0-9a-f]{2}")
 _BATCH = 256  # removals under one lock
 
 
@@ -78,12 +76,8 @@ def _description(root: int, space: str) -> bytes:
 
 def _blocks(root: int, use: Use) -> Iterator[_Seen]:
     """The blocks of one namespace, in no order."""
-    space = use.digest.hex()
-    for fan in filter(_FAN.fullmatch, subfolders(space, root)):
-        for name, found in files_in(f"{space}/{fan}", root):
-            if NAME.fullmatch(name):
-                path = f"{space}/{fan}/{name}"
-                yield _Seen(found.st_mtime_ns, path, found.st_size, found.st_ino)
+    for path, found in blocks_in(use.digest.hex(), root):
+        yield _Seen(found.st_mtime_ns, path, found.st_size, found.st_ino)
 
 
 # --- listing ------------------------------------------------------------------------------
@@ -192,17 +186,13 @@ def _file_fault(fd: int, path: str, size: int, arena: Arena) -> tuple[str | None
     stamp = Stamp.decode(page) if read_fully(fd, page, 0) == PAGE else None
     if stamp is None:
         return "there is no whole stamp", 0
-    if place_of(stamp.namespace.hex(), stamp.key) != path:
-        return f"the stamp is of another block, {stamp.key.hex()[:32]}", 0
-    if size != image_bytes(stamp.nbytes):
-        return f"the file has {size:,} bytes, not {image_bytes(stamp.nbytes):,}", 0
-    if stamp.algorithm not in (NO_CHECKSUM, XXH3_128):
-        return f"checksum algorithm {stamp.algorithm} is not known; use a newer kvgds", 0
+    if fault := stamp_fault(stamp, path, size, "file"):
+        return fault, 0
     digest = _digest(fd, stamp.nbytes, arena)
     if digest is None:
         return "the file ends before its block does", 0
     wrong = stamp.algorithm == XXH3_128 and digest != stamp.checksum
-    return ("the payload does not match its checksum" if wrong else None), stamp.nbytes
+    return (MISMATCH if wrong else None), stamp.nbytes
 
 
 def _digest(fd: int, nbytes: int, arena: Arena) -> bytes | None:

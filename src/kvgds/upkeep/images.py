@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes
+from kvgds.blocks import place_of as path_of
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.paths import checksum_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW = 4 << 20
 """Bytes of one read, where slots are smaller."""
+MISMATCH = "the payload does not match its checksum"
 
 
 class Slab(NamedTuple):
@@ -157,12 +159,24 @@ def row_fault(row: Row, image: memoryview | OSError) -> str | None:
     return payload_fault(stamp, image)
 
 
+def stamp_fault(stamp: Stamp, path: str, size: int, what: str) -> str | None:
+    """What is wrong with the stamp of a file or object (``what``) of so many bytes, or None."""
+    if path_of(stamp.namespace.hex(), stamp.key) != path:
+        return f"the stamp is of another block, {stamp.key.hex()[:32]}"
+    if size != image_bytes(stamp.nbytes):
+        return f"the {what} has {size:,} bytes, not {image_bytes(stamp.nbytes):,}"
+    return _algorithm_fault(stamp)
+
+
+def _algorithm_fault(stamp: Stamp) -> str | None:
+    if stamp.algorithm in (NO_CHECKSUM, XXH3_128):
+        return None
+    return f"checksum algorithm {stamp.algorithm} is not known; use a newer kvgds"
+
+
 def payload_fault(stamp: Stamp, image: memoryview) -> str | None:
     """What is wrong with the payload behind a stamp, or None."""
-    if stamp.algorithm == NO_CHECKSUM:
-        return None
     if stamp.algorithm != XXH3_128:
-        return f"checksum algorithm {stamp.algorithm} is not known; use a newer kvgds"
-    if checksum_of([image[PAGE : PAGE + stamp.nbytes]]) != stamp.checksum:
-        return "the payload does not match its checksum"
-    return None
+        return _algorithm_fault(stamp)
+    wrong = checksum_of([image[PAGE : PAGE + stamp.nbytes]]) != stamp.checksum
+    return MISMATCH if wrong else None

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from kvgds.blocks import NO_CHECKSUM, PAGE, XXH3_128, Stamp, image_bytes, place_of
+from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp
 from kvgds.errors import ConfigError, KvgdsError, PathUnavailable
 from kvgds.transport import NotMoved
 from kvgds.transport.bucket import Bucket, Found, fix_of
+from kvgds.upkeep.images import MISMATCH, WINDOW, stamp_fault
 from kvgds.upkeep.records import BlockEntry, Listing, Use, namespaces_of, no_match
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ _OURS = re.compile(r"[0-9a-f]{32}/.")
 _FANS = 256
 _AT_ONCE = 8  # requests
 _BATCH = 256  # objects that are looked at, or deleted, before more are listed
-_WINDOW = 4 << 20  # bytes of one read
 _DESCRIPTION = 1 << 16  # bytes of a namespace.json that are read
 _STALE_S = 3600  # a trial ends long before that
 _ENOUGH = 100  # failures after which nothing more is tried
@@ -256,36 +256,25 @@ class _Inspector:
 
     def _fault(self, name: str, size: int) -> tuple[str | None, int]:
         """What is wrong with an object of so many bytes, and its payload's bytes."""
-        head = self._bucket.read(name, 0, PAGE if self._stamps_only else PAGE + _WINDOW)
+        head = self._bucket.read(name, 0, PAGE if self._stamps_only else PAGE + WINDOW)
         stamp = Stamp.decode(head[:PAGE])
         if stamp is None:
             return "there is no whole stamp", 0
-        fault = _stamp_fault(stamp, name, size)
+        fault = stamp_fault(stamp, name, size, "object")
+        if fault is None and stamp.algorithm == NO_CHECKSUM:
+            fault = "there is no checksum, and no engine loads an object without one"
         if fault is None and not self._stamps_only:
             wrong = self._digest(name, memoryview(head)[PAGE:], stamp) != stamp.checksum
-            fault = "the payload does not match its checksum" if wrong else None
+            fault = MISMATCH if wrong else None
         return fault, 0 if fault else stamp.nbytes
 
     def _digest(self, name: str, first: memoryview, stamp: Stamp) -> bytes:
         """xxh3-128 of the payload that begins so, the rest read in bounded memory."""
         state = xxhash.xxh3_128(first[: stamp.nbytes])
-        for start in range(_WINDOW, stamp.nbytes, _WINDOW):
-            nbytes = min(_WINDOW, stamp.nbytes - start)
+        for start in range(WINDOW, stamp.nbytes, WINDOW):
+            nbytes = min(WINDOW, stamp.nbytes - start)
             state.update(self._bucket.read(name, PAGE + start, nbytes))
         return state.digest()
-
-
-def _stamp_fault(stamp: Stamp, name: str, size: int) -> str | None:
-    """What is wrong with the stamp of an object that has so many bytes."""
-    if place_of(stamp.namespace.hex(), stamp.key) != name:
-        return f"the stamp is of another block, {stamp.key.hex()[:32]}"
-    if size != image_bytes(stamp.nbytes):
-        return f"the object has {size:,} bytes, not {image_bytes(stamp.nbytes):,}"
-    if stamp.algorithm == NO_CHECKSUM:
-        return "there is no checksum, and no engine loads an object without one"
-    if stamp.algorithm != XXH3_128:
-        return f"checksum algorithm {stamp.algorithm} is not known; use a newer kvgds"
-    return None
 
 
 def check_objects(
