@@ -21,7 +21,9 @@ from kvgds.tiers import locks
 if TYPE_CHECKING:
     from pathlib import Path
 
-_FORMAT = 1
+MARKERS = {layout: {"format": 1, "layout": layout} for layout in ("slabs", "files")}
+"""What kvgds.json says, by layout."""
+
 # Where flock on a directory excludes all who could use it. Network file systems keep such a lock to
 # the one host, so there, and where that is not known, it is the lock file that is locked.
 _LOCAL = frozenset(
@@ -50,7 +52,7 @@ def prepare_root(root: Path, layout: str) -> None:
         raise ConfigError("root", str(root), f"make its parent {root.parent} first") from None
     except OSError as error:
         raise ConfigError("root", str(root), f"can't be used: {error}") from None
-    if found != _marker(layout):
+    if found != MARKERS[layout]:
         rule = f"holds {found}, not layout={layout!r}; use another directory"
         raise ConfigError("root", str(root), rule)
     if layout == "slabs":
@@ -68,13 +70,9 @@ def read_marker(root: Path) -> object:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
-            layouts = " or ".join(json.dumps(_marker(each)) for each in ("slabs", "files"))
+            layouts = " or ".join(json.dumps(marker) for marker in MARKERS.values())
             rule = f"can't be read: {error}; write {layouts} there, whichever lies beside it"
             raise ConfigError("root", str(path), rule) from None
-
-
-def _marker(layout: str) -> dict[str, object]:
-    return {"format": _FORMAT, "layout": layout}
 
 
 def check_index(root: Path) -> None:
@@ -113,7 +111,7 @@ def _mark(marker: Path, layout: str) -> None:
     fd = os.open(temporary, flags, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as file:
-            json.dump(_marker(layout), file)
+            json.dump(MARKERS[layout], file)
             file.flush()
             os.fsync(fd)
         _publish(temporary, marker)

@@ -9,6 +9,7 @@ its ledger. Listing takes none, so that it works beside a live engine. A bucket 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import reprlib
 import sqlite3
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from kvgds.config import ObjectTier
 from kvgds.errors import ConfigError
 from kvgds.tiers import locks
-from kvgds.tiers.directory import lock_root, read_marker
+from kvgds.tiers.directory import MARKERS, lock_root, read_marker
 from kvgds.tiers.index import unusable
 from kvgds.upkeep.files import check_files, file_listing, gc_files
 from kvgds.upkeep.objects import check_objects, gc_objects, object_listing, root_of
@@ -36,6 +37,7 @@ from kvgds.upkeep.retention import Rule, gc_slabs
 from kvgds.upkeep.slabs import check_slabs, slab_listing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from kvgds.upkeep.records import Progress
@@ -63,12 +65,11 @@ def layout_of(root: Path) -> str:
         ConfigError: it is no directory, or not one of kvgds.
     """
     found = _marker(root)
-    layout = found.get("layout") if isinstance(found, dict) else None
-    if layout not in ("slabs", "files") or found != {"format": 1, "layout": layout}:
-        raise ConfigError(
-            "root", str(root), f"holds {reprlib.repr(found)}; this kvgds does not know it"
-        )
-    return str(layout)
+    for layout, marker in MARKERS.items():
+        if found == marker:
+            return layout
+    rule = f"holds {reprlib.repr(found)}; this kvgds does not know it"
+    raise ConfigError("root", str(root), rule)
 
 
 def _marker(root: Path) -> object:
@@ -156,16 +157,11 @@ def fsck(
             raise ConfigError("rebuild", rebuild, _REBUILD_RULE.format("file"))
         check_files(root, report, progress, repair=repair)
         return report
-    lock = lock_root(root)
-    try:
+    with _slabs(root):
         if rebuild:
             rebuild_index(root, report, progress)
         else:
             check_slabs(root, report, progress, repair=repair)
-    except sqlite3.Error as error:
-        raise unusable(root, error) from None
-    finally:
-        locks.close(lock)
     return report
 
 
@@ -207,12 +203,18 @@ def gc(
     if done.layout == "files":
         gc_files(root, rule, done)
         return done
-    lock = -1 if dry_run else lock_root(root)
-    try:
+    with _slabs(root, alone=not dry_run):
         gc_slabs(root, rule, done)
-    except sqlite3.Error as error:
-        raise unusable(root, error) from None
-    finally:
-        if not dry_run:
-            locks.close(lock)
     return done
+
+
+@contextlib.contextmanager
+def _slabs(root: Path, *, alone: bool = True) -> Iterator[None]:
+    """A slab directory, taken if need be; what SQLite says told as an error of kvgds."""
+    with contextlib.ExitStack() as stack:
+        if alone:
+            stack.callback(locks.close, lock_root(root))
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise unusable(root, error) from None

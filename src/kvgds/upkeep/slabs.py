@@ -243,15 +243,11 @@ def _check_rows(rows: list[Row], report: Report, found: _Found, arena: Arena) ->
 
 def writing(path: Path) -> Index:
     """The index, to be changed by :meth:`~kvgds.tiers.index.Index.apply`. Needs the lock."""
-    return Index(connect(path), _post_nothing, _sync_nothing)
+    return Index(connect(path), _nothing, _nothing)
 
 
-def _post_nothing(*_: object) -> None:
-    """There is no event loop; the index is used without its thread."""
-
-
-def _sync_nothing() -> None:
-    """Nothing was written through an engine."""
+def _nothing(*_: object) -> None:
+    """No event loop is told, for the index is used without its thread; and no slab is written."""
 
 
 def _repair(root: Path, found: _Found, progress: Progress) -> None:
