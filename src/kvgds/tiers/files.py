@@ -196,14 +196,17 @@ class Files:
         else:
             ended = future.result()
         corrupt = [move for move in ended if isinstance(move.error, BlockCorrupt)]
-        detach = self._services.transport.detach
-        self._ask_to_quarantine([(move, detach(move.file)) for move in corrupt])
+        self._ask_to_quarantine(self._detached(corrupt))
         self._end_loads([move for move in ended if move not in corrupt])
 
     def _arrived(self, moves: list[Move]) -> None:
         """On a reactor's thread."""
+        self._services.post(self._loaded, self._detached(moves))
+
+    def _detached(self, moves: Sequence[Move]) -> list[Opened]:
+        """Moves whose files NIXL is to forget; on any thread."""
         detach = self._services.transport.detach
-        self._services.post(self._loaded, [(move, detach(move.file)) for move in moves])
+        return [(move, detach(move.file)) for move in moves]
 
     def _loaded(self, loads: list[Opened]) -> None:
         corrupt = [load for load in loads if isinstance(load[0].error, BlockCorrupt)]
@@ -297,17 +300,14 @@ class Files:
 
     def expire(self) -> None:
         """See ``Tier.expire``."""
-        gone = [store for store in self._queued() if store.move.abandoned]
+        queued = (*self._waiting, *self._errands.stores)
+        gone = [each for each in queued if each.state == "wanted" and each.move.abandoned]
         if gone:
             self._waiting = [store for store in self._waiting if store not in gone]
             self._errands.stores = [store for store in self._errands.stores if store not in gone]
             for store in gone:
                 store.move.error = store.move.timeout()
             self._end([store.move for store in gone], len(gone))
-
-    def _queued(self) -> list[Store]:
-        wanted = [store for store in self._errands.stores if store.state == "wanted"]
-        return self._waiting + wanted
 
     def _do_errands(self) -> None:
         """Start the next job, unless one is running: it will start the next when it ends."""
@@ -384,8 +384,7 @@ class Files:
 
     def _written(self, moves: list[Move]) -> None:
         """On a reactor's thread."""
-        detach = self._services.transport.detach
-        self._services.post(self._moved, [(move, detach(move.file)) for move in moves])
+        self._services.post(self._moved, self._detached(moves))
 
     def _moved(self, moved: list[Opened]) -> None:
         for move, detached in moved:

@@ -17,6 +17,7 @@ import sqlite3
 import time
 from collections import deque
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from kvgds.errors import StorageFull, TransferError
@@ -132,20 +133,21 @@ class Supply:
     def expire(self) -> None:
         """End the waiting of abandoned stores."""
         for size in tuple(self._slots.sizes.values()):
-            gone = [move for move in size.waiting if move.abandoned]
-            if gone:
-                size.waiting = deque(move for move in size.waiting if not move.abandoned)
-                for move in gone:
-                    move.error = move.timeout()
-                self._services.settle(gone)
+            self._refuse(size, lambda move: move.timeout(), attrgetter("abandoned"))
 
-    def _refuse(self, size: SizeClass, make: Callable[[], Exception]) -> None:
-        moves = list(size.waiting)
-        size.waiting.clear()
-        for move in moves:
-            move.error = make()
-        if moves:
-            self._services.settle(moves)
+    def _refuse(
+        self,
+        size: SizeClass,
+        error_of: Callable[[Move], Exception],
+        which: Callable[[Move], bool] = lambda _: True,
+    ) -> None:
+        """End the waiting of some stores, or of all, each with an error of its own."""
+        gone = [move for move in size.waiting if which(move)]
+        if gone:
+            size.waiting = deque(move for move in size.waiting if not which(move))
+            for move in gone:
+                move.error = error_of(move)
+            self._services.settle(gone)
 
     def _too_big(self, slot_bytes: int) -> StorageFull:
         capacity = self._settings.capacity_bytes
@@ -166,7 +168,7 @@ class Supply:
         evicted = self._evict(size, needed, _ahead(size))
         wait = evicted or size.pending or size.used or slots.orphans or self._leaving
         if size.waiting and not wait and not self._steal(size):
-            self._refuse(size, lambda: self._too_big(size.slot_bytes))
+            self._refuse(size, lambda _: self._too_big(size.slot_bytes))
         self._hasten(size)
 
     def _change_slabs(self, size: SizeClass) -> bool:
@@ -206,12 +208,8 @@ class Supply:
 
     def _turn_away(self, size: SizeClass) -> None:
         """Promotions don't wait for the next tier: it may lack what they keep meanwhile."""
-        gone = [move for move in size.waiting if move.mirrored]
-        if gone:
-            size.waiting = deque(move for move in size.waiting if not move.mirrored)
-            for move in gone:
-                move.error = StorageFull(f"{self._settings.root}: no room yet for a promotion")
-            self._services.settle(gone)
+        text = f"{self._settings.root}: no room yet for a promotion"
+        self._refuse(size, lambda _: StorageFull(text), attrgetter("mirrored"))
 
     def _evict(self, size: SizeClass, needed: int, ahead: int = 0) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
@@ -225,7 +223,7 @@ class Supply:
     def _evicted(self, size: SizeClass, gone: list[Forgotten], error: Exception | None) -> None:
         if error is not None:  # they are back, and would be tried again for ever
             self._slots.count_evicted(gone, -1)
-            self._refuse(size, lambda: commit_error(self._settings.root, error))
+            self._refuse(size, lambda _: commit_error(self._settings.root, error))
 
     def drop(
         self, gone: list[Forgotten], done: Callable[[Exception | None], None] | None = None
@@ -325,7 +323,7 @@ class Supply:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""
         self._slab_on_its_way = False
         for size in tuple(self._slots.sizes.values()):
-            self._refuse(size, lambda: self._growth_error(error, what))
+            self._refuse(size, lambda _: self._growth_error(error, what))
 
     def _growth_error(self, error: BaseException, what: str = _UNMADE) -> Exception:
         if isinstance(error, sqlite3.Error):
@@ -390,7 +388,7 @@ class Supply:
             if size.used or self._slab_on_its_way or self._steal(size):
                 self._hasten(size)
                 continue
-            self._refuse(size, lambda: self._growth_error(error))
+            self._refuse(size, lambda _: self._growth_error(error))
 
 
 def _ahead(size: SizeClass) -> int:
