@@ -7,6 +7,7 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
@@ -263,6 +264,18 @@ async def test_what_was_left_lying_about_is_swept(tmp_path: Path) -> None:
         "slab-00000000-4096.kv",
     ):
         (root / name).write_bytes(b"x")
+    assert await whole(root, keys) == keys
+
+
+async def test_of_two_slabs_of_one_number_the_index_knows_which_is_its_own(tmp_path: Path) -> None:
+    """Whichever the file system lists first."""
+    root = tmp_path / "kv"
+    keys = await filled(root)
+    slab = min(root.glob("slab-*"))
+    for pages in range(50, 80):
+        (root / f"slab-00000000-{pages * PAGE}.kv").write_bytes(b"x")
+    slab.rename(tmp_path / "slab")
+    shutil.copy(tmp_path / "slab", slab)
     assert await whole(root, keys) == keys
 
 

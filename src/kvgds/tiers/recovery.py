@@ -95,7 +95,7 @@ class Recovery:
                 why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
                 raise damaged(self._settings.root / "index.db", why)
             path = self._settings.root / slab_name(slab_id, slot_bytes)
-            if there.get(slab_id, path.name) != path.name:
+            if slab_id in there and not os.path.lexists(path):
                 rule = (
                     f"is {there[slab_id]} by its name; `kvgds fsck --rebuild` makes the index anew"
                 )
