@@ -55,7 +55,6 @@ class Slabs:
         self._namespace = namespace
         self._services = services
         self._slots = Slots(stacked=services.backlog is not None)
-        self._owed: list[tuple[BlockKey, int]] = []  # until they are asked for
         self._index: Index
         self._supply: Supply
         self._namespace_id = 0
@@ -105,7 +104,6 @@ class Slabs:
         except BaseException:
             index.close()
             raise
-        self._owed = self._slots.all_owed()
         self._supply = Supply(
             settings, services, index, self._slots, self._send, folder=self._folder, direct=direct
         )
@@ -369,8 +367,7 @@ class Slabs:
 
     def owed(self) -> list[tuple[BlockKey, int]]:
         """See ``Tier.owed``."""
-        owed, self._owed = self._owed, []
-        return owed
+        return self._slots.all_owed()
 
     def mirrored(self, moves: Sequence[Move]) -> None:
         """See ``Tier.mirrored``."""
