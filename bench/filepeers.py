@@ -224,14 +224,13 @@ class Lmcache(Peer):
 
     def open(self) -> None:
         import torch  # noqa: PLC0415 - see open
-        from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey  # noqa: PLC0415
+        from lmcache.v1.distributed.api import ObjectKey  # noqa: PLC0415
         from lmcache.v1.memory_management import (  # noqa: PLC0415
             MemoryFormat,
             MemoryObjMetadata,
             TensorMemoryObj,
         )
 
-        self._layout = MemoryLayoutDesc(shapes=[], dtypes=[])
         self._adapter = self._open()
         count, block = self.memory.count, self.memory.block
         self._keys = [

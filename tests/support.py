@@ -144,8 +144,9 @@ class Watched(Engine):
         free = [slot for size in sizes for slab in size.open for slot in (*slab.fresh, *slab.free)]
         assert len(free) == sum(size.free for size in sizes)
         assert len({*used, *free}) == len(used) + len(free)
-        assert {slots.keys[key] for key in slots.keys} <= set(used)
-        assert len(list(slots.keys)) == len(slots.keys)
+        keys = [key for part in slots.keys._parts for key in part]
+        assert {slots.keys[key] for key in keys} <= set(used)
+        assert len(keys) == len(slots.keys)
         assert slots.bytes_used == sum(size.used * size.slot_bytes for size in sizes)
         assert slots.slab_bytes == sum(size.slots * size.slot_bytes for size in sizes)
         assert slots.slab_bytes <= capacity

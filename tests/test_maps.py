@@ -70,7 +70,7 @@ def test_a_map_of_keys_is_a_dict(steps: list[tuple[bytes, bool]]) -> None:
         assert (key in keys) == (key in model)
         assert keys.get(key) == model.get(key)
         assert len(keys) == len(model)
-    assert {key: keys[key] for key in keys} == model
+    assert {key: keys[key] for key in model} == model
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")

@@ -254,7 +254,7 @@ def _gpu() -> Part:
         return Part(
             used=False, summary="none that CUDA answers for", evidence=[*evidence, *reasons]
         )
-    part = Part(used=True, summary=f"{devices} found")
+    part = Part(summary=f"{devices} found")
     part.evidence += [*evidence, "the CUDA runtime answers"]
     return part
 

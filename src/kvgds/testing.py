@@ -640,10 +640,8 @@ class TierContract:
             first.release()
             await engine.aclose()
 
-    async def _get(
-        self, root: Path, key: bytes, namespace: Namespace | None = None
-    ) -> bytes | None:
-        return await asyncio.to_thread(self.side_get, root, namespace or self.namespace, key)
+    async def _get(self, root: Path, key: bytes) -> bytes | None:
+        return await asyncio.to_thread(self.side_get, root, self.namespace, key)
 
     async def _spoil(self, root: Path, key: bytes, at: int) -> None:
         await asyncio.to_thread(self.side_spoil, root, self.namespace, key, at)

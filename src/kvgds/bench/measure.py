@@ -205,10 +205,10 @@ async def _tick(late: list[float], every: float) -> None:
         late.append(time.perf_counter() - due)
 
 
-async def ticks(seconds: float, every: float = 1e-3) -> list[float]:
-    """How late a ticker is, each time, for so long. Seconds."""
+async def ticks(seconds: float) -> list[float]:
+    """How late a ticker of 1 ms is, each time, for so long. Seconds."""
     late: list[float] = []
-    ticker = asyncio.ensure_future(_tick(late, every))
+    ticker = asyncio.ensure_future(_tick(late, 1e-3))
     await asyncio.sleep(seconds)
     ticker.cancel()
     await asyncio.wait([ticker])

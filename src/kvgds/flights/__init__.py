@@ -162,7 +162,7 @@ class Flights:
         *,
         write: bool,
         each: bool = False,
-        stream: object = None,
+        stream: object,
     ) -> Batch:
         """Begin a call of so many blocks: its deadline runs from now."""
         timeout = self.timeout_of(timeout_s)

@@ -229,13 +229,11 @@ COPIED = Copied()
 
 
 def stream_of(stream: Any) -> int:  # noqa: ANN401 - any library's
-    """The handle of a CUDA stream of torch, CuPy or another library; 0 is the default stream.
+    """The handle of a CUDA stream of torch, CuPy or another library.
 
     Raises:
         ConfigError: it is none.
     """
-    if stream is None:
-        return 0
     if hasattr(stream, "__cuda_stream__"):
         stream = stream.__cuda_stream__()[1]
     for name in ("cuda_stream", "ptr"):  # torch's, CuPy's

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE
 from kvgds.memory import Span, pairs
@@ -171,12 +171,11 @@ class Gpus:
         return self._gpus[device]
 
 
-class Room:
+class Room(NamedTuple):
     """Part of a staging buffer, until it is given back."""
 
-    def __init__(self, address: int, give: Callable[[], None]) -> None:
-        self.address = address
-        self.give = give
+    address: int
+    give: Callable[[], None]
 
 
 class _Staging:
@@ -323,11 +322,8 @@ class GpuDirect:
         if move.write:
             return None
         if move.work is None:
-            move.work = Steps(self._landing(move))
+            move.work = Steps(_checked(self._gpus[move.device], move, move.view.rows()))
         return None if move.work.done else LATER
-
-    def _landing(self, move: Move) -> Iterator[Work]:
-        yield from _checked(self._gpus[move.device], move, move.view.rows())
 
 
 def _summed(gpu: _Gpu, rows: Sequence[tuple[int, int]]) -> Generator[Work, None, bytes]:

@@ -36,10 +36,6 @@ class KeyMap:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[BlockKey]:
-        for part in self._parts:
-            yield from part
-
     def __contains__(self, key: BlockKey | None) -> bool:
         return key in self._parts[hash(key) & _MASK]
 

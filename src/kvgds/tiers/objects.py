@@ -111,7 +111,6 @@ class Objects:
         self._described = False
         self._since: dict[Move, float] = {}  # when transfers under way were asked for
         self._answered_at = 0.0  # a trial, the last time
-        self._trial: asyncio.TimerHandle | None = None
         self._closed = False
 
     # --- opening and closing ----------------------------------------------------------
@@ -399,8 +398,7 @@ class Objects:
 
     def _try_later(self, pause: float) -> None:
         if not self._closed:
-            loop = asyncio.get_running_loop()
-            self._trial = loop.call_later(pause, self._try)
+            asyncio.get_running_loop().call_later(pause, self._try)
 
     def _try(self) -> None:
         if not self._closed:
