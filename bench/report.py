@@ -74,10 +74,9 @@ class Run:
     machine: dict[str, Any]
     rows: list[Row]
 
-    def cells(self, *scenarios: str) -> Iterator[tuple[Row, list[Row]]]:
-        """What rows have in common, and those rows; of all scenarios if none is named."""
-        wanted = [row for row in self.rows if not scenarios or row["scenario"] in scenarios]
-        keyed = [(tuple(row.get(name) for name in CELL), row) for row in wanted]
+    def cells(self) -> Iterator[tuple[Row, list[Row]]]:
+        """What rows have in common, and those rows."""
+        keyed = [(tuple(row.get(name) for name in CELL), row) for row in self.rows]
         for key in dict.fromkeys(key for key, _ in keyed):
             cell = dict(zip(CELL, key, strict=True))
             yield cell, [row for other, row in keyed if other == key]

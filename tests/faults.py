@@ -171,12 +171,12 @@ class FaultyDisk:
         """How many requests `hang` holds now."""
         return int(self._ask("waiting"))
 
-    def wait_waiting(self, count: int, timeout: float = STOP_S) -> None:
+    def wait_waiting(self, count: int) -> None:
         """Block this thread until at least `count` requests are held."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + STOP_S
         while (held := self.waiting()) < count:
             if time.monotonic() > deadline:
-                message = f"{held} requests held after {timeout} s, not {count}"
+                message = f"{held} requests held after {STOP_S} s, not {count}"
                 raise TimeoutError(message)
             time.sleep(POLL_S)
 

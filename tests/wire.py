@@ -372,24 +372,19 @@ class Wire:
         with self._changed:
             return list(self._seen)
 
-    def wait_requests(
-        self, count: int, method: str | None = None, timeout_s: float = WAIT_S
-    ) -> None:
+    def wait_requests(self, count: int, method: str | None = None) -> None:
         """Block this thread until so many requests, of this method, have come since the start."""
-        self._wait(
-            lambda: sum(method in (None, request.method) for request in self._seen) >= count,
-            timeout_s,
-        )
+        self._wait(lambda: sum(method in (None, each.method) for each in self._seen) >= count)
 
     def wait_held(self, count: int, timeout_s: float = WAIT_S) -> None:
         """Block this thread until at least so many responses are held."""
         self._wait(lambda: self._held >= count, timeout_s)
 
-    def wait_open_connections(self, count: int, timeout_s: float = WAIT_S) -> None:
+    def wait_open_connections(self, count: int) -> None:
         """Block this thread until exactly so many connections are open."""
-        self._wait(lambda: len(self._links) == count, timeout_s)
+        self._wait(lambda: len(self._links) == count)
 
-    def _wait(self, there: Callable[[], bool], timeout_s: float) -> None:
+    def _wait(self, there: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
         with self._changed:
             if not self._changed.wait_for(there, timeout_s):
                 links = f"{len(self._links)} of {self._connections} connections are open"

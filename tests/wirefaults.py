@@ -34,9 +34,9 @@ def response(status: int, body: bytes = b"", **headers: object) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def s3_error(status: int, code: str, message: str = "made by the test") -> bytes:
+def s3_error(status: int, code: str) -> bytes:
     """S3's error response for `answer`, for instance of 503 and "SlowDown"."""
-    text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    text = f"<Error><Code>{code}</Code><Message>made by the test</Message></Error>"
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'.encode()
     return response(status, body, content_type="application/xml")
 

@@ -254,9 +254,7 @@ def _gpu() -> Part:
         return Part(
             used=False, summary="none that CUDA answers for", evidence=[*evidence, *reasons]
         )
-    part = Part(summary=f"{devices} found")
-    part.evidence += [*evidence, "the CUDA runtime answers"]
-    return part
+    return Part(summary=f"{devices} found", evidence=[*evidence, "the CUDA runtime answers"])
 
 
 def _text(path: str) -> str:
