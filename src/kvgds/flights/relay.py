@@ -456,14 +456,12 @@ class Relay:
         """Store what was loaded into the first tier, too. Whether that now owns the lease."""
         key, nbytes = loaded.key, ticket.bounce_bytes
         known = key in self._promoting or key in self._deleting or self.near.contains(key)
-        if self._closing or known or self._promoting_bytes() + nbytes > self._most_bytes // 2:
+        lent = sum(self._promoting.values())
+        if self._closing or known or lent + nbytes > self._most_bytes // 2:
             return False
         self._promoting[key] = nbytes
         _Promotion(self, key, loaded.nbytes).start(ticket)
         return True
-
-    def _promoting_bytes(self) -> int:
-        return sum(self._promoting.values())
 
     def promoted(self, key: BlockKey, ticket: Ticket[Any], *, well: bool) -> None:
         """A promotion has ended."""

@@ -592,12 +592,6 @@ class Objects:
                     move.status = "stored"
         self._stored(moves)
 
-    def _deleted(self, place: str) -> None:
-        """What was seen of an object, or is being seen, holds no more."""
-        self._forget(place)
-        if place in self._asking:
-            self._doubtful.add(place)
-
     def expire(self) -> None:
         """See ``Tier.expire``: of what is under way, the transport takes care."""
         gone = []
@@ -625,7 +619,9 @@ class Objects:
 
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
-            self._deleted(place)
+            self._forget(place)
+            if place in self._asking:  # what is seen of it just now holds no more either
+                self._doubtful.add(place)
             self._next_turn(place)
             error = ended.exception()
             there = error is None and ended.result()

@@ -327,11 +327,9 @@ class Tree:
         """What has gone from a folder, and come. Who reads it while it changes may miss a name."""
         fan = f"{number:02x}"
         seen = self._blocks_in(fan)
-        gone = {each for each in before - seen if not self._is_there(f"{fan}/{each.hex()}.kv")}
+        places = {f"{self._space}/{fan}/{each.hex()}.kv": each for each in before - seen}
+        gone = {each for place, each in places.items() if status(place, self._root) is None}
         return gone, seen - before
-
-    def _is_there(self, name: str) -> bool:
-        return status(f"{self._space}/{name}", self._root) is not None
 
     def _try(self, store: Store, step: Callable[[Store, Folders], None], folders: Folders) -> None:
         try:
@@ -352,7 +350,7 @@ class Tree:
         try:
             return cls._holds(store, folders)
         except OSError as error:
-            if is_gone(error):
+            if _is_gone(error):
                 return False
             raise
 
@@ -610,7 +608,7 @@ def close_files(loads: list[Opened]) -> None:
 
 def fail(move: Move, error: BaseException) -> None:
     """Record why a move could not go on; a load of what is gone is a miss."""
-    if is_gone(error) and not move.write:
+    if _is_gone(error) and not move.write:
         move.error, move.status = None, "miss"
     elif isinstance(error, KvgdsError):
         move.error = error
@@ -623,7 +621,7 @@ def fail(move: Move, error: BaseException) -> None:
         move.fail(error)  # type: ignore[arg-type]
 
 
-def is_gone(error: BaseException | None) -> bool:
+def _is_gone(error: BaseException | None) -> bool:
     """Whether somebody, perhaps on another host, has removed the file meanwhile."""
     return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
 
