@@ -465,7 +465,7 @@ class Flights:
         return True
 
     def mirrored(self, flight: Flight, error: Exception | None) -> None:
-        """See ``relay.Home``."""
+        """What a store waited for has ended."""
         assert flight.move is not None  # noqa: S101 - it was stored
         flight.mirroring = False
         if error is not None:

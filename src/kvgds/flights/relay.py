@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
     from kvgds.config import ObjectTier
+    from kvgds.flights import Flights
     from kvgds.flights.batch import Flight
-    from kvgds.paths import Ways
-    from kvgds.schedule import Scheduler, Ticket
+    from kvgds.schedule import Ticket
     from kvgds.tiers import Tier
 
 _REFUSALS = 3  # uploads that fail in a row: then the first tier waits for none
@@ -72,37 +72,18 @@ class Errand(Protocol):
         """One of its moves has ended."""
 
 
-class Home(Protocol):
-    """What the relay needs of those it works for."""
-
-    scheduler: Scheduler[Any]
-    ways: Ways
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything is under way."""
-
-    def pump_soon(self) -> None:
-        """Something was submitted."""
-
-    def mirrored(self, flight: Flight, error: Exception | None) -> None:
-        """What a store waited for has ended."""
-
-    def wake_closer(self) -> None:
-        """Something has ended."""
-
-
 class Relay:
     """Carries blocks between the two tiers of a stack; the first one's ``tiers.Backlog``.
 
     Args:
+        flights: whom it works for.
         lane: of the scheduler, for what goes to the next tier.
         bounce_bytes: the next tier's part of the bounce region; half may be lent to promotions.
     """
 
     def __init__(
         self,
-        home: Home,
+        flights: Flights,
         settings: ObjectTier,
         namespace: bytes,
         loop: asyncio.AbstractEventLoop,
@@ -112,7 +93,7 @@ class Relay:
     ) -> None:
         self.near: Tier
         self.far: Tier
-        self.home = home
+        self.flights = flights
         self.namespace = namespace
         self.lane = lane
         self._loop = loop
@@ -244,7 +225,7 @@ class Relay:
         waiting.remove(flight)
         if not waiting:
             del self._waiting[key]
-        self.home.mirrored(flight, None)
+        self.flights.mirrored(flight, None)
 
     def prefix(
         self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
@@ -307,7 +288,7 @@ class Relay:
         else:
             del self._deleting[key]
         self._go_on()
-        self.home.wake_closer()
+        self.flights.wake_closer()
 
     def changed(self) -> None:
         """The next tier has gone out, or come back."""
@@ -334,7 +315,7 @@ class Relay:
     def _refuse(self, key: BlockKey, error: Exception) -> None:
         self._urgent.pop(key, None)
         for flight in self._waiting.pop(key, ()):
-            self.home.mirrored(flight, error)
+            self.flights.mirrored(flight, error)
 
     # --- carrying ---------------------------------------------------------------------
 
@@ -367,7 +348,7 @@ class Relay:
         upload = _Upload(self, key, nbytes)
         self._carrying[key] = upload
         awaited = key in self._waiting
-        upload.ticket = self.home.scheduler.submit(
+        upload.ticket = self.flights.scheduler.submit(
             upload,
             lane=self.lane,
             nbytes=nbytes,
@@ -375,12 +356,12 @@ class Relay:
             priority=Priority.DEMAND if awaited else Priority.BACKGROUND,
             now=self._loop.time(),
         )
-        self.home.pump_soon()
+        self.flights.pump_soon()
 
     def carried(self, upload: _Upload, error: Exception | None, *, read: bool) -> None:
         """A block has come to the next tier, or not, or could not even be read."""
         key = upload.key
-        self.home.scheduler.finish(upload.ticket)
+        self.flights.scheduler.finish(upload.ticket)
         del self._carrying[key]
         if not read:
             self._give_up(key, error)
@@ -393,7 +374,7 @@ class Relay:
         if key in self._deleting:
             self._delete(key)
         self._go_on()
-        self.home.wake_closer()
+        self.flights.wake_closer()
 
     def _give_up(self, key: BlockKey, error: Exception | None) -> None:
         """The first tier has it no more, or can't read it: then it is not to be spared."""
@@ -416,7 +397,7 @@ class Relay:
             others = []
         for flight in waiting:
             if flight not in others:
-                self.home.mirrored(flight, None)
+                self.flights.mirrored(flight, None)
 
     def is_last(self, key: BlockKey) -> bool:
         """Whether the first tier has had no newer block of this key since it was read."""
@@ -443,7 +424,7 @@ class Relay:
 
     def _paused(self) -> None:
         self._pause = None
-        if self._closing and not self.home.busy:
+        if self._closing and not self.flights.busy:
             return
         if self._refusals and self._owed:  # find out whether it takes blocks again
             self._urgent[next(iter(self._owed))] = None
@@ -465,13 +446,13 @@ class Relay:
 
     def promoted(self, key: BlockKey, ticket: Ticket[Any], *, well: bool) -> None:
         """A promotion has ended."""
-        self.home.scheduler.finish(ticket)
+        self.flights.scheduler.finish(ticket)
         del self._promoting[key]
         self._promoted += well
         if key in self._deleting:
             self._delete(key)
-        self.home.pump_soon()
-        self.home.wake_closer()
+        self.flights.pump_soon()
+        self.flights.wake_closer()
 
 
 class _Carried:
@@ -484,7 +465,7 @@ class _Carried:
         self.ticket: Ticket[Any]
 
     def _move(self, tier: Tier, *, write: bool) -> Move:
-        ways, ticket = self.relay.home.ways, self.ticket
+        ways, ticket = self.relay.flights.ways, self.ticket
         offset = ticket.offset or 0
         move = Move(
             namespace=self.relay.namespace,
