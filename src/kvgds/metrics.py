@@ -25,23 +25,9 @@ if TYPE_CHECKING:
     from kvgds.blocks import BlockKey
 
 _SECONDS = (
-    1e-4,
-    2.5e-4,
-    5e-4,
-    1e-3,
-    2.5e-3,
-    5e-3,
-    1e-2,
-    2.5e-2,
-    5e-2,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    10,
-    30,
-)
+    1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2,
+    5e-2, 0.1, 0.25, 0.5, 1, 2.5, 10, 30,
+)  # fmt: skip
 _LABELS = ("direction", "tier", "path", "outcome")
 
 

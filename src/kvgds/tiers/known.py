@@ -68,9 +68,8 @@ class Known:
 
     def take_due(self) -> list[Look]:
         """Folders to be looked into now, if it is time, and what is known of them."""
-        self._due = min(
-            self._due, self._count + _FOLDERS * _FOLDER_COST
-        )  # no need to go round twice
+        once_round = self._count + _FOLDERS * _FOLDER_COST
+        self._due = min(self._due, once_round)
         looks: list[Look] = []
         names = 0
         while self._due >= (_FOLDER_COST if looks else _LEAST) and names < _MOST:
