@@ -165,17 +165,18 @@ def diagnose(tiers: Sequence[FileTier | ObjectTier]) -> Diagnosis:
 
 def versions() -> dict[str, str]:
     """Versions of what matters; "" for what is not installed."""
-    nixl = next(filter(None, map(_version, _NIXL)), "")
+    nixl = next(filter(None, map(version_of, _NIXL)), "")
     return {
-        "kvgds": _version("kvgds"),
+        "kvgds": version_of("kvgds"),
         "nixl": nixl,
-        "obstore": _version("obstore"),
+        "obstore": version_of("obstore"),
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of a package; "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -209,7 +210,7 @@ def _nixl() -> Part:
 def _queue_fix(queue: str) -> str:
     if queue == "aio":
         return "raise the limit: sysctl fs.aio-max-nr=1048576"
-    if _text("/proc/sys/kernel/io_uring_disabled") not in ("", "0"):
+    if text_of("/proc/sys/kernel/io_uring_disabled") not in ("", "0"):
         return "allow it: sysctl kernel.io_uring_disabled=0"
     return "use Linux 5.13 or newer, and a container whose seccomp profile allows io_uring_setup"
 
@@ -217,7 +218,7 @@ def _queue_fix(queue: str) -> str:
 def _huge_pages() -> Part:
     """Whether memory made by kvgds gets huge pages, from asking for some."""
     part = Part(summary="used")
-    setting = _text(_HUGE).partition("[")[2].partition("]")[0] or "absent"
+    setting = text_of(_HUGE).partition("[")[2].partition("]")[0] or "absent"
     part.evidence.append(f"{_HUGE} says {setting}")
     arena = Arena(_ARENA)
     nbytes = _huge_bytes(arena.span.address)
@@ -233,7 +234,7 @@ def _huge_pages() -> Part:
 def _huge_bytes(address: int) -> int:
     """Bytes on huge pages in the mapping at an address."""
     inside = False
-    for line in _text("/proc/self/smaps").splitlines():
+    for line in text_of("/proc/self/smaps").splitlines():
         first, _, rest = line.partition(" ")
         start, dash, end = first.partition("-")
         if dash:
@@ -245,7 +246,7 @@ def _huge_bytes(address: int) -> int:
 
 def _gpu() -> Part:
     """What there is of GPUs, and how their memory moves."""
-    driver = _text("/proc/driver/nvidia/version").partition("\n")[0]
+    driver = text_of("/proc/driver/nvidia/version").partition("\n")[0]
     evidence = [f"driver: {driver}"] if driver else []
     try:
         devices = cuda().devices
@@ -257,7 +258,8 @@ def _gpu() -> Part:
     return Part(summary=f"{devices} found", evidence=[*evidence, "the CUDA runtime answers"])
 
 
-def _text(path: str) -> str:
+def text_of(path: str | Path) -> str:
+    """What a file says; "" if it is not there."""
     try:
         return Path(path).read_text("utf-8", "replace").strip()
     except OSError:

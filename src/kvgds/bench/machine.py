@@ -7,10 +7,10 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from kvgds.doctor import text_of, version_of
 from kvgds.memory.cufile import cufile
 from kvgds.paths import filesystem_of
 
@@ -34,7 +34,7 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         root: the directory.
         plans: those of the engines that are measured.
     """
-    cpu = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    cpu = [line for line in text_of("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     by_gds = any(plan.path.startswith("gds") for plan in plans)
     return {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
@@ -44,10 +44,10 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "filesystem": filesystem_of(root),
         "disk": _disk(root),
-        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled") or "none",
+        "huge_pages": text_of("/sys/kernel/mm/transparent_hugepage/enabled") or "none",
         "gpu": _said("nvidia-smi", _GPU, "--format=csv,noheader") or "none",
         "cufile": cufile().means().text if by_gds else "not opened",
-        "versions": {name: text for name in _PACKAGES if (text := _version(name))},
+        "versions": {name: text for name in _PACKAGES if (text := version_of(name))},
         "plan": list(dict.fromkeys(plan.how for plan in plans)),
         "command": _command(sys.argv),
         "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
@@ -63,8 +63,8 @@ def _disk(root: Path) -> str:
         whole = device if (device / "queue").exists() else device.resolve().parent
     except OSError:  # there is none, or a container does not show it
         return "none"
-    spins = _read(whole / "queue/rotational") == "1"
-    model = _read(whole / "device/model")  # a virtual disk has none, and its kind means nothing
+    spins = text_of(whole / "queue/rotational") == "1"
+    model = text_of(whole / "device/model")  # a virtual disk has none, and its kind means nothing
     return f"{model}, {'rotating' if spins else 'solid state'}" if model else name
 
 
@@ -81,18 +81,6 @@ def _command(words: Sequence[str]) -> str:
         else:
             told.append(PurePath(word).name)
     return " ".join(told)
-
-
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return None
-
-
-def _read(path: str | Path) -> str:
-    with suppress(OSError):
-        return Path(path).read_text("utf-8").strip()
-    return ""
 
 
 def _said(*command: str) -> str:
