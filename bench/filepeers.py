@@ -219,7 +219,6 @@ class Lmcache(Peer):
     """LMCache's adapters, asked as its own benchmark asks them: a task a block, told by eventfd."""
 
     package = "lmcache"
-    kind = "fs"
     variants = ("page cache", "O_DIRECT")
 
     def open(self) -> None:
@@ -307,7 +306,6 @@ class Lmcache(Peer):
 class LmcacheNative(Lmcache):
     """The one in C++, with as many threads as it takes if not told otherwise, and with 16."""
 
-    kind = "fs_native"
     variants = ("page cache", "page cache, 16 threads", "O_DIRECT")
 
     def _open(self) -> Any:  # noqa: ANN401 - as above

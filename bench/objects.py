@@ -210,11 +210,9 @@ class Own(Peer):
     """kvgds, driven as the others are: a name is a key."""
 
     def __init__(self, engine: kvgds.Engine, memory: Memory) -> None:
-        self.engine, self.threads = engine, False
-        self._pool = None
-        self._region = engine.register(memory.arena.bytes)
-        size = memory.block
-        views = [self._region[n * size : (n + 1) * size] for n in range(memory.count)]
+        self.engine, self._pool = engine, None
+        region, size = engine.register(memory.arena.bytes), memory.block
+        views = [region[n * size : (n + 1) * size] for n in range(memory.count)]
         self._views = {id(p): view for p, view in zip(memory.pieces, views, strict=True)}
 
     @property

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from kvgds.paths.gds import Gds, settle_gds
 from kvgds.paths.move import Move, Path, checksum_of
-from kvgds.paths.plan import NO_ROOM, DirectoryPlan, PathPlan, filesystem_of, try_directory
+from kvgds.paths.plan import NO_ROOM, PathPlan, filesystem_of, try_directory
 from kvgds.paths.ways import RELAY, Ways
 
 __all__ = [
     "NO_ROOM",
     "RELAY",
-    "DirectoryPlan",
     "Gds",
     "Move",
     "Path",

@@ -91,6 +91,7 @@ class Tier(Protocol):
     Attributes:
         authoritative: whether ``contains`` is the whole truth. False where others may store
             blocks too: then a load is tried even if ``contains`` says no.
+        checked: whether payloads get a checksum that each load compares.
     """
 
     name: str
