@@ -319,7 +319,7 @@ def _check_alone(root: Path) -> None:
         spaces = listing(root).namespaces
     except ConfigError:  # there is nothing yet; or an engine will tell what is wrong
         return
-    if any(space.blocks and space.fields.get("model", _MODEL) != _MODEL for space in spaces):
+    if any(space.blocks and space.fields.get("model") != _MODEL for space in spaces):
         rule = "holds blocks of others, which a replay would evict; name another directory"
         raise ConfigError("root", os.fspath(root), rule)
 
