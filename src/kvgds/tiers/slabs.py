@@ -19,14 +19,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BlockCorrupt, ConfigError, TransferError
-from kvgds.paths import NO_ROOM, PathPlan, filesystem_of, try_directory
+from kvgds.paths import NO_ROOM, PathPlan, try_directory
 from kvgds.threads import starting
 from kvgds.tiers import KEYS_AT_ONCE, Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect, unusable
 from kvgds.tiers.recovery import Recovery
 from kvgds.tiers.slots import Block, Forgotten, Slots
-from kvgds.tiers.space import COPIES_ON_WRITE, SLOT_BITS, overwrite_in_place, slabs_in
+from kvgds.tiers.space import SLOT_BITS, overwrite_in_place, slabs_in
 from kvgds.tiers.supply import Supply, commit_error, disk_full
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class Slabs:
         self._lock = lock_root(settings.root)
         try:
             self._folder = os.open(settings.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if filesystem_of(settings.root) in COPIES_ON_WRITE:
-                overwrite_in_place(self._folder)
+            overwrite_in_place(self._folder)
             found = try_directory(settings.root, settings.direct_io)
             self.plan = found.path_plan(self.name, self._services.transport.name)
             self._open_index(progress)

@@ -39,8 +39,8 @@ def slot_bytes_for(nbytes: int) -> int:
 
 
 def overwrite_in_place(folder: int) -> None:
-    """Let files made in a directory from now on keep their places, as far as btrfs can. Blocks."""
-    with contextlib.suppress(OSError):  # not without rights, say
+    """Let files made in a directory from now on keep their places, as btrfs can. Blocks."""
+    with contextlib.suppress(OSError):  # others refuse it, for theirs keep them anyway
         flags = int.from_bytes(fcntl.ioctl(folder, _GET_FLAGS, bytes(8)), sys.byteorder)
         fcntl.ioctl(folder, _SET_FLAGS, (flags | _NOCOW).to_bytes(8, sys.byteorder))
 
