@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,13 +54,10 @@ from kvgds.bench.measure import (
     ticks,
     timed,
 )
-from kvgds.engine import running
 from kvgds.memory import Arena
-from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from contextlib import AbstractAsyncContextManager
 
     from kvgds.bench.measure import Row
 
@@ -70,6 +66,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 IN_FLIGHT = 16
+UNASKED = "kvgds, nixl, without HEAD"
 
 
 @dataclass
@@ -170,17 +167,6 @@ class Memory:
 # --- kvgds ----------------------------------------------------------------------------------
 
 
-class Unasked(ObjectTransport):
-    """Looks nothing up: every block that is to be stored counts as absent."""
-
-    def run(self, function: Callable[[], Any]) -> Future[Any]:
-        if getattr(function, "func", None) != self.bucket.size:
-            return super().run(function)
-        absent: Future[None] = Future()
-        absent.set_result(None)
-        return absent
-
-
 def settings(setup: Setup, name: str, **changes: Any) -> kvgds.ObjectTier:  # noqa: ANN401 - any setting
     return kvgds.ObjectTier(
         bucket=setup.where.bucket,
@@ -234,30 +220,24 @@ class Own(Peer):
         moved = await move(job.name.encode(), self.view(job.memory))
         return len(job.memory) if moved else 0
 
+    async def miss(self, names: list[str]) -> None:
+        """Look for blocks that are not there: for 10 s it then stores them without another look."""
+        await asyncio.gather(*(self.engine.prefix([name.encode()]) for name in names))
+
     async def remove(self, names: list[str]) -> None:
         await asyncio.gather(*(self.engine.delete(name.encode()) for name in names))
-
-
-def opened(
-    settings: kvgds.EngineConfig, objects: ObjectTransport | None = None
-) -> AbstractAsyncContextManager[kvgds.Engine]:
-    return running(kvgds.Engine(settings, None, objects))
 
 
 async def own_peers(
     setup: Setup, memory: Memory, stack: AsyncExitStack, *, unasked: bool
 ) -> dict[str, Peer]:
-    """An engine for each backend, and one that doesn't look before it stores."""
+    """An engine for each backend, and one whose stores come after a miss."""
     found: dict[str, Peer] = {}
-    for backend in ("nixl", "obstore"):
-        name = f"kvgds, {backend}"
-        tier = settings(setup, name.replace(", ", "-"), backend=backend)
-        engine = await stack.enter_async_context(opened(config(tier)))
+    for name in ("kvgds, nixl", "kvgds, obstore", *((UNASKED,) if unasked else ())):
+        backend = name.split(", ")[1]
+        tier = settings(setup, name.replace(",", "").replace(" ", "-"), backend=backend)
+        engine = await stack.enter_async_context(kvgds.open_engine(config(tier)))
         found[name] = Own(engine, memory)
-    if unasked:
-        tier = settings(setup, "kvgds-unasked", backend="nixl")
-        engine = await stack.enter_async_context(opened(config(tier), Unasked(tier)))
-        found["kvgds, nixl, without HEAD"] = Own(engine, memory)
     return found
 
 
@@ -289,9 +269,12 @@ class Contenders:
         async def store() -> Sample:
             self.turn += 1
             stem = self.stem(name, f"fresh-{self.turn}")
+            names = [job.name for job in jobs(stem, self.memory.pieces, write=True)]
+            peer = self.peers.get(name)
+            if name == UNASKED and isinstance(peer, Own):
+                await peer.miss(names)
             sample = await self._served(name, stem, write=True)
-            each = jobs(stem, self.memory.pieces, write=True)
-            await self.clear(name, stem, [job.name for job in each])
+            await self.clear(name, stem, names)
             return sample
 
         async def load() -> Sample:
@@ -406,7 +389,7 @@ async def objects(setup: Setup) -> Rows:
                         run=all_of_them.run(name, write=write),
                     )
                     for name in all_of_them.names
-                    if write or "HEAD" not in name
+                    if write or name != UNASKED
                 ]
                 cell = setup.cell("objects", block, IN_FLIGHT, "store" if write else "load")
                 for each, samples in await alternate(entries, setup.rounds):
@@ -518,7 +501,9 @@ async def _stores(setup: Setup, memory: Memory) -> Rows:
         }
         peers = {}
         for name, these in tiers.items():
-            peers[name] = Own(await opening.enter_async_context(opened(config(*these))), memory)
+            peers[name] = Own(
+                await opening.enter_async_context(kvgds.open_engine(config(*these))), memory
+            )
         drains: list[Sample] = []
         turns = iter(range(1 << 30))
 
@@ -570,7 +555,7 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
     keys = [f"promoted {n}".encode() for n in range(count)]
     usable: dict[str, list[list[float]]] = defaultdict(list)
     kept: list[list[float]] = []
-    async with opened(config(settings(setup, "promoted"))) as alone:
+    async with kvgds.open_engine(config(settings(setup, "promoted"))) as alone:
         peer = Own(alone, memory)
         owners = {"object tier alone": peer}
         views = [peer.view(piece) for piece in memory.pieces]
@@ -581,7 +566,7 @@ async def _promotions(setup: Setup, memory: Memory) -> Rows:
             usable["object tier alone"].append(times[0])
             async with AsyncExitStack() as opening:
                 tiers = (_file_tier(setup, opening), settings(setup, "promoted"))
-                engine = await opening.enter_async_context(opened(config(*tiers)))
+                engine = await opening.enter_async_context(kvgds.open_engine(config(*tiers)))
                 other = owners["stack"] = owners["stack, again"] = Own(engine, memory)
                 theirs = [other.view(piece) for piece in memory.pieces]
                 memory.clear()
