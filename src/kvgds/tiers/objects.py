@@ -266,11 +266,7 @@ class Objects:
             return call()
 
         def answered(ended: Future[Any]) -> None:
-            error = ended.exception()
-            if error is None:
-                self._breaker.success()
-            else:
-                self._count_failure(error, since)
+            self._heard(ended.exception(), since)
             done(ended)
 
         self._run(ask, answered)
@@ -358,21 +354,22 @@ class Objects:
 
     def _count(self, move: Move) -> None:
         """What an ended transfer says of the server; it has answered, if only too late."""
-        error, since = move.error, self._since.pop(move)
+        error = move.error
         answers = (errno.ENOENT, errno.ERANGE)  # there is none, or it is empty
         told = isinstance(error, TransferError) and error.errno in answers
-        if error is None or told or isinstance(error, TransferTimeout | BlockCorrupt):
-            self._breaker.success()
-        else:
-            self._count_failure(error, since)
+        well = told or isinstance(error, TransferTimeout | BlockCorrupt)
+        self._heard(None if well else error, self._since.pop(move))
 
-    def _count_failure(self, error: BaseException, since: float) -> None:
-        """Whoever waited, if it was asked at all. One that got no answer in time is enough.
+    def _heard(self, error: BaseException | None, since: float) -> None:
+        """Count an answer or a failure, whoever waited. One that got no answer in time is enough.
 
         Args:
-            error: what went wrong.
-            since: when it was asked: what is older than the last trial says nothing any more.
+            error: what went wrong, if it was asked at all; None: it has answered.
+            since: when it was asked: failures older than the last trial say nothing any more.
         """
+        if error is None:
+            self._breaker.success()
+            return
         number = getattr(error, "errno", None)
         if number == errno.ECANCELED or since < self._answered_at:
             return
