@@ -74,6 +74,7 @@ class _Passage:
         self.file = transfer.file
         self.regions = transfer.regions
         self.nbytes = transfer.nbytes
+        self.urgent = transfer.urgent
         self.device = transfer.device
         self.place = transfer.place
         self._moved = False
@@ -294,6 +295,7 @@ class PlainTransfer:
         self.calls: list[str] = []
         self.threads: set[int] = set()
         self.error: Exception | None = None
+        self.urgent = False
         self.device = 0
         self.device_rows: Rows = []
         self.place = place

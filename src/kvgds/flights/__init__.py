@@ -378,6 +378,7 @@ class Flights:
             full=tier.checked,
             owner=flight,
             backend=tier.plan.backend,
+            urgent=ticket.priority is Priority.DEMAND,
             stream=flight.leader.batch.stream,
         )
         move.lend(self.ways, ticket.offset or 0, ticket.bounce_bytes)

@@ -72,6 +72,7 @@ class Move:
         "slot",
         "status",
         "stream",
+        "urgent",
         "view",
         "ways",
         "work",
@@ -89,6 +90,7 @@ class Move:
         full: bool,
         owner: object = None,
         backend: str = "",
+        urgent: bool = False,
         stream: int = 0,
     ) -> None:
         self.namespace = namespace
@@ -100,6 +102,7 @@ class Move:
         self.algorithm = XXH3_128 if full else NO_CHECKSUM
         self.owner = owner
         self.backend = backend
+        self.urgent = urgent
         self.status = ""
         self.error: Exception | None = None
         self.abandoned = False

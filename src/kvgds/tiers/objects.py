@@ -644,6 +644,7 @@ class _Trial:
     """A page that goes to the bucket, or comes back behind it; a ``transport.Transfer``."""
 
     file = File(-1)  # none
+    urgent = False
     device = 0
     nbytes = PAGE
     abandoned = False

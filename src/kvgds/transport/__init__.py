@@ -1,8 +1,8 @@
 """The only user of NIXL: moves rows of bytes between memory and files.
 
 ``contract`` says what a transport and a transfer promise each other; ``agent`` calls NIXL;
-``reactor`` is the thread that drives an agent, and ``inbox`` how it is asked and how it waits.
-Every NIXL call on an agent runs on its lane's thread.
+``reactor`` is the thread that drives an agent, ``sides`` how much it lets storage have at once, and
+``inbox`` how it is asked and how it waits. Every NIXL call on an agent runs on its lane's thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvgds.errors import ClosedError
 from kvgds.transport.contract import LATER, File, Later, NotMoved, Transfer, Transport
 from kvgds.transport.inbox import all_of
-from kvgds.transport.reactor import GROUP_ROWS, Lane
+from kvgds.transport.reactor import Lane
+from kvgds.transport.sides import GROUP_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,10 +8,8 @@ the reactor lets go of the lock it may wait milliseconds for it. So transfers tr
 *flights* of up to 64 rows, only the oldest flight is asked how it is doing, and one call
 delivers all that has ended.
 
-Storage tends to end what it was given together at one moment. Were everything in its hands, it
-would then stand idle while the event loop answers and asks for more. So half of what is to be
-moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
-anybody is told.
+When a flight lands the next one, which is staged, leaves at once, before anybody is told; ``sides``
+says how much that is.
 """
 
 from __future__ import annotations
@@ -32,142 +30,28 @@ from kvgds.blocks import padded
 from kvgds.memory import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.threads import starting
-from kvgds.transport.agent import POOL_ROWS, Agent
+from kvgds.transport.agent import Agent
 from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox, fulfil
+from kvgds.transport.sides import GROUP_ROWS, SIDE_ROWS, Flight, Member, Side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvgds.schedule import Row
-    from kvgds.transport.agent import Descriptors, Request
+    from kvgds.transport.agent import Descriptors
     from kvgds.transport.contract import Rows, Transfer
+    from kvgds.transport.sides import Deliver
 
-    Deliver = Callable[[list[Any]], None]
-
-GROUP_ROWS = 64
-_SIDE_ROWS = POOL_ROWS // 4  # and a flight may have as many, so both sides never have more than all
-_GROUP_BYTES = 4 << 20
-_CONTENDED_GROUP_BYTES = 32 << 20
-_WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick storage, of slow
-_QUICK_S = 4e-3  # a flight; where it takes longer, depth counts, and not the time until the next
 _MERGED_BYTES = 1 << 20
 _ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
-_SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
-_LARGE_BYTES = 1 << 20
 _COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 10e-3
-_STUCK_S = 0.2  # a flight that takes as long holds up no window
 _SLEEP_S = (100e-6, 1e-3)
 _RATE_S = 20e-3
 _FIRST_RATE = 2e9  # bytes a second, until measured
-
-
-class _Member:
-    """A transfer on its way through a lane."""
-
-    __slots__ = ("deliver", "retried", "rows", "transfer")
-
-    def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
-        self.transfer = transfer
-        self.deliver = deliver
-        self.rows: Rows = []
-        self.retried = False
-
-
-class _Flight:
-    """Transfers that travel together: a request for host memory, and one for GPUs'."""
-
-    __slots__ = ("members", "nbytes", "requests", "rows", "since")
-
-    def __init__(self) -> None:
-        self.members: list[_Member] = []
-        self.rows = 0
-        self.nbytes = 0
-        self.requests: list[Request] = []
-        self.since = 0.0
-
-    def add(self, member: _Member) -> None:
-        self.members.append(member)
-        self.rows += len(member.rows) + len(member.transfer.device_rows)
-        self.nbytes += member.transfer.nbytes
-
-
-class _Side:
-    """What goes one way through a lane, loads or stores, from stage to stage."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[_Member] = deque()
-        self.copying: deque[_Member] = deque()  # begun; copies are under way
-        self.staged: deque[_Member] = deque()  # its rows may move
-        self.flights: deque[_Flight] = deque()
-        self.stuck: list[_Flight] = []  # for so long that nothing waits for them any more
-        self.queued_bytes = 0  # of those not in flight
-        self.staged_bytes = 0
-        self.flying_bytes = 0  # but those stuck
-        self.flying_rows = 0  # those stuck, too
-        self.untold = 0  # flights that no ring tells of: GPU memory's
-        self.took = 0.0  # the last flight, in seconds
-
-    def busy(self) -> bool:
-        return bool(self.queued_bytes or self.flights or self.stuck)
-
-    def has_rows(self) -> bool:
-        """Whether NIXL takes one more flight, whatever its size."""
-        return self.flying_rows < _SIDE_ROWS
-
-    def open(self) -> bool:
-        """Whether one more flight may leave: within the window, and not of little among many."""
-        if not self.has_rows():
-            return False
-        return (self.flying_bytes < self.window() or contention.busy()) and (
-            len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
-        )
-
-    def window(self) -> int:
-        """Bytes that storage has at most: half of what there is, unless that is little."""
-        least = _WINDOW_BYTES[self.took > _QUICK_S]
-        return max(least, (self.flying_bytes + self.queued_bytes) // 2)
-
-    def group_bytes(self) -> int:
-        """How large a flight may be: several make a window, but each costs waits for the lock."""
-        return _CONTENDED_GROUP_BYTES if contention.busy() else min(_GROUP_BYTES, self.window())
-
-    def board(self) -> _Flight:
-        """The staged transfers that go next."""
-        flight = _Flight()
-        most = self.group_bytes()
-        while self.staged and flight.rows < GROUP_ROWS and flight.nbytes < most:
-            flight.add(self.staged.popleft())
-        self.queued_bytes -= flight.nbytes
-        self.staged_bytes -= flight.nbytes
-        return flight
-
-    def depart(self, flight: _Flight) -> None:
-        self.flights.append(flight)
-        self.flying_bytes += flight.nbytes
-        self.flying_rows += flight.rows
-        self.untold += len(flight.requests) > 1
-
-    def land(self, flight: _Flight) -> None:
-        self.flying_rows -= flight.rows
-        if flight in self.stuck:
-            self.stuck.remove(flight)
-        else:
-            self._leave(flight)
-
-    def _leave(self, flight: _Flight) -> None:
-        self.flights.remove(flight)
-        self.flying_bytes -= flight.nbytes
-        self.untold -= len(flight.requests) > 1
-
-    def give_up(self, now: float) -> None:
-        """Set aside flights that take so long that others should not wait for their window."""
-        for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
-            self._leave(flight)
-            self.stuck.append(flight)
 
 
 class Lane:
@@ -185,10 +69,11 @@ class Lane:
         self.stopped: Future[None] = Future()
         self._settings = (name, queues)
         self._inbox = Inbox()
-        self._sides = (_Side(), _Side())  # loads, stores
-        self._alone: deque[_Member] = deque()
-        self._landing: deque[_Member] = deque()  # moved; copies are under way
-        self._ended: list[_Member] = []
+        loads = Side()
+        self._sides = (loads, Side(before=loads))  # and stores
+        self._alone: deque[Member] = deque()
+        self._landing: deque[Member] = deque()  # moved; copies are under way
+        self._ended: list[Member] = []
         self._closing = False
         self._rate = _FIRST_RATE
         self._rate_bytes = 0
@@ -282,7 +167,7 @@ class Lane:
                 continue
             for transfer in what:
                 side = self._sides[transfer.write]
-                side.waiting.append(_Member(transfer, how))
+                side.waiting.append(Member(transfer, how))
                 side.queued_bytes += transfer.nbytes
 
     def _pause(self) -> float | None:
@@ -315,7 +200,7 @@ class Lane:
     def _launch(self) -> None:
         """Put transfers in flight, together if they go the same way; loads first."""
         while self._alone and self._sides[self._alone[0].transfer.write].has_rows():
-            flight = _Flight()
+            flight = Flight()
             flight.add(self._alone.popleft())
             self._post(flight)
         for side in self._sides:
@@ -328,7 +213,7 @@ class Lane:
             if side.flights:
                 self._stage(side)
 
-    def _stage(self, side: _Side) -> None:
+    def _stage(self, side: Side) -> None:
         """Begin as many transfers as a flight takes, unless that many have begun."""
         copying = len(side.copying)
         for _ in range(copying):
@@ -339,7 +224,7 @@ class Lane:
         if copying != len(side.copying):
             self._copied_at = time.monotonic()
 
-    def _begin(self, member: _Member, side: _Side) -> None:
+    def _begin(self, member: Member, side: Side) -> None:
         transfer = member.transfer
         try:
             self._agent.register(transfer.file, far=False)
@@ -350,8 +235,8 @@ class Lane:
             rows = transfer.begin()
             if isinstance(rows, list) and transfer.nbytes > _ROW_BYTES:
                 rows = list(_cut(rows))
-            if isinstance(rows, list) and len(rows) > _SIDE_ROWS:
-                most = f"{_SIDE_ROWS:,} are the most"
+            if isinstance(rows, list) and len(rows) > SIDE_ROWS:
+                most = f"{SIDE_ROWS:,} are the most"
                 raise NotMoved(None, f"{len(rows):,} rows, one a fragment and its stamp; {most}")
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)
@@ -366,7 +251,7 @@ class Lane:
             side.staged.append(member)
             side.staged_bytes += transfer.nbytes
 
-    def _post(self, flight: _Flight) -> None:
+    def _post(self, flight: Flight) -> None:
         write = flight.members[0].transfer.write
         local: Descriptors = []
         remote: Descriptors = []
@@ -410,13 +295,12 @@ class Lane:
                 elif not sweep:
                     break
 
-    def _landed(self, flight: _Flight, side: _Side) -> bool:
+    def _landed(self, flight: Flight, side: Side) -> bool:
         for request in flight.requests:
             if not self._agent.check(request):
                 return False
-        side.land(flight)
         now = self._moved_at = time.monotonic()
-        side.took = now - flight.since
+        side.land(flight, now)
         self._measure(flight.nbytes, now)
         return True
 
@@ -427,7 +311,7 @@ class Lane:
             self._rate = max(self._rate_bytes / (now - self._rate_from), 1e6)
             self._rate_bytes, self._rate_from = 0, now
 
-    def _over(self, flight: _Flight) -> None:
+    def _over(self, flight: Flight) -> None:
         """Every request has ended: only now may what they used be let go."""
         for request in flight.requests:
             self._agent.release(request)
@@ -440,7 +324,7 @@ class Lane:
         if len(self._landing) != before:
             self._copied_at = time.monotonic()
 
-    def _end(self, members: Sequence[_Member]) -> None:
+    def _end(self, members: Sequence[Member]) -> None:
         for member in members:
             try:
                 if member.transfer.end() is LATER:
@@ -450,7 +334,7 @@ class Lane:
                 member.transfer.fail(error)
             self._ended.append(member)
 
-    def _failed(self, flight: _Flight, error: Exception) -> None:
+    def _failed(self, flight: Flight, error: Exception) -> None:
         """NIXL tells only that something in the flight failed: try each member by itself.
 
         Once more, if then a plain call on its rows succeeds: whatever was wrong has passed. Not if
@@ -494,7 +378,7 @@ def _cut(rows: Rows) -> Iterator[Row]:
             yield address + at, offset + at, min(nbytes - at, _ROW_BYTES)
 
 
-def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
+def _rows_by_file(flight: Flight) -> Iterator[tuple[int, Rows]]:
     """The rows of each run of members that share a file; bounced neighbours become one row."""
     for fd, group in itertools.groupby(flight.members, lambda member: member.transfer.file.fd):
         parts = [member.rows for member in group]
@@ -502,7 +386,7 @@ def _rows_by_file(flight: _Flight) -> Iterator[tuple[int, Rows]]:
         yield fd, coalesce(rows, _MERGED_BYTES) if 1 < len(parts) == len(rows) else rows
 
 
-def _far_rows(flight: _Flight) -> tuple[Descriptors, Descriptors]:
+def _far_rows(flight: Flight) -> tuple[Descriptors, Descriptors]:
     """What moves between GPU memory and files."""
     local: Descriptors = []
     remote: Descriptors = []

@@ -1,0 +1,167 @@
+"""What goes one way through a lane, loads or stores: what waits, what moves, and how much may.
+
+Storage tends to end what it was given together at one moment. Were everything in its hands, it
+would then stand idle while the event loop answers and asks for more. So half of what is to be
+moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
+anybody is told. And what storage has in its hands goes before whatever comes next: so beside loads
+that somebody waits for, stores have no more there than those.
+
+Belongs to the reactor's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kvgds import contention
+from kvgds.transport.agent import POOL_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvgds.transport.agent import Request
+    from kvgds.transport.contract import Rows, Transfer
+
+    Deliver = Callable[[list[Any]], None]
+
+GROUP_ROWS = 64
+SIDE_ROWS = POOL_ROWS // 4  # and a flight may have as many, so both sides never have more than all
+_GROUP_BYTES = 4 << 20
+_CONTENDED_GROUP_BYTES = 32 << 20
+_WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick storage, of slow
+_QUICK_S = 4e-3  # a flight; where it takes longer, depth counts, and not the time until the next
+_SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
+_LARGE_BYTES = 1 << 20
+_MOMENT_S = 10e-3  # in which who has loaded loads again
+_STUCK_S = 0.2  # a flight that takes as long holds up no window
+
+
+class Member:
+    """A transfer on its way through a lane."""
+
+    __slots__ = ("deliver", "retried", "rows", "transfer")
+
+    def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
+        self.transfer = transfer
+        self.deliver = deliver
+        self.rows: Rows = []
+        self.retried = False
+
+
+class Flight:
+    """Transfers that travel together: a request for host memory, and one for GPUs'."""
+
+    __slots__ = ("members", "nbytes", "requests", "rows", "since", "urgent_bytes")
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.rows = 0
+        self.nbytes = 0
+        self.urgent_bytes = 0
+        self.requests: list[Request] = []
+        self.since = 0.0
+
+    def add(self, member: Member) -> None:
+        """Take one more along."""
+        self.members.append(member)
+        self.rows += len(member.rows) + len(member.transfer.device_rows)
+        self.nbytes += member.transfer.nbytes
+        self.urgent_bytes += member.transfer.nbytes * member.transfer.urgent
+
+
+class Side:
+    """What goes one way through a lane, loads or stores, from stage to stage."""
+
+    def __init__(self, before: Side | None = None) -> None:
+        self.before = before  # what goes before this, where somebody waits for it
+        self.waiting: deque[Member] = deque()
+        self.copying: deque[Member] = deque()  # begun; copies are under way
+        self.staged: deque[Member] = deque()  # its rows may move
+        self.flights: deque[Flight] = deque()
+        self.stuck: list[Flight] = []  # for so long that nothing waits for them any more
+        self.queued_bytes = 0  # of those not in flight
+        self.staged_bytes = 0
+        self.flying_bytes = 0  # but those stuck
+        self.flying_rows = 0  # those stuck, too
+        self.urgent_bytes = 0  # of those flying
+        self.urgent_at = 0.0  # when the last of them landed
+        self.untold = 0  # flights that no ring tells of: GPU memory's
+        self.took = 0.0  # the last flight, in seconds
+
+    def busy(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self.queued_bytes or self.flights or self.stuck)
+
+    def has_rows(self) -> bool:
+        """Whether NIXL takes one more flight, whatever its size."""
+        return self.flying_rows < SIDE_ROWS
+
+    def open(self) -> bool:
+        """Whether one more flight may leave: within the window, and not of little among many."""
+        if not self.has_rows():
+            return False
+        return (self.flying_bytes < self.window() or contention.busy()) and (
+            len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
+        )
+
+    def window(self) -> int:
+        """Bytes that storage has at most: half of what there is, unless that is little.
+
+        Beside loads that somebody waits for, stores have no more there than those.
+        """
+        least = _WINDOW_BYTES[self.took > _QUICK_S]
+        half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
+        if self.before is None or not self.before.urgent():
+            return half
+        return min(half, max(_WINDOW_BYTES[0], self.before.urgent_bytes))
+
+    def urgent(self) -> bool:
+        """Whether somebody waits for what is in flight, or will in a moment."""
+        return bool(self.urgent_bytes) or time.monotonic() - self.urgent_at < _MOMENT_S
+
+    def group_bytes(self) -> int:
+        """How large a flight may be: several make a window, but each costs waits for the lock."""
+        return _CONTENDED_GROUP_BYTES if contention.busy() else min(_GROUP_BYTES, self.window())
+
+    def board(self) -> Flight:
+        """The staged transfers that go next."""
+        flight = Flight()
+        most = self.group_bytes()
+        while self.staged and flight.rows < GROUP_ROWS and flight.nbytes < most:
+            flight.add(self.staged.popleft())
+        self.queued_bytes -= flight.nbytes
+        self.staged_bytes -= flight.nbytes
+        return flight
+
+    def depart(self, flight: Flight) -> None:
+        """Count a flight that storage has."""
+        self.flights.append(flight)
+        self.flying_bytes += flight.nbytes
+        self.flying_rows += flight.rows
+        self.urgent_bytes += flight.urgent_bytes
+        self.untold += len(flight.requests) > 1
+
+    def land(self, flight: Flight, now: float) -> None:
+        """Count a flight that is over."""
+        self.took = now - flight.since
+        if flight.urgent_bytes:
+            self.urgent_at = now
+        self.flying_rows -= flight.rows
+        if flight in self.stuck:
+            self.stuck.remove(flight)
+        else:
+            self._leave(flight)
+
+    def _leave(self, flight: Flight) -> None:
+        self.flights.remove(flight)
+        self.flying_bytes -= flight.nbytes
+        self.urgent_bytes -= flight.urgent_bytes
+        self.untold -= len(flight.requests) > 1
+
+    def give_up(self, now: float) -> None:
+        """Set aside flights that take so long that others should not wait for their window."""
+        for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
+            self._leave(flight)
+            self.stuck.append(flight)

@@ -1,0 +1,149 @@
+"""How much of what waits storage is given at once, one way and beside the other."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvgds import Priority, contention
+from kvgds.engine import Engine, running
+from kvgds.memory import Arena, region_of
+from kvgds.testing import PlainTransfer
+from kvgds.transport import File, NixlTransport
+from kvgds.transport.sides import Flight, Member, Side
+from support import MIB, config, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+REGION = region_of(Arena(MIB).bytes)
+LONG_AGO_S = 1.0
+
+
+@pytest.fixture(autouse=True)
+async def _idle() -> None:
+    """While the interpreter lock is wanted, flights are as large as may be."""
+    await until(lambda: not contention.busy())
+
+
+def queue(side: Side, count: int, nbytes: int = MIB, *, urgent: bool = False) -> None:
+    """Stage transfers."""
+    for _ in range(count):
+        transfer = PlainTransfer(File(-1), [REGION], [(0, 0, nbytes)], write=False)
+        transfer.urgent = urgent
+        side.staged.append(Member(transfer, lambda _: None))
+        side.queued_bytes += nbytes
+        side.staged_bytes += nbytes
+
+
+def leave(side: Side) -> list[Flight]:
+    """Let storage have what it may."""
+    flights = []
+    while side.staged and side.open():
+        flights.append(side.board())
+        flights[-1].since = time.monotonic()
+        side.depart(flights[-1])
+    return flights
+
+
+def land(side: Side, flights: list[Flight], ago_s: float = 0.0) -> None:
+    for flight in flights:
+        side.land(flight, time.monotonic() - ago_s)
+
+
+@pytest.mark.parametrize(("count", "flying"), [(1, 1), (2, 2), (4, 2), (16, 8), (64, 32)])
+def test_half_of_what_there_is_waits_unless_that_is_little(count: int, flying: int) -> None:
+    side = Side()
+    queue(side, count)
+    flights = leave(side)
+    assert side.flying_bytes == flying * MIB
+    assert max(flight.nbytes for flight in flights) <= 4 * MIB
+    land(side, flights)
+    assert (side.flying_bytes, side.flying_rows) == (0, 0)
+    leave(side)
+    assert side.flying_bytes == min(max(count - flying, 0), max((count - flying) // 2, 2)) * MIB
+
+
+def test_of_slow_storage_depth_counts() -> None:
+    side = Side()
+    queue(side, 1)
+    (flight,) = leave(side)
+    flight.since -= 5e-3
+    land(side, [flight])
+    queue(side, 8)
+    leave(side)
+    assert side.flying_bytes == 8 * MIB
+
+
+@pytest.mark.parametrize(
+    ("loads", "urgent", "flying"),
+    [(0, "urgent", 8), (1, "urgent", 2), (6, "urgent", 3), (40, "urgent", 8), (6, "prefetch", 8)],
+)
+def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
+    loads: int, urgent: str, flying: int
+) -> None:
+    """But as much as need not wait, and no more than half of what there is of them."""
+    before = Side()
+    side = Side(before)
+    queue(before, loads, urgent=urgent == "urgent")
+    queue(side, 16)
+    leave(before)
+    leave(side)
+    assert side.flying_bytes == flying * MIB
+
+
+def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
+    before = Side()
+    side = Side(before)
+    queue(before, 1, urgent=True)
+    queue(side, 16)
+    flights = leave(before)
+    land(before, flights)
+    leave(side)
+    assert side.flying_bytes == 2 * MIB
+    before.urgent_at -= LONG_AGO_S
+    leave(side)
+    assert side.flying_bytes >= 8 * MIB
+
+
+class Listening(NixlTransport):
+    """Keeps what it was told of transfers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[bytes, bool, bool]] = []
+
+    def submit(self, transfers: Sequence[Any], deliver: Callable[[list[Any]], None]) -> None:
+        self.told += [(each.key, each.write, each.urgent) for each in transfers]
+        super().submit(transfers, deliver)
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_it_is_told_what_somebody_waits_for(tmp_path: Path, layout: str) -> None:
+    transport = Listening()
+    engine = Engine(config(tmp_path / "kv", tier={"layout": layout}), transport)
+    async with running(engine):
+        memory = bytearray(9000)
+        await engine.store(b"a", memory)
+        await engine.load(b"a", memory)
+        for priority in (Priority.PREFETCH, Priority.BACKGROUND):
+            await engine.load(b"a", memory, priority=priority)
+    told = [(True, False), (False, True), (False, False), (False, False)]
+    assert transport.told == [(b"a", *each) for each in told]
+
+
+def test_a_load_that_hangs_holds_up_no_store() -> None:
+    before = Side()
+    side = Side(before)
+    queue(before, 1, urgent=True)
+    (flight,) = leave(before)
+    flight.since -= LONG_AGO_S
+    before.give_up(time.monotonic())
+    queue(side, 16)
+    leave(side)
+    assert side.flying_bytes == 8 * MIB
+    land(before, [flight], ago_s=LONG_AGO_S / 2)
+    assert (before.urgent_bytes, before.flying_bytes) == (0, 0)
