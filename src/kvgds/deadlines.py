@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import weakref
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -38,7 +39,9 @@ class Deadlines(Generic[T]):
         self._heap: list[tuple[float, int, weakref.ref[T]]] = []
         self._numbers = itertools.count()
         self._ended = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        # Not asked of the timer: uvloop's for what is due at once can't tell.
+        self._due = math.inf
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -46,7 +49,7 @@ class Deadlines(Generic[T]):
     def add(self, thing: T, when: float) -> None:
         """Set a deadline, in the loop's time."""
         heapq.heappush(self._heap, (when, next(self._numbers), weakref.ref(thing)))
-        if self._timer is None or when < self._timer.when():
+        if when < self._due:
             self._arm()
 
     def ended(self) -> None:
@@ -64,7 +67,8 @@ class Deadlines(Generic[T]):
 
     def _arm(self) -> None:
         self.close()
-        self._timer = self._loop.call_at(self._heap[0][0], self._fire) if self._heap else None
+        self._due = self._heap[0][0] if self._heap else math.inf
+        self._timer = self._loop.call_at(self._due, self._fire) if self._heap else None
 
     def _fire(self) -> None:
         now = self._loop.time()
