@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import sys
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -541,7 +542,7 @@ class Flights:
         status = outcome.status
         self.counts[status] += 1
         direction = "store" if batch.write else "load"
-        seconds = self._loop.time() - batch.since
+        seconds = time.monotonic() - batch.begun
         self._metrics.count((direction, tier, path, status), nbytes, seconds)
         if self.observers:
             self._notify(Event(direction, outcome.key, nbytes, tier, path, status, seconds))

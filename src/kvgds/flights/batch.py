@@ -9,6 +9,7 @@ Belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,6 +78,7 @@ class Batch:
     __slots__ = (
         "__weakref__",
         "arrivals",
+        "begun",
         "deadlines",
         "expired",
         "left",
@@ -107,6 +109,7 @@ class Batch:
         self.priority = priority
         self.stream = stream  # what uses the blocks' memory, if that is a GPU's
         self.since = loop.time()
+        self.begun = time.monotonic()  # to measure by: uvloop's time has milliseconds only
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
         self.waiters: list[Waiter] = []
