@@ -709,7 +709,10 @@ async def test_load_each_left_early(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out", "timed out, then cancelled"])
 async def test_cancelled_while_it_leaves_load_each(tmp_path: Path, how: str) -> None:
-    """The wait is finished, as the memory is in use, but the cancel is not lost to it."""
+    """The wait is finished, as the memory is in use, but the cancel is not lost to it.
+
+    Nor is what it says: a cancel scope of anyio knows its own by that.
+    """
     async with opened(tmp_path / "kv") as engine:
         await store(engine, b"a", b"b")
         memory = [engine.register(aligned(SIZE)) for _ in range(2)]
@@ -729,19 +732,51 @@ async def test_cancelled_while_it_leaves_load_each(tmp_path: Path, how: str) -> 
         await until(lambda: engine.statistics().hits == 1)
         await turns()
         if how == "cancelled":
-            task.cancel()
+            task.cancel("over")
         else:
             leaving.reschedule(asyncio.get_running_loop().time())
             await until(leaving.expired)
+            await turns()
             if how != "timed out":
-                task.cancel()
+                task.cancel("over")
         await turns()
         assert not task.done()
         engine.held.release()
-        with pytest.raises(TimeoutError if how == "timed out" else asyncio.CancelledError):
-            await task
+        if how == "timed out":
+            with pytest.raises(TimeoutError):
+                await task
+        else:
+            with pytest.raises(asyncio.CancelledError, match=r"^over$"):
+                await task
         for each in memory:
             await engine.deregister(each)
+
+
+async def test_left_cancelled_and_late_it_tells_of_both(tmp_path: Path) -> None:
+    """The memory is still in use past the deadline: the error comes from the cancel."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        items = [(b"none", bytearray(SIZE)), (b"a", engine.register(aligned(SIZE)))]
+
+        async def leave_after_one() -> None:
+            arrivals = engine.load_each(items, timeout_s=LATE_S)
+            async with contextlib.aclosing(arrivals):
+                assert (await anext(arrivals)).status == "miss"
+                await engine.held.wait_held("landing")
+                leaving.set()
+
+        leaving = asyncio.Event()
+        task = soon(leave_after_one())
+        await leaving.wait()
+        await turns()
+        task.cancel("over")
+        error = await late(engine, task)
+        assert isinstance(error.__cause__, asyncio.CancelledError)
+        assert error.__cause__.args == ("over",)
+        assert error.settled is not None
+        engine.held.release()
+        await error.settled
 
 
 async def test_store_each_cancelled(tmp_path: Path) -> None:

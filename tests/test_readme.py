@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import kvgds
 from kvgds import FileTier, load_config
+from kvgds.testing import skip_time
+from support import PAGE, aligned, opened, turns, until
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -35,6 +41,29 @@ def test_the_example_runs_as_it_is(tmp_path: Path) -> None:
     assert "host memory direct" in done.stdout
     assert done.stdout.endswith("b'hash of 16 tokens' hit\nb'hash of 32 tokens' hit\n")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_request_that_was_cancelled_ends_so_once_its_memory_is_free(tmp_path: Path) -> None:
+    """With what the cancel said: a cancel scope of anyio knows its own by that."""
+    request = f"async def request(engine, key, memory):\n{textwrap.indent(block('py'), '    ')}"
+    names: dict[str, Any] = {"asyncio": asyncio, "kvgds": kvgds}
+    exec(request, names)  # noqa: S102 - it is the README's
+    async with opened(tmp_path / "kv", timeout_s=100.0) as engine:
+        assert await engine.store(b"a", bytes(PAGE))
+        engine.held.hold("landing")
+        memory = engine.register(aligned(PAGE))
+        task = asyncio.ensure_future(names["request"](engine, b"a", memory))
+        await engine.held.wait_held("landing")
+        task.cancel("over")
+        await turns()
+        skip_time(100.0)
+        await until(lambda: engine.statistics().errors == 1)
+        await turns()
+        assert not task.done()
+        engine.held.release()
+        with pytest.raises(asyncio.CancelledError, match=r"^over$"):
+            await task
+        await engine.deregister(memory)
 
 
 LEAVING = """

@@ -676,16 +676,16 @@ class Flights:
 
     async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
         """Drop what is queued and wait for the rest, however often the wait is cancelled."""
-        again = False
+        again: asyncio.CancelledError | None = None
         for number, waiter in enumerate(batch.waiters, 1):
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
                 outcome = Outcome(flight.key, "cancelled", asyncio.CancelledError())
                 self._end(waiter, outcome, "none")
             if not number % _LEAVE_AT_ONCE:
-                again |= await _cancelled(asyncio.sleep(0))
+                again = await _cancelled(asyncio.sleep(0)) or again
         while batch.left:
-            again |= await _cancelled(batch.news())  # the memory is still not the caller's
+            again = await _cancelled(batch.news()) or again  # the memory is still not the caller's
         batch.waiters.clear()
         late = [
             outcome.error
@@ -693,9 +693,9 @@ class Flights:
             if isinstance(outcome.error, TransferTimeout) and outcome.error.settled is not None
         ]
         if late:
-            raise _joined(late) from cancelled
+            raise _joined(late) from again or cancelled
         if again:  # who only left a loop has not been told yet that it is cancelled
-            raise asyncio.CancelledError
+            raise again
 
     async def each(
         self,
@@ -760,13 +760,13 @@ def _path_of(outcome: Outcome, move: Move) -> str:
     return "none" if still else move.path.name
 
 
-async def _cancelled(wait: Awaitable[None]) -> bool:
-    """Whether a wait was cancelled, which ended it."""
+async def _cancelled(wait: Awaitable[None]) -> asyncio.CancelledError | None:
+    """The cancel that ended a wait, if one did: its message says whose it is."""
     try:
         await wait
-    except asyncio.CancelledError:
-        return True
-    return False
+    except asyncio.CancelledError as cancelled:
+        return cancelled
+    return None
 
 
 def _joined(late: list[TransferTimeout]) -> TransferTimeout:
