@@ -21,20 +21,23 @@ from kvgds import (
     BusyError,
     ConfigError,
     Engine,
+    Outcome,
     TransferError,
     TransferTimeout,
     open_engine,
 )
-from support import PAGE, aligned, config, content, spoil, until
+from kvgds.testing import skip_time
+from support import PAGE, aligned, config, content, opened, spoil, turns, until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from s3 import JuiceServer
 
 SIZE = 3 * PAGE
 KEYS = [b"%d" % i for i in range(8)]
+LATE_S = 1000.0
 
 
 class Uncollected:
@@ -184,6 +187,39 @@ async def test_corrupt_blocks_leave_nothing(tmp_path: Path) -> None:
             outcomes = await engine.load_many([(key, bytearray(SIZE)) for key in KEYS[4:]])
             assert all(isinstance(each.error, BlockCorrupt) for each in outcomes)
             del outcomes
+    assert not found
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "in time"])
+async def test_a_load_that_is_cancelled_often_leaves_nothing(tmp_path: Path, *, late: bool) -> None:
+    """Nor does one that was only left, and is cancelled then."""
+
+    async def leave(arrivals: AsyncGenerator[Outcome, None]) -> None:
+        async with contextlib.aclosing(arrivals):
+            assert (await anext(arrivals)).status == "miss"
+            await engine.held.wait_held("landing")
+
+    async with opened(tmp_path / "kv") as engine:
+        await engine.store(KEYS[0], content(KEYS[0], SIZE))
+        room = engine.register(aligned(SIZE))
+        items = [(b"none", bytearray(SIZE)), (KEYS[0], room)]
+        with Uncollected() as found:
+            for call in (engine.load, lambda *_, **limit: leave(engine.load_each(items, **limit))):
+                engine.held.hold("landing")
+                task = asyncio.ensure_future(call(KEYS[0], room, timeout_s=LATE_S))
+                await engine.held.wait_held("landing")
+                for _ in range(3):
+                    await turns()
+                    task.cancel()
+                if late:
+                    skip_time(LATE_S)
+                else:
+                    engine.held.release()
+                with contextlib.suppress(TransferTimeout if late else asyncio.CancelledError):
+                    await task
+                del task
+                engine.held.release()
+                await until(lambda: not engine.busy())
     assert not found
 
 

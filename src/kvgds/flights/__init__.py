@@ -692,10 +692,13 @@ class Flights:
             for outcome in batch.outcomes
             if isinstance(outcome.error, TransferTimeout) and outcome.error.settled is not None
         ]
-        if late:
-            raise _joined(late) from again or cancelled
-        if again:  # who only left a loop has not been told yet that it is cancelled
-            raise again
+        try:
+            if late:
+                raise _joined(late) from again or cancelled
+            if again:  # who only left a loop has not been told yet that it is cancelled
+                raise again
+        finally:
+            del again  # it knows this frame
 
     async def each(
         self,
@@ -770,18 +773,22 @@ async def _cancelled(wait: Awaitable[None]) -> asyncio.CancelledError | None:
 
 
 def _joined(late: list[TransferTimeout]) -> TransferTimeout:
-    """The one error of a cancelled call: all of its memory is free when this has settled."""
-    error = late[0]
-    if len(late) > 1:
-        error = TransferTimeout(
-            f"{len(late)} blocks passed their deadline; their memory is in use: await .settled",
-            direction=error.direction,
-            path=error.path,
-            backend=error.backend,
-            errno=error.errno,
-        )
-        waits: list[Any] = [each.settled for each in late]
-        error.settled = Settled(*(block for wait in waits for block in wait.blocks))
+    """The one error of a cancelled call: all of its memory is free when this has settled.
+
+    Not one of those, which the call keeps: raised, it would know the call, a cycle.
+    """
+    first, many = late[0], len(late) > 1
+    text = f"{len(late)} blocks passed their deadline; their memory is in use: await .settled"
+    error = TransferTimeout(
+        text if many else first.reason,
+        direction=first.direction,
+        key=b"" if many else first.key,
+        path=first.path,
+        backend=first.backend,
+        errno=first.errno,
+    )
+    waits: list[Any] = [each.settled for each in late]
+    error.settled = Settled(*(block for wait in waits for block in wait.blocks))
     return error
 
 
