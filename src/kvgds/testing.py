@@ -58,7 +58,10 @@ _LATE_S = 1000.0
 
 
 def skip_time(seconds: float) -> None:
-    """Put the running event loop's clock forward: what was due by then is due now."""
+    """Put the running event loop's clock forward: what was due by then is due now.
+
+    Of asyncio's own loops: uvloop's timers go by a clock that nobody can put forward.
+    """
     loop = asyncio.get_running_loop()
     before = loop.time
     vars(loop)["time"] = lambda: before() + seconds
