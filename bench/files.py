@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import gc
 import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -155,39 +156,60 @@ async def batches(setup: Setup) -> Rows:
 
 
 async def mixed(setup: Setup) -> Rows:
-    """Loads that somebody waits for, four at a time, alone and while stores take all they can."""
+    """Loads that somebody waits for, alone and while stores take all they can; and those."""
     async with opened(setup.root) as engine:
         place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
         for block in setup.some([64 * KIB, MIB, 9 * MIB // 4]):
             wanted = Blocks(engine, Content(block, max(8, place.count(block, 4) // 4)))
             others = Blocks(engine, Content(block, 64), name="others")
             await wanted.move(16, store=True)
-            alone = wanted.contender("loads alone", 4, store=False)
-            beside = replace(
-                alone, name="loads beside stores", run=partial(_beside_stores, wanted, others)
-            )
-            cell = place.cell("mixed", block, 4, "load")
-            for row in await rows_of(cell, [alone, beside], setup.rounds):
-                yield row
+            for loads in setup.some([1, 4, 16]):
+                for row in await _mixed(place, wanted, others, loads, setup.rounds):
+                    yield row
             await wanted.close()
             await others.close()
 
 
-async def _beside_stores(wanted: Blocks, others: Blocks) -> Sample:
-    stop = asyncio.Event()
+async def _mixed(
+    place: Field, wanted: Blocks, others: Blocks, loads: int, rounds: int
+) -> list[Row]:
+    stored: list[Sample] = []
+    alone = wanted.contender("loads alone", loads, store=False)
+    beside = replace(
+        alone,
+        name="loads beside stores",
+        run=partial(_beside_stores, wanted, others, loads, stored),
+    )
+    cell = place.cell("mixed", wanted.content.block, loads, "load")
+    rows = await rows_of(cell, [alone, beside], rounds)
+    stores = replace(beside, name="stores beside loads", note="32 at a time; CPU of both")
+    return [*rows, row_of(replace(cell, direction="store"), stores, stored[1:])]
 
-    async def stores(first: int) -> None:
-        i = first
-        while not stop.is_set():
+
+async def _beside_stores(
+    wanted: Blocks, others: Blocks, loads: int, stored: list[Sample]
+) -> Sample:
+    stop, stores = asyncio.Event(), Sample()
+
+    async def store(first: int) -> None:
+        for i in itertools.cycle((first, first + 32)):
+            if stop.is_set():
+                return
             await others.engine.delete(others.keys[i])
-            await others.move_one(i, store=True)
-            i = (i + 32) % 64
+            started = time.perf_counter()
+            done = await others.move_one(i, store=True)
+            stores.succeeded += done
+            stores.latencies.append(time.perf_counter() - started)
+            stores.asked += 1
 
     async with asyncio.TaskGroup() as storing:
         for n in range(32):
-            storing.create_task(stores(n))
-        sample = await wanted.move(4, store=False)
+            storing.create_task(store(n))
+        sample = await wanted.move(loads, store=False)
+        stores.nbytes = stores.asked * others.content.block
         stop.set()
+    stores.seconds, stores.cpu = sample.seconds, sample.cpu
+    stored.append(stores)
     return sample
 
 
