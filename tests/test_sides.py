@@ -80,16 +80,16 @@ def test_of_slow_storage_depth_counts() -> None:
 
 @pytest.mark.parametrize(
     ("loads", "urgent", "flying"),
-    [(0, "urgent", 8), (1, "urgent", 2), (6, "urgent", 3), (40, "urgent", 8), (6, "prefetch", 8)],
+    [(0, "urgent", 16), (1, "urgent", 4), (10, "urgent", 8), (80, "urgent", 16), (1, "soon", 16)],
 )
 def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
     loads: int, urgent: str, flying: int
 ) -> None:
-    """But as much as need not wait, and no more than half of what there is of them."""
+    """But a flight, and no more than half of what there is of them."""
     before = Side()
     side = Side(before)
     queue(before, loads, urgent=urgent == "urgent")
-    queue(side, 16)
+    queue(side, 32)
     leave(before)
     leave(side)
     assert side.flying_bytes == flying * MIB
@@ -103,7 +103,7 @@ def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
     flights = leave(before)
     land(before, flights)
     leave(side)
-    assert side.flying_bytes == 2 * MIB
+    assert side.flying_bytes == 4 * MIB
     before.urgent_at -= LONG_AGO_S
     leave(side)
     assert side.flying_bytes >= 8 * MIB

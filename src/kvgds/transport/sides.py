@@ -4,7 +4,7 @@ Storage tends to end what it was given together at one moment. Were everything i
 would then stand idle while the event loop answers and asks for more. So half of what is to be
 moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
 anybody is told. And what storage has in its hands goes before whatever comes next: so beside loads
-that somebody waits for, stores have no more there than those.
+that somebody waits for, stores have no more there than those, or one flight.
 
 Belongs to the reactor's thread.
 """
@@ -109,13 +109,13 @@ class Side:
     def window(self) -> int:
         """Bytes that storage has at most: half of what there is, unless that is little.
 
-        Beside loads that somebody waits for, stores have no more there than those.
+        Beside loads that somebody waits for, stores have no more there than those, or a flight.
         """
         least = _WINDOW_BYTES[self.took > _QUICK_S]
         half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
         if self.before is None or not self.before.urgent():
             return half
-        return min(half, max(_WINDOW_BYTES[0], self.before.urgent_bytes))
+        return min(half, max(_GROUP_BYTES, self.before.urgent_bytes))
 
     def urgent(self) -> bool:
         """Whether somebody waits for what is in flight, or will in a moment."""
