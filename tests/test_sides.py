@@ -95,6 +95,20 @@ def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
     assert side.flying_bytes == flying * MIB
 
 
+def test_while_the_lock_is_wanted_all_goes_at_once_but_beside_loads() -> None:
+    before = Side()
+    side = Side(before)
+    queue(side, 64)
+    contention.waited(1.0)
+    assert [flight.nbytes for flight in leave(side)] == [32 * MIB] * 2
+    queue(before, 1, urgent=True)
+    leave(before)
+    queue(side, 64)
+    side.flying_bytes = 0
+    contention.waited(1.0)
+    assert [flight.nbytes for flight in leave(side)] == [4 * MIB]
+
+
 def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
     before = Side()
     side = Side(before)

@@ -11,6 +11,7 @@ Belongs to the reactor's thread.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Side:
         """Whether one more flight may leave: within the window, and not of little among many."""
         if not self.has_rows():
             return False
-        return (self.flying_bytes < self.window() or contention.busy()) and (
+        return self.flying_bytes < self.window() and (
             len(self.flights) < _SIDE_FLIGHTS or self.queued_bytes >= _LARGE_BYTES
         )
 
@@ -110,12 +111,13 @@ class Side:
         """Bytes that storage has at most: half of what there is, unless that is little.
 
         Beside loads that somebody waits for, stores have no more there than those, or a flight.
+        Else there is no limit while the interpreter lock is wanted: then each flight costs a wait.
         """
         least = _WINDOW_BYTES[self.took > _QUICK_S]
         half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
-        if self.before is None or not self.before.urgent():
-            return half
-        return min(half, max(_GROUP_BYTES, self.before.urgent_bytes))
+        if self.before is not None and self.before.urgent():
+            return min(half, max(_GROUP_BYTES, self.before.urgent_bytes))
+        return sys.maxsize if contention.busy() else half
 
     def urgent(self) -> bool:
         """Whether somebody waits for what is in flight, or will in a moment."""
@@ -123,7 +125,8 @@ class Side:
 
     def group_bytes(self) -> int:
         """How large a flight may be: several make a window, but each costs waits for the lock."""
-        return _CONTENDED_GROUP_BYTES if contention.busy() else min(_GROUP_BYTES, self.window())
+        most = _CONTENDED_GROUP_BYTES if contention.busy() else _GROUP_BYTES
+        return min(most, self.window())
 
     def board(self) -> Flight:
         """The staged transfers that go next."""
