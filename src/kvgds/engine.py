@@ -178,9 +178,7 @@ class Engine:
             fill(self._executor, _FILE_THREADS - 1)  # this one is there
             fill(self._copier, 1)
             for transport in self._transports:
-                start = getattr(transport, "start", None)
-                if start is not None:
-                    start()
+                transport.start()
             arena = _arena(self.config.bounce_bytes)
             for tier in self._tiers:
                 tier.open(progress)

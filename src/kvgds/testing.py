@@ -205,10 +205,8 @@ class HeldTransport:
     # --- the transport's contract -----------------------------------------------------
 
     def start(self) -> None:
-        """Start the wrapped transport, if it has to be started."""
-        start = getattr(self.inner, "start", None)
-        if start is not None:
-            start()
+        """See ``transport.Transport``."""
+        self.inner.start()
         self.name = self.inner.name
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:

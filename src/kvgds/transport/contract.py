@@ -89,7 +89,10 @@ class Transfer(Protocol):
 
 
 class NotMoved(Exception):
-    """NIXL failed a transfer; errno and text are those of a plain call on the same rows."""
+    """A transfer failed: errno, if it can be known, and why.
+
+    Where NIXL fails, which tells no errno, they are those of a plain call on the same rows.
+    """
 
     def __init__(self, number: int | None, text: str) -> None:
         super().__init__(text)
@@ -105,6 +108,9 @@ class Transport(Protocol):
     """
 
     name: str
+
+    def start(self) -> None:
+        """Get ready; blocks. Raises PathUnavailable or CapacityError if it can't."""
 
     def submit(self, transfers: Sequence[Transfer], deliver: Callable[[list[Any]], None]) -> None:
         """Queue transfers; never blocks. Raises ClosedError after :meth:`close`."""
