@@ -133,6 +133,8 @@ async def test_a_long_prefix_leaves_the_loop_to_others(tmp_path: Path) -> None:
         assert await engine.prefix(keys) == 5000
         with pytest.raises(ConfigError, match="must be bytes"):
             await engine.prefix([*keys, "text"])  # type: ignore[list-item]
+        with pytest.raises(TransferTimeout):  # from the call on, not once all keys are checked
+            await engine.prefix([*keys, "text"], timeout_s=1e-6)  # type: ignore[list-item]
         closed = asyncio.ensure_future(engine.prefix([*keys, b"gone"]))
         await turns(1)
         await engine.aclose()

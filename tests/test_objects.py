@@ -477,6 +477,17 @@ async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
         assert far.wire.requests["HEAD"] == before + 1
 
 
+async def test_a_long_prefix_of_what_was_seen_there_leaves_the_loop_to_others(far: Far) -> None:
+    parts = 20
+    async with far.engine() as engine:
+        await engine.store(b"key", content(b"key", SIZE))
+        asking = asyncio.ensure_future(engine.prefix([b"key"] * (parts * 1024)))
+        await turns(3 * parts // 2)  # two thirds of them for the keys to be checked
+        assert not asking.done()
+        assert await asking == parts * 1024
+        assert await engine.prefix([*[b"key"] * 3000, b"gone", b"key"]) == 3000
+
+
 async def test_what_was_seen_there_is_not_believed_for_ever(far: Far) -> None:
     """Others delete too: `kvgds gc`, and the bucket's own rules."""
     async with far.engine() as engine:

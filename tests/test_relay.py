@@ -357,6 +357,31 @@ async def test_a_long_prefix_goes_on_beyond_the_first_part(place: Place) -> None
         assert await engine.prefix([*keys, b"7", b"gone"]) == 3001
 
 
+@pytest.mark.parametrize("rest", [b"far", b"near"])
+async def test_a_long_prefix_leaves_the_loop_to_others(place: Place, rest: bytes) -> None:
+    """Though the bucket need not be asked of any of its blocks, or of one alone."""
+    parts = 300
+    async with place.opened("through", tier={"capacity_bytes": 4 * SLOT}) as engine:
+        await fill(engine, b"far", *(b"%d" % n for n in range(7)), b"near")
+        asking = asyncio.ensure_future(engine.prefix([b"far", *[rest] * (parts * 1024)]))
+        await turns(3 * parts // 2)  # two thirds of them for the keys to be checked
+        assert not asking.done()
+        assert await asking == parts * 1024 + 1
+
+
+async def test_closing_waits_for_a_long_prefix(place: Place) -> None:
+    """Though neither tier is busy with it between two parts: whoever asked is told."""
+    async with place.opened("back") as engine:
+        await fill(engine, b"near")
+        await until(lambda: not engine.busy())
+        asking = asyncio.ensure_future(engine.prefix([*[b"near"] * 300_000, b"gone"]))
+        await turns(300)  # the keys are checked
+        assert not asking.done()
+        await engine.aclose()
+        assert asking.done()
+        assert await asking == 300_000
+
+
 # --- a bucket that takes nothing ----------------------------------------------------------------
 
 

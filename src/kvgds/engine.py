@@ -499,12 +499,14 @@ class Engine:
             TransferTimeout: no answer in time.
         """
         self._check_open()
-        timeout = self._flights.timeout_of(timeout_s)
+        deadline = self._loop.time() + self._flights.timeout_of(timeout_s)
         asked = listed("keys", keys, "must be a list of keys")
         for start in range(0, len(asked), KEYS_AT_ONCE):
             if start:  # others use the loop too, and may close the engine
                 await asyncio.sleep(0)
                 self._check_open()
+                if self._loop.time() >= deadline:
+                    raise _late_prefix()
             for key in asked[start : start + KEYS_AT_ONCE]:
                 check_key(key)
         answer: asyncio.Future[int] = self._loop.create_future()
@@ -514,10 +516,7 @@ class Engine:
                 answer.set_result(length)
 
         self._flights.prefix(asked, done, lambda: not answer.done())
-        text = "prefix passed its deadline"
-        return await _in_time(
-            answer, timeout, TransferTimeout(text, direction="prefix", errno=ETIMEDOUT)
-        )
+        return await _in_time(answer, deadline - self._loop.time(), _late_prefix())
 
     async def delete(self, key: BlockKey, *, timeout_s: float | None = None) -> bool:
         """Drop a block; True if it was there. Returns when that survives the process's death.
@@ -730,6 +729,10 @@ async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTi
         raise late from None
     finally:
         del late  # as in _value
+
+
+def _late_prefix() -> TransferTimeout:
+    return TransferTimeout("prefix passed its deadline", direction="prefix", errno=ETIMEDOUT)
 
 
 def logged_progress(clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:

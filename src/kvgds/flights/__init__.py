@@ -34,6 +34,7 @@ from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
+from kvgds.tiers import KEYS_AT_ONCE
 from kvgds.waits import until_done
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Flights:
         self._pumping = False
         self._ended: deque[Move] = deque()
         self._settling = False  # already, in this turn of the loop
+        self._asked = 0  # prefixes that are being looked for
         self._idle: asyncio.Future[None] | None = None
 
     def set_tiers(self, tiers: tuple[Tier, ...]) -> None:
@@ -143,7 +145,7 @@ class Flights:
         if self.relay is not None and self.relay.busy:
             return True
         idle = all(tier.idle() for tier in self.tiers)
-        return bool(self.running or self.scheduler.queued or not idle)
+        return bool(self.running or self.scheduler.queued or self._asked or not idle)
 
     async def drained(self, deadline: float) -> bool:
         """Wait until nothing is under way, cancelled or not; False if that takes longer."""
@@ -308,8 +310,26 @@ class Flights:
     def prefix(
         self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
     ) -> None:
-        """How many of the first keys have their blocks in some tier; see ``Tier.prefix``."""
-        (self.relay or self.tiers[0]).prefix(keys, done, wanted)
+        """How many of the first keys have their blocks in some tier; see ``Tier.prefix``.
+
+        A long one is looked for in parts: others use the loop too.
+        """
+        tiers = self.relay or self.tiers[0]
+
+        def look(start: int) -> None:
+            part = keys[start : start + KEYS_AT_ONCE]
+            tiers.prefix(part, lambda length: found(start, len(part), length), wanted)
+
+        def found(start: int, asked: int, length: int) -> None:
+            if length == asked and start + asked < len(keys) and wanted():
+                self._loop.call_soon(look, start + asked)
+                return
+            self._asked -= 1
+            done(start + length)
+            self.wake_closer()
+
+        self._asked += 1  # between two parts no tier is busy with it
+        look(0)
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""

@@ -12,7 +12,6 @@ loop's thread.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import random
 from collections import OrderedDict
@@ -23,7 +22,6 @@ from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
 from kvgds.paths import RELAY, Move
 from kvgds.schedule import Priority
-from kvgds.tiers import KEYS_AT_ONCE
 
 if TYPE_CHECKING:
     import asyncio
@@ -233,20 +231,13 @@ class Relay:
         """See ``Tier.prefix``, of both tiers together."""
         near, far = self.near, self.far
 
-        def beyond(start: int) -> None:
-            lacks = (n for n in range(start, len(keys)) if not near.contains(keys[n]))
-            lacking = list(itertools.islice(lacks, KEYS_AT_ONCE))
-
-            def found(count: int) -> None:
-                if count < len(lacking):
-                    done(lacking[count])
-                else:
-                    beyond(lacking[-1] + 1)
-
+        def beyond(count: int) -> None:
+            lacking = [n for n in range(count, len(keys)) if not near.contains(keys[n])]
             if not lacking or far.out or not wanted():
-                done(start if lacking else len(keys))
-            else:
-                far.prefix([keys[n] for n in lacking], found, wanted)
+                done(count if lacking else len(keys))
+                return
+            asked = [keys[n] for n in lacking]
+            far.prefix(asked, lambda more: done([*lacking, len(keys)][more]), wanted)
 
         near.prefix(keys, beyond, wanted)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvgds.paths import Move, PathPlan
     from kvgds.transport import Transport
 
-KEYS_AT_ONCE = 1024  # in one turn of the loop: some 0.4 ms
+KEYS_AT_ONCE = 1024  # that a tier is asked for: some 0.4 ms of the loop
 
 
 class Backlog(Protocol):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from kvgds.errors import BlockCorrupt, ConfigError, TransferError
 from kvgds.paths import NO_ROOM, PathPlan, try_directory
 from kvgds.threads import starting
-from kvgds.tiers import KEYS_AT_ONCE, Services, TierStatistics, locks
+from kvgds.tiers import Services, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect, unusable
 from kvgds.tiers.recovery import Recovery
@@ -175,24 +175,13 @@ class Slabs:
         return key in self._slots.keys
 
     def prefix(
-        self, keys: Sequence[BlockKey], done: Callable[[int], None], wanted: Callable[[], bool]
-    ) -> None:
-        """See ``Tier.prefix``."""
-        self._look(keys, 0, done, wanted)
-
-    def _look(
         self,
         keys: Sequence[BlockKey],
-        start: int,
         done: Callable[[int], None],
-        wanted: Callable[[], bool],
+        wanted: Callable[[], bool],  # noqa: ARG002 - it answers at once
     ) -> None:
-        piece = keys[start : start + KEYS_AT_ONCE]
-        length = start + self._slots.keys.leading(piece)
-        if length < start + len(piece) or length == len(keys) or not wanted():
-            done(length)
-        else:  # others use the loop too
-            self._services.post(self._look, keys, length, done, wanted)
+        """See ``Tier.prefix``."""
+        done(self._slots.keys.leading(keys))
 
     def statistics(self) -> TierStatistics:
         """See ``Tier.statistics``."""
