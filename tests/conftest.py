@@ -60,6 +60,8 @@ def loop_guard() -> BlockBuster:
         )
     for name in FILE_CALLS:
         guard.functions[name] = BlockBusterFunction(None, name, scanned_modules=WATCHED)
+    # For microseconds, so that other threads get the interpreter lock from a loop that never waits.
+    guard.functions["time.sleep"].can_block_in("kvgds/handover.py", "_look")
     # Every way into NIXL: each may take the agent's lock, and some hold the GIL.
     for name in ("__init__", *(name for name in vars(Agent) if not name.startswith("_"))):
         guard.functions[f"Agent.{name}"] = BlockBusterFunction(Agent, name, scanned_modules=WATCHED)

@@ -30,6 +30,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.flights import Batch, Flights, Memory, listed, pairs
+from kvgds.handover import Handover
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
@@ -109,7 +110,9 @@ class Engine:
         # Of memory, which never waits: not behind files, which may.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="kvgds-copies")
         self.metrics = Metrics(lambda: gauges_of(self.statistics()))
-        self._flights = Flights(config, self.metrics, partial(self._run, self._copier))
+        self._handover = Handover(self._loop, lambda: self._flights.busy)
+        run = partial(self._run, self._copier)
+        self._flights = Flights(config, self.metrics, run, self._handover)
         self._transports: list[Transport] = []
         self._tiers = tuple(self._make_tier(tier, transport, objects) for tier in config.tiers)
         self._flights.set_tiers(self._tiers)
@@ -151,7 +154,8 @@ class Engine:
                 transport.close()
             raise
         try:
-            self._flights.ways = await asyncio.shield(opening)
+            with self._handover.waiting():
+                self._flights.ways = await asyncio.shield(opening)
         except asyncio.CancelledError:
             self._closing = to_the_end(lambda: self._unopen(opening))
             await outlast(self._closing)
@@ -164,7 +168,8 @@ class Engine:
 
     async def _unopen(self, opening: asyncio.Future[Ways]) -> None:
         """Opening was cancelled: let go of what its thread gets hold of."""
-        await until_done(opening)
+        with self._handover.waiting():
+            await until_done(opening)
         if opening.exception() is None:
             self._flights.ways = opening.result()
             await self._close()
@@ -229,6 +234,13 @@ class Engine:
         return self._closing
 
     async def _close(self) -> None:
+        try:
+            with self._handover.waiting():
+                await self._drain_and_close()
+        finally:
+            self._handover.close()
+
+    async def _drain_and_close(self) -> None:
         """Waits for futures alone, and goes on when it is cancelled, as every task may be."""
         deadline = self._loop.time() + self.config.drain_timeout_s
         if not await self._flights.drained(deadline):
@@ -272,6 +284,7 @@ class Engine:
 
     def _run_posts(self) -> None:
         self._woken = False  # first: what is posted from now on may be too late for this turn
+        self._handover.news = True
         try:
             for _ in range(len(self._posts)):
                 function, args = self._posts.popleft()
@@ -337,8 +350,9 @@ class Engine:
         await outlast(to_the_end(partial(self._let_go, region, detached)))
 
     async def _let_go(self, region: Region, detached: Sequence[asyncio.Future[None]]) -> None:
-        for step in detached:
-            await self._to_its_end(step)
+        with self._handover.waiting():
+            for step in detached:
+                await self._to_its_end(step)
         region.release()
 
     # --- public operations --------------------------------------------------------------

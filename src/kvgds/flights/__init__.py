@@ -13,7 +13,8 @@ import logging
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kvgds.blocks import Outcome, check_key, image_bytes
 from kvgds.config import ObjectTier
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from kvgds.blocks import BlockKey
     from kvgds.config import EngineConfig
+    from kvgds.handover import Handover
     from kvgds.tiers import Tier
 
 __all__ = ["Batch", "Flights", "Memory", "listed", "pairs"]
@@ -59,6 +61,14 @@ _LEAVE_AT_ONCE = 32
 _DONE = object()
 _PUMP_BYTES = 4 << 20
 _COUNTED = ("hit", "miss", "stored", "present", "error", "cancelled", "joined")
+
+
+class _Asked(NamedTuple):
+    """How many of the first keys are there?"""
+
+    keys: Sequence[BlockKey]
+    done: Callable[[int], None]
+    wanted: Callable[[], bool]
 
 
 class Flights:
@@ -80,11 +90,13 @@ class Flights:
         config: EngineConfig,
         metrics: Metrics,
         run: Callable[[Callable[[], Any], Callable[[ThreadFuture[Any]], None]], None],
+        handover: Handover,
     ) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._run = run
+        self._handover = handover
         self._digest = config.namespace.digest
         self.scheduler: Scheduler[Any] = Scheduler(_lanes(config), bounce_bytes=config.bounce_bytes)
         self.relay = self._relay(config)
@@ -314,25 +326,28 @@ class Flights:
 
         A long one is looked for in parts: others use the loop too.
         """
-        tiers = self.relay or self.tiers[0]
-
-        def look(start: int) -> None:
-            part = keys[start : start + KEYS_AT_ONCE]
-            tiers.prefix(part, lambda length: found(start, len(part), length), wanted)
-
-        def found(start: int, asked: int, length: int) -> None:
-            if length == asked and start + asked < len(keys) and wanted():
-                self._loop.call_soon(look, start + asked)
-                return
-            self._asked -= 1
-            done(start + length)
-            self.wake_closer()
-
         self._asked += 1  # between two parts no tier is busy with it
-        look(0)
+        self._look(_Asked(keys, done, wanted), 0)
+        if self._asked:
+            self._handover.begin()
+
+    def _look(self, asked: _Asked, start: int) -> None:
+        part = asked.keys[start : start + KEYS_AT_ONCE]
+        found = partial(self._found, asked, start, len(part))
+        (self.relay or self.tiers[0]).prefix(part, found, asked.wanted)
+
+    def _found(self, asked: _Asked, start: int, count: int, length: int) -> None:
+        stop = start + count
+        if length == count and stop < len(asked.keys) and asked.wanted():
+            self._loop.call_soon(self._look, asked, stop)
+            return
+        self._asked -= 1
+        asked.done(start + length)
+        self.wake_closer()
 
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""
+        self._handover.begin()
         if self.relay is None:
             self.tiers[0].delete(key, done)
             return
@@ -366,6 +381,7 @@ class Flights:
         tickets = self.scheduler.take()
         if not tickets:
             return
+        self._handover.begin()
         loads: list[tuple[int, Move]] = []
         stores: list[Move] = []
         errands: list[tuple[Errand, Ticket[Any]]] = []
