@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 
-from kvgds import Outcome, open_engine
+from kvgds import ConfigError, Outcome, open_engine
+from kvgds.engine import Engine
 from support import PAGE, aligned, config, content, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
-
-    from kvgds import Engine
 
 SIZE = 4 * PAGE
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -71,6 +70,21 @@ async def use(root: Path, layout: str, turn_s: float) -> None:
         await rested(engine)
         await engine.deregister(region)
         await rested(engine)
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_an_engine_that_does_not_open_is_looked_after_no_more(
+    tmp_path: Path, layout: str
+) -> None:
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "kv" / "kvgds.json").write_text("not ours")
+    engine = Engine(config(tmp_path / "kv", tier={"layout": layout}))
+    with pytest.raises(ConfigError):
+        await engine.open()
+    await rested(engine)
+    assert told == []
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -95,18 +95,23 @@ def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
     assert side.flying_bytes == flying * MIB
 
 
+def contended(loads: int) -> list[int]:
+    """The flights of 64 stores beside so many loads, while the lock is wanted."""
+    while True:
+        before = Side()
+        side = Side(before)
+        queue(before, loads, urgent=True)
+        queue(side, 64)
+        contention.waited(1.0)
+        leave(before)
+        flights = leave(side)
+        if contention.busy():  # for 50 ms, which a busy machine may take
+            return [flight.nbytes for flight in flights]
+
+
 def test_while_the_lock_is_wanted_all_goes_at_once_but_beside_loads() -> None:
-    before = Side()
-    side = Side(before)
-    queue(side, 64)
-    contention.waited(1.0)
-    assert [flight.nbytes for flight in leave(side)] == [32 * MIB] * 2
-    queue(before, 1, urgent=True)
-    leave(before)
-    queue(side, 64)
-    side.flying_bytes = 0
-    contention.waited(1.0)
-    assert [flight.nbytes for flight in leave(side)] == [4 * MIB]
+    assert contended(loads=0) == [32 * MIB] * 2
+    assert contended(loads=1) == [4 * MIB]
 
 
 def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
@@ -116,9 +121,10 @@ def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
     queue(side, 16)
     flights = leave(before)
     land(before, flights)
+    before.urgent_at += LONG_AGO_S  # a machine may be so busy that the moment passes
     leave(side)
     assert side.flying_bytes == 4 * MIB
-    before.urgent_at -= LONG_AGO_S
+    before.urgent_at -= 2 * LONG_AGO_S
     leave(side)
     assert side.flying_bytes >= 8 * MIB
 

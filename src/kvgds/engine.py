@@ -110,7 +110,8 @@ class Engine:
         # Of memory, which never waits: not behind files, which may.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="kvgds-copies")
         self.metrics = Metrics(lambda: gauges_of(self.statistics()))
-        self._handover = Handover(self._loop, lambda: self._flights.busy)
+        # Nothing is known of tiers that are not open.
+        self._handover = Handover(self._loop, lambda: bool(self.plan) and self._flights.busy)
         run = partial(self._run, self._copier)
         self._flights = Flights(config, self.metrics, run, self._handover)
         self._transports: list[Transport] = []
@@ -260,6 +261,7 @@ class Engine:
             self._end_threads()
 
     def _end_threads(self) -> None:
+        self._handover.close()
         for executor in (self._executor, self._copier):
             executor.shutdown(wait=False)
 
