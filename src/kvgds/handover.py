@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _EVERY_S = (2e-3, 16e-3)
+_QUIET_S = 0.128  # where nothing is heard and the loop waits: storage is slow, or hangs
 _BUSY = 0.3  # of the time; a loop that waits more often hands over by that
 _MOMENT_S = 1e-6  # it comes to some 60 µs
 
@@ -80,4 +81,5 @@ class Handover:
         if starved:
             time.sleep(_MOMENT_S)
         if self._waits or self._wanted():
+            most = most if self.news else _QUIET_S
             self._arm(least if starved else min(2 * self._every_s, most))
