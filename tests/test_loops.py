@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeAlias
 
+    from kvgds.memory import Region
+    from support import Watched
+
     Run: TypeAlias = Callable[[Coroutine[Any, Any, None]], None]
 
 SIZE = 3 * PAGE
@@ -69,6 +72,14 @@ async def is_cancelled(task: asyncio.Task[Any]) -> None:
         await task
 
 
+async def two_stored(engine: Watched) -> Region:
+    """The memory of two blocks, "a" and "b", that storage has."""
+    memory = engine.register(aligned(2 * SIZE, content("a", SIZE) * 2))
+    assert await engine.store(b"a", memory[:SIZE])
+    assert await engine.store(b"b", memory[SIZE:])
+    return memory
+
+
 @pytest.mark.parametrize("make", [aligned, unaligned], ids=["direct", "bounce"])
 def test_blocks_come_back(tmp_path: Path, run: Run, make: Any) -> None:
     """By tasks of their own, in a batch, as they arrive; what is there or not is told, too."""
@@ -108,9 +119,7 @@ def test_cancels(tmp_path: Path, run: Run) -> None:
 
     async def scenario() -> None:
         async with opened(tmp_path / "kv", timeout_s=LIMIT_S, inflight_ops=1) as engine:
-            memory = engine.register(aligned(2 * SIZE, content("a", SIZE) * 2))
-            assert await engine.store(b"a", memory[:SIZE])
-            assert await engine.store(b"b", memory[SIZE:])
+            memory = await two_stored(engine)
             first = soon(engine.load(b"a", memory[:SIZE]))
             first.cancel()
             await is_cancelled(first)
@@ -153,9 +162,7 @@ def test_deadlines(tmp_path: Path, run: Run) -> None:
 
     async def scenario() -> None:
         async with opened(tmp_path / "kv", timeout_s=LIMIT_S, inflight_ops=1) as engine:
-            memory = engine.register(aligned(2 * SIZE, content("a", SIZE) * 2))
-            assert await engine.store(b"a", memory[:SIZE])
-            assert await engine.store(b"b", memory[SIZE:])
+            memory = await two_stored(engine)
             engine.held.hold("landing")
             running = soon(engine.load(b"a", memory[:SIZE], timeout_s=SOON_S))
             await engine.held.wait_held("landing")
