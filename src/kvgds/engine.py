@@ -29,7 +29,7 @@ from kvgds.errors import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.flights import Batch, Flights, Memory, listed, pairs
+from kvgds.flights import KEYS_AT_ONCE, Batch, Flights, Memory, listed, pairs
 from kvgds.handover import Handover
 from kvgds.memory import Arena, Cache, Region, region_of
 from kvgds.metrics import Metrics, Observer
@@ -37,7 +37,7 @@ from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
 from kvgds.statistics import Statistics, gauges_of, statistics_of
 from kvgds.threads import fill, starting
-from kvgds.tiers import KEYS_AT_ONCE, Services, Tier
+from kvgds.tiers import Services, Tier
 from kvgds.tiers.files import Files
 from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
@@ -261,7 +261,6 @@ class Engine:
             self._end_threads()
 
     def _end_threads(self) -> None:
-        self._handover.close()
         for executor in (self._executor, self._copier):
             executor.shutdown(wait=False)
 

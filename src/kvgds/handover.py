@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
-_EVERY_S = (2e-3, 16e-3)
-_QUIET_S = 0.128  # where nothing is heard and the loop waits: storage is slow, or hangs
+_LEAST_S = 2e-3
+_MOST_S = (0.128, 16e-3)  # where nothing is heard: storage is slow, or hangs; and elsewhere
 _BUSY = 0.3  # of the time; a loop that waits more often hands over by that
 _MOMENT_S = 1e-6  # it comes to some 60 µs
 
@@ -49,7 +49,7 @@ class Handover:
     def begin(self) -> None:
         """There is work for others: look again and again for as long as there is."""
         if self._timer is None:
-            self._arm(_EVERY_S[0])
+            self._arm(_LEAST_S)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -76,10 +76,9 @@ class Handover:
     def _look(self) -> None:
         self._timer = None
         passed, used = time.monotonic() - self._since[0], time.thread_time() - self._since[1]
-        least, most = _EVERY_S
         starved = not self.news and used > _BUSY * passed
         if starved:
             time.sleep(_MOMENT_S)
         if self._waits or self._wanted():
-            most = most if self.news else _QUIET_S
-            self._arm(least if starved else min(2 * self._every_s, most))
+            longer_s = min(2 * self._every_s, _MOST_S[self.news])
+            self._arm(_LEAST_S if starved else longer_s)

@@ -78,7 +78,6 @@ class Batch:
     __slots__ = (
         "__weakref__",
         "arrivals",
-        "begun",
         "deadlines",
         "expired",
         "left",
@@ -108,8 +107,7 @@ class Batch:
         self.write = write
         self.priority = priority
         self.stream = stream  # what uses the blocks' memory, if that is a GPU's
-        self.since = loop.time()
-        self.begun = time.monotonic()  # to measure by: uvloop's time has milliseconds only
+        self.since = time.monotonic()  # to measure by: the time of uvloop has milliseconds only
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
         self.waiters: list[Waiter] = []

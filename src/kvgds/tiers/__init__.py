@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from kvgds.paths import Move, PathPlan
     from kvgds.transport import Transport
 
-KEYS_AT_ONCE = 1024  # that a tier is asked for: some 0.4 ms of the loop
-
 
 class Backlog(Protocol):
     """Takes blocks on to the next tier of a stack. Belongs to the event loop's thread.
