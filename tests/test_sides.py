@@ -12,7 +12,7 @@ from kvgds.engine import Engine, running
 from kvgds.memory import Arena, region_of
 from kvgds.testing import PlainTransfer
 from kvgds.transport import File, NixlTransport
-from kvgds.transport.sides import Flight, Member, Side
+from kvgds.transport.sides import Flight, Member, Side, sides
 from support import MIB, config, until
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
     loads: int, urgent: str, flying: int
 ) -> None:
     """But a flight, and no more than half of what there is of them."""
-    before = Side()
-    side = Side(before)
+    ((before, side),) = sides(1)
     queue(before, loads, urgent=urgent == "urgent")
     queue(side, 32)
     leave(before)
@@ -95,11 +94,21 @@ def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
     assert side.flying_bytes == flying * MIB
 
 
+@pytest.mark.parametrize(("loads", "flying"), [(1, 2), (10, 4)])
+def test_lanes_share_what_stores_may_have_beside_loads_of_one(loads: int, flying: int) -> None:
+    (before, near), (_, far) = sides(2)
+    queue(before, loads, urgent=True)
+    leave(before)
+    for side in (near, far):
+        queue(side, 32)
+        leave(side)
+        assert side.flying_bytes == flying * MIB
+
+
 def contended(loads: int) -> list[int]:
     """The flights of 64 stores beside so many loads, while the lock is wanted."""
     while True:
-        before = Side()
-        side = Side(before)
+        ((before, side),) = sides(1)
         queue(before, loads, urgent=True)
         queue(side, 64)
         contention.waited(1.0)
@@ -115,8 +124,7 @@ def test_while_the_lock_is_wanted_all_goes_at_once_but_beside_loads() -> None:
 
 
 def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
-    before = Side()
-    side = Side(before)
+    ((before, side),) = sides(1)
     queue(before, 1, urgent=True)
     queue(side, 16)
     flights = leave(before)
@@ -156,8 +164,7 @@ async def test_it_is_told_what_somebody_waits_for(tmp_path: Path, layout: str) -
 
 
 def test_a_load_that_hangs_holds_up_no_store() -> None:
-    before = Side()
-    side = Side(before)
+    ((before, side),) = sides(1)
     queue(before, 1, urgent=True)
     (flight,) = leave(before)
     flight.since -= LONG_AGO_S

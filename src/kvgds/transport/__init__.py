@@ -15,7 +15,7 @@ from kvgds.errors import ClosedError
 from kvgds.transport.contract import LATER, File, Later, NotMoved, Transfer, Transport
 from kvgds.transport.inbox import all_of
 from kvgds.transport.reactor import Lane
-from kvgds.transport.sides import GROUP_ROWS
+from kvgds.transport.sides import GROUP_ROWS, sides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +33,9 @@ class NixlTransport:
 
     def __init__(self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio")) -> None:
         number = next(_ids)
-        self._lanes = [Lane(f"nixl-{number}-{i}", queues) for i in range(lanes)]
+        self._lanes = [
+            Lane(f"nixl-{number}-{i}", queues, both) for i, both in enumerate(sides(lanes))
+        ]
         self._closed = False
         self.name = ""
 

@@ -33,7 +33,7 @@ from kvgds.threads import starting
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox, fulfil
-from kvgds.transport.sides import GROUP_ROWS, SIDE_ROWS, Flight, Member, Side
+from kvgds.transport.sides import GROUP_ROWS, SIDE_ROWS, Flight, Member
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors
     from kvgds.transport.contract import Rows, Transfer
-    from kvgds.transport.sides import Deliver
+    from kvgds.transport.sides import Deliver, Side
 
 _MERGED_BYTES = 1 << 20
 _ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
@@ -57,20 +57,24 @@ _FIRST_RATE = 2e9  # bytes a second, until measured
 class Lane:
     """One agent and its thread, on which run all methods but start, close, submit, call and leak.
 
+    Args:
+        name: of the agent and the thread.
+        queues: kinds of queue that the agent may have, the best first.
+        sides: its loads, and its stores.
+
     Attributes:
         backend: what moves the bytes, once ``ready``.
         ready: ends when the agent is made, or can't be.
         stopped: ends when the thread does.
     """
 
-    def __init__(self, name: str, queues: Sequence[str]) -> None:
+    def __init__(self, name: str, queues: Sequence[str], sides: tuple[Side, Side]) -> None:
         self.backend = ""
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
         self._settings = (name, queues)
         self._inbox = Inbox()
-        loads = Side()
-        self._sides = (loads, Side(before=loads))  # and stores
+        self._sides = sides
         self._alone: deque[Member] = deque()
         self._landing: deque[Member] = deque()  # moved; copies are under way
         self._ended: list[Member] = []

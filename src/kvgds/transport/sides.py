@@ -4,9 +4,9 @@ Storage tends to end what it was given together at one moment. Were everything i
 would then stand idle while the event loop answers and asks for more. So half of what is to be
 moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
 anybody is told. And what storage has in its hands goes before whatever comes next: so beside loads
-that somebody waits for, stores have no more there than those, or one flight.
+that somebody waits for, in whichever lane, stores have no more there than those, or one flight.
 
-Belongs to the reactor's thread.
+Belongs to the reactor's thread; others' only look at what they wait for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvgds import contention
 from kvgds.transport.agent import POOL_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvgds.transport.agent import Request
     from kvgds.transport.contract import Rows, Transfer
@@ -75,8 +75,8 @@ class Flight:
 class Side:
     """What goes one way through a lane, loads or stores, from stage to stage."""
 
-    def __init__(self, before: Side | None = None) -> None:
-        self.before = before  # what goes before this, where somebody waits for it
+    def __init__(self, before: Sequence[Side] = ()) -> None:
+        self.before = before  # of all lanes, what goes before this where somebody waits for it
         self.waiting: deque[Member] = deque()
         self.copying: deque[Member] = deque()  # begun; copies are under way
         self.staged: deque[Member] = deque()  # its rows may move
@@ -110,13 +110,15 @@ class Side:
     def window(self) -> int:
         """Bytes that storage has at most: half of what there is, unless that is little.
 
-        Beside loads that somebody waits for, stores have no more there than those, or a flight.
-        Else there is no limit while the interpreter lock is wanted: then each flight costs a wait.
+        Beside loads that somebody waits for, the stores of all lanes have no more there than those,
+        or a flight. Else there is no limit while the interpreter lock is wanted: then each flight
+        costs a wait.
         """
         least = _WINDOW_BYTES[self.took > _QUICK_S]
         half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
-        if self.before is not None and self.before.urgent():
-            return min(half, max(_GROUP_BYTES, self.before.urgent_bytes))
+        if any(side.urgent() for side in self.before):
+            most = max(_GROUP_BYTES, sum(side.urgent_bytes for side in self.before))
+            return min(half, most // len(self.before))
         return sys.maxsize if contention.busy() else half
 
     def urgent(self) -> bool:
@@ -168,3 +170,9 @@ class Side:
         for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
             self._leave(flight)
             self.stuck.append(flight)
+
+
+def sides(lanes: int) -> list[tuple[Side, Side]]:
+    """Loads and stores of so many lanes: the loads of all go before the stores of each."""
+    loads = [Side() for _ in range(lanes)]
+    return [(each, Side(before=loads)) for each in loads]
