@@ -356,6 +356,22 @@ async def test_many_blocks_stay_within_the_limits(tmp_path: Path) -> None:
         assert 1 <= max(most) <= 6
 
 
+@pytest.mark.parametrize("ops", [256, 3])
+async def test_of_blocks_larger_than_may_be_in_flight_a_few_are(tmp_path: Path, ops: int) -> None:
+    """One would be staged only when the one before it has moved."""
+    keys = [b"%d" % i for i in range(6)]
+    async with opened(tmp_path / "kv", inflight_bytes=PAGE, inflight_ops=ops) as engine:
+        engine.held.hold("start")
+        storing = soon(store(engine, *keys))
+        most = min(ops, 4)
+        await engine.held.wait_held("start", most)
+        await turns()
+        assert (engine.held.held("start"), engine.statistics().in_flight) == (most, most)
+        engine.held.release()
+        await storing
+        assert await is_whole(engine, *keys)
+
+
 # --- sharing one I/O ----------------------------------------------------------------------------
 
 

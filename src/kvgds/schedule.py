@@ -92,14 +92,17 @@ class Lane:
     ops: int
     """Operations at once, at least 1."""
     bytes: int
-    """Bytes at once, at least 1. A bigger operation is admitted all the same, but alone."""
+    """Bytes at once, at least 1, but for the first operations, see ``least``."""
     part: int = 0
     """Which part of the bounce region its leases lie in; there are as many as lanes name."""
+    least: int = 1
+    """Operations at once however many bytes they have, at least 1: none may wait for ever."""
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could ever run."""
-        if self.ops < 1 or self.bytes < 1 or self.part < 0:
-            raise ValueError(f"a lane needs ops >= 1, bytes >= 1 and part >= 0, got {self}")
+        if not 1 <= self.least <= self.ops or self.bytes < 1 or self.part < 0:
+            rule = "ops >= least >= 1, bytes >= 1 and part >= 0"
+            raise ValueError(f"a lane needs {rule}, got {self}")
 
 
 class Pages:
@@ -290,10 +293,9 @@ class _Queue(Generic[T]):
         if not self.heap:
             return None
         entry = self.heap[0]
-        # An idle lane takes anything: an op above the byte limit runs alone, not never.
-        if self.ops == 0:
-            return entry
         limit = self.limit
+        if self.ops < limit.least:
+            return entry
         fits = self.ops < limit.ops and self.bytes + entry[2].nbytes <= limit.bytes
         return entry if fits else None
 

@@ -57,6 +57,7 @@ _COPY_RETRY_S = 1e-3
 _ADMIT_AT_ONCE = 32  # blocks, some 25 µs each
 _SETTLE_AT_ONCE = 4
 _LEAVE_AT_ONCE = 32
+_FEW = 4
 _DONE = object()
 _PUMP_BYTES = 4 << 20
 KEYS_AT_ONCE = 1024  # of a prefix, in one turn of the loop: some 0.4 ms
@@ -778,6 +779,7 @@ def _lanes(config: EngineConfig) -> dict[str, Lane]:
     In a stack each tier has half of the bounce region. Stores that wait for room in the first can
     then keep no upload, which makes that room, from its lease; and a server that hangs leaves the
     first tier all that it needs. Nor may a direction fill a half with blocks that it can share.
+    Elsewhere a few are under way even if they are large: two that storage has, and two staged.
     """
     lanes: dict[str, Lane] = {}
     for level, tier in enumerate(config.tiers):
@@ -785,9 +787,10 @@ def _lanes(config: EngineConfig) -> dict[str, Lane]:
         if isinstance(tier, ObjectTier):
             ops = min(ops, 2 * tier.connections)
         for write in (False, True):
+            least = min(_FEW, ops)
             if len(config.tiers) > 1 and (level or write):
-                most = min(most, config.bounce_bytes // 4)
-            lanes[_lane(level, write=write)] = Lane(ops, max(most, 1), part=level)
+                most, least = min(most, config.bounce_bytes // 4), 1
+            lanes[_lane(level, write=write)] = Lane(ops, max(most, 1), part=level, least=least)
     return lanes
 
 
