@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from filepeers import PEERS
 from peers import FOLDER, Process, python_of, started
 
-from kvgds import EngineConfig, FileTier, Namespace, open_engine
+from kvgds import EngineConfig, FileTier, Namespace, Priority, open_engine
 from kvgds.bench import ending, limits
 from kvgds.bench.blocks import Blocks, Content, cold, opened
 from kvgds.bench.grid import Field, copies, field_of, moves, ticker
@@ -156,13 +156,14 @@ async def batches(setup: Setup) -> Rows:
 
 
 async def mixed(setup: Setup) -> Rows:
-    """Loads that somebody waits for, alone and while stores take all they can; and those."""
+    """Loads that somebody waits for, alone and while others take all they can; and those."""
     async with opened(setup.root) as engine:
         place = Field(setup.root, None, setup.rounds, setup.nbytes, {"kvgds": engine})
         for block in setup.some([64 * KIB, MIB, 9 * MIB // 4]):
             wanted = Blocks(engine, Content(block, max(8, place.count(block, 4) // 4)))
             others = Blocks(engine, Content(block, 64), name="others")
-            await wanted.move(16, store=True)
+            for blocks in (wanted, others):
+                await blocks.move(16, store=True)
             for loads in setup.some([1, 4, 16]):
                 for row in await _mixed(place, wanted, others, loads, setup.rounds):
                     yield row
@@ -173,43 +174,54 @@ async def mixed(setup: Setup) -> Rows:
 async def _mixed(
     place: Field, wanted: Blocks, others: Blocks, loads: int, rounds: int
 ) -> list[Row]:
-    stored: list[Sample] = []
+    told: dict[str, list[Sample]] = {"stores": [], "prefetch": []}
     alone = wanted.contender("loads alone", loads, store=False)
-    beside = replace(
-        alone,
-        name="loads beside stores",
-        run=partial(_beside_stores, wanted, others, loads, stored),
-    )
     cell = place.cell("mixed", wanted.content.block, loads, "load")
-    rows = await rows_of(cell, [alone, beside], rounds)
-    stores = replace(beside, name="stores beside loads", note="32 at a time; CPU of both")
-    return [*rows, row_of(replace(cell, direction="store"), stores, stored[1:])]
+    beside = [
+        replace(
+            alone,
+            name=f"loads beside {what}",
+            run=partial(_beside, wanted, others, loads, samples, store=what == "stores"),
+        )
+        for what, samples in told.items()
+    ]
+    rows = await rows_of(cell, [alone, *beside], rounds)
+    for what, samples in told.items():
+        several = replace(alone, name=f"{what} beside loads", note="32 at a time; CPU of both")
+        way = "store" if what == "stores" else "load"
+        rows.append(row_of(replace(cell, direction=way), several, samples[1:]))
+    return rows
 
 
-async def _beside_stores(
-    wanted: Blocks, others: Blocks, loads: int, stored: list[Sample]
+async def _beside(
+    wanted: Blocks, others: Blocks, loads: int, told: list[Sample], *, store: bool
 ) -> Sample:
-    stop, stores = asyncio.Event(), Sample()
+    """Loads beside 32 stores at a time, or beside as many loads that nobody waits for."""
+    stop, moved = asyncio.Event(), Sample()
 
-    async def store(first: int) -> None:
+    engine = others.engine
+    move = engine.store if store else partial(engine.load, priority=Priority.PREFETCH)
+
+    async def work(first: int) -> None:
         for i in itertools.cycle((first, first + 32)):
             if stop.is_set():
                 return
-            await others.engine.delete(others.keys[i])
+            if store:
+                await engine.delete(others.keys[i])
             started = time.perf_counter()
-            done = await others.move_one(i, store=True)
-            stores.succeeded += done
-            stores.latencies.append(time.perf_counter() - started)
-            stores.asked += 1
+            done = await move(others.keys[i], others.memory(i, store=store))
+            moved.succeeded += done
+            moved.latencies.append(time.perf_counter() - started)
+            moved.asked += 1
 
-    async with asyncio.TaskGroup() as storing:
+    async with asyncio.TaskGroup() as working:
         for n in range(32):
-            storing.create_task(store(n))
+            working.create_task(work(n))
         sample = await wanted.move(loads, store=False)
-        stores.nbytes = stores.asked * others.content.block
+        moved.nbytes = moved.asked * others.content.block
         stop.set()
-    stores.seconds, stores.cpu = sample.seconds, sample.cpu
-    stored.append(stores)
+    moved.seconds, moved.cpu = sample.seconds, sample.cpu
+    told.append(moved)
     return sample
 
 

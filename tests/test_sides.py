@@ -29,12 +29,11 @@ async def _idle() -> None:
     await until(lambda: not contention.busy())
 
 
-def queue(side: Side, count: int, nbytes: int = MIB, *, urgent: bool = False) -> None:
+def queue(side: Side, count: int, nbytes: int = MIB) -> None:
     """Stage transfers."""
     for _ in range(count):
         transfer = PlainTransfer(File(-1), [REGION], [(0, 0, nbytes)], write=False)
-        transfer.urgent = urgent
-        side.staged.append(Member(transfer, lambda _: None))
+        side.staged.append(Member(transfer, lambda _: None, side))
         side.queued_bytes += nbytes
         side.staged_bytes += nbytes
 
@@ -78,28 +77,36 @@ def test_of_slow_storage_depth_counts() -> None:
     assert side.flying_bytes == 8 * MIB
 
 
-@pytest.mark.parametrize(
-    ("loads", "urgent", "flying"),
-    [(0, "urgent", 16), (1, "urgent", 4), (10, "urgent", 8), (80, "urgent", 16), (1, "soon", 16)],
-)
-def test_stores_have_no_more_there_than_loads_that_somebody_waits_for(
-    loads: int, urgent: str, flying: int
+@pytest.mark.parametrize("which", [0, 1], ids=["loads", "stores"])
+@pytest.mark.parametrize(("loads", "flying"), [(0, 16), (1, 4), (10, 8), (80, 16)])
+def test_others_have_no_more_there_than_loads_that_somebody_waits_for(
+    loads: int, which: int, flying: int
 ) -> None:
     """But a flight, and no more than half of what there is of them."""
-    ((before, side),) = sides(1)
-    queue(before, loads, urgent=urgent == "urgent")
+    ((first, *others),) = sides(1)
+    side = others[which]
+    queue(first, loads)
     queue(side, 32)
-    leave(before)
+    leave(first)
     leave(side)
     assert side.flying_bytes == flying * MIB
 
 
+def test_stores_make_way_for_no_loads_that_nobody_waits_for() -> None:
+    ((_, loads, stores),) = sides(1)
+    queue(loads, 1)
+    queue(stores, 32)
+    leave(loads)
+    leave(stores)
+    assert stores.flying_bytes == 16 * MIB
+
+
 @pytest.mark.parametrize(("loads", "flying"), [(1, 2), (10, 4)])
 def test_lanes_share_what_stores_may_have_beside_loads_of_one(loads: int, flying: int) -> None:
-    (before, near), (_, far) = sides(2)
-    queue(before, loads, urgent=True)
-    leave(before)
-    for side in (near, far):
+    (first, *near), (_, *far) = sides(2)
+    queue(first, loads)
+    leave(first)
+    for side in (*near, *far):
         queue(side, 32)
         leave(side)
         assert side.flying_bytes == flying * MIB
@@ -108,11 +115,11 @@ def test_lanes_share_what_stores_may_have_beside_loads_of_one(loads: int, flying
 def contended(loads: int) -> list[int]:
     """The flights of 64 stores beside so many loads, while the lock is wanted."""
     while True:
-        ((before, side),) = sides(1)
-        queue(before, loads, urgent=True)
+        ((first, _, side),) = sides(1)
+        queue(first, loads)
         queue(side, 64)
         contention.waited(1.0)
-        leave(before)
+        leave(first)
         flights = leave(side)
         if contention.busy():  # for 50 ms, which a busy machine may take
             return [flight.nbytes for flight in flights]
@@ -124,15 +131,15 @@ def test_while_the_lock_is_wanted_all_goes_at_once_but_beside_loads() -> None:
 
 
 def test_who_has_loaded_is_given_a_moment_to_load_again() -> None:
-    ((before, side),) = sides(1)
-    queue(before, 1, urgent=True)
+    ((first, _, side),) = sides(1)
+    queue(first, 1)
     queue(side, 16)
-    flights = leave(before)
-    land(before, flights)
-    before.urgent_at += LONG_AGO_S  # a machine may be so busy that the moment passes
+    flights = leave(first)
+    land(first, flights)
+    first.landed_at += LONG_AGO_S  # a machine may be so busy that the moment passes
     leave(side)
     assert side.flying_bytes == 4 * MIB
-    before.urgent_at -= 2 * LONG_AGO_S
+    first.landed_at -= 2 * LONG_AGO_S
     leave(side)
     assert side.flying_bytes >= 8 * MIB
 
@@ -164,13 +171,13 @@ async def test_it_is_told_what_somebody_waits_for(tmp_path: Path, layout: str) -
 
 
 def test_a_load_that_hangs_holds_up_no_store() -> None:
-    ((before, side),) = sides(1)
-    queue(before, 1, urgent=True)
-    (flight,) = leave(before)
+    ((first, _, side),) = sides(1)
+    queue(first, 1)
+    (flight,) = leave(first)
     flight.since -= LONG_AGO_S
-    before.give_up(time.monotonic())
+    first.give_up(time.monotonic())
     queue(side, 16)
     leave(side)
     assert side.flying_bytes == 8 * MIB
-    land(before, [flight], ago_s=LONG_AGO_S / 2)
-    assert (before.urgent_bytes, before.flying_bytes) == (0, 0)
+    land(first, [flight], ago_s=LONG_AGO_S / 2)
+    assert first.flying_bytes == 0

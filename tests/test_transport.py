@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from kvgds.transport import Transport
+    from kvgds.transport.contract import Rows
 
 PAGE = 4096
 
@@ -223,6 +224,31 @@ def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
         assert [transfer.calls for transfer in held] == [["begin"]] * 3
         disk.release()
         bench.wait(held)
+
+
+class Noted(PlainTransfer):
+    """Notes when it begins among others."""
+
+    def __init__(self, begun: list[PlainTransfer], *what: Any, write: bool) -> None:
+        super().__init__(*what, write=write)
+        self._begun = begun
+
+    def begin(self) -> Rows | None:
+        self._begun.append(self)
+        return super().begin()
+
+
+def test_what_somebody_waits_for_goes_first(tmp_path: Path, bench: Bench) -> None:
+    """Though it came last, behind stores and other loads."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(3 * PAGE))
+        begun: list[PlainTransfer] = []
+        rows = [[(bench.base + i * PAGE, i * PAGE, PAGE)] for i in range(3)]
+        store = Noted(begun, file, [bench.region], rows[0], write=True)
+        load, wanted = (Noted(begun, file, [bench.region], row, write=False) for row in rows[1:])
+        wanted.urgent = True
+        bench.run(store, load, wanted)
+        assert begun == [wanted, load, store]
 
 
 def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from kvgds.threads import starting
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import LATER, NotMoved
 from kvgds.transport.inbox import Inbox, fulfil
-from kvgds.transport.sides import GROUP_ROWS, SIDE_ROWS, Flight, Member
+from kvgds.transport.sides import BLOCK_ROWS, GROUP_ROWS, Flight, Member
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +60,7 @@ class Lane:
     Args:
         name: of the agent and the thread.
         queues: kinds of queue that the agent may have, the best first.
-        sides: its loads, and its stores.
+        sides: its urgent loads, its other loads, and its stores.
 
     Attributes:
         backend: what moves the bytes, once ``ready``.
@@ -68,7 +68,7 @@ class Lane:
         stopped: ends when the thread does.
     """
 
-    def __init__(self, name: str, queues: Sequence[str], sides: tuple[Side, Side]) -> None:
+    def __init__(self, name: str, queues: Sequence[str], sides: tuple[Side, Side, Side]) -> None:
         self.backend = ""
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
@@ -170,8 +170,8 @@ class Lane:
                 fulfil(what, how)
                 continue
             for transfer in what:
-                side = self._sides[transfer.write]
-                side.waiting.append(Member(transfer, how))
+                side = self._sides[2 if transfer.write else not transfer.urgent]
+                side.waiting.append(Member(transfer, how, side))
                 side.queued_bytes += transfer.nbytes
 
     def _pause(self) -> float | None:
@@ -182,7 +182,7 @@ class Lane:
         storage never runs dry meanwhile, and each look costs some 50 µs of CPU. Something small
         is watched without a pause at first, since even the shortest sleep takes as long as it does.
         """
-        if self._alone and self._sides[self._alone[0].transfer.write].has_rows():
+        if self._alone and self._alone[0].side.has_rows():
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
             least, most = _COPY_S  # a stream may be busy for long: ever fewer looks
@@ -202,8 +202,8 @@ class Lane:
     # --- staging and launching -----------------------------------------------------
 
     def _launch(self) -> None:
-        """Put transfers in flight, together if they go the same way; loads first."""
-        while self._alone and self._sides[self._alone[0].transfer.write].has_rows():
+        """Put transfers in flight, those of a side together; what is waited for first."""
+        while self._alone and self._alone[0].side.has_rows():
             flight = Flight()
             flight.add(self._alone.popleft())
             self._post(flight)
@@ -239,8 +239,8 @@ class Lane:
             rows = transfer.begin()
             if isinstance(rows, list) and transfer.nbytes > _ROW_BYTES:
                 rows = list(_cut(rows))
-            if isinstance(rows, list) and len(rows) > SIDE_ROWS:
-                most = f"{SIDE_ROWS:,} are the most"
+            if isinstance(rows, list) and len(rows) > BLOCK_ROWS:
+                most = f"{BLOCK_ROWS:,} are the most"
                 raise NotMoved(None, f"{len(rows):,} rows, one a fragment and its stamp; {most}")
         except Exception as error:  # noqa: BLE001 - it belongs to this transfer alone
             transfer.fail(error)
@@ -272,7 +272,7 @@ class Lane:
             return
         if not any(side.flights for side in self._sides):
             self._rate_bytes, self._rate_from = 0, now
-        self._sides[write].depart(flight)
+        flight.members[0].side.depart(flight)
 
     # --- landing -------------------------------------------------------------------
 

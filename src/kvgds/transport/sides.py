@@ -1,12 +1,14 @@
-"""What goes one way through a lane, loads or stores: what waits, what moves, and how much may.
+"""What goes through a lane on one *side*: what waits, what moves, and how much may.
+
+There are three: loads that somebody waits for, other loads, and stores.
 
 Storage tends to end what it was given together at one moment. Were everything in its hands, it
 would then stand idle while the event loop answers and asks for more. So half of what is to be
 moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
 anybody is told. And what storage has in its hands goes before whatever comes next: so beside loads
-that somebody waits for, in whichever lane, stores have no more there than those, or one flight.
+that somebody waits for, in whichever lane, the others have no more there than those, or one flight.
 
-Belongs to the reactor's thread; others' only look at what they wait for.
+Belongs to the reactor's thread; those of other lanes look at what they make way for.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     Deliver = Callable[[list[Any]], None]
 
 GROUP_ROWS = 64
-SIDE_ROWS = POOL_ROWS // 4  # and a flight may have as many, so both sides never have more than all
+BLOCK_ROWS = POOL_ROWS // 4
+_SIDE_ROWS = POOL_ROWS // 3 - BLOCK_ROWS  # for each side may have one more flight
 _GROUP_BYTES = 4 << 20
 _CONTENDED_GROUP_BYTES = 32 << 20
 _WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick storage, of slow
@@ -42,11 +45,12 @@ _STUCK_S = 0.2  # a flight that takes as long holds up no window
 class Member:
     """A transfer on its way through a lane."""
 
-    __slots__ = ("deliver", "retried", "rows", "transfer")
+    __slots__ = ("deliver", "retried", "rows", "side", "transfer")
 
-    def __init__(self, transfer: Transfer, deliver: Deliver) -> None:
+    def __init__(self, transfer: Transfer, deliver: Deliver, side: Side) -> None:
         self.transfer = transfer
         self.deliver = deliver
+        self.side = side
         self.rows: Rows = []
         self.retried = False
 
@@ -54,13 +58,12 @@ class Member:
 class Flight:
     """Transfers that travel together: a request for host memory, and one for GPUs'."""
 
-    __slots__ = ("members", "nbytes", "requests", "rows", "since", "urgent_bytes")
+    __slots__ = ("members", "nbytes", "requests", "rows", "since")
 
     def __init__(self) -> None:
         self.members: list[Member] = []
         self.rows = 0
         self.nbytes = 0
-        self.urgent_bytes = 0
         self.requests: list[Request] = []
         self.since = 0.0
 
@@ -69,14 +72,13 @@ class Flight:
         self.members.append(member)
         self.rows += len(member.rows) + len(member.transfer.device_rows)
         self.nbytes += member.transfer.nbytes
-        self.urgent_bytes += member.transfer.nbytes * member.transfer.urgent
 
 
 class Side:
-    """What goes one way through a lane, loads or stores, from stage to stage."""
+    """What goes through a lane beside other sides, from stage to stage."""
 
     def __init__(self, before: Sequence[Side] = ()) -> None:
-        self.before = before  # of all lanes, what goes before this where somebody waits for it
+        self.before = before  # of all lanes, the loads that somebody waits for; none for those
         self.waiting: deque[Member] = deque()
         self.copying: deque[Member] = deque()  # begun; copies are under way
         self.staged: deque[Member] = deque()  # its rows may move
@@ -86,8 +88,7 @@ class Side:
         self.staged_bytes = 0
         self.flying_bytes = 0  # but those stuck
         self.flying_rows = 0  # those stuck, too
-        self.urgent_bytes = 0  # of those flying
-        self.urgent_at = 0.0  # when the last of them landed
+        self.landed_at = 0.0
         self.untold = 0  # flights that no ring tells of: GPU memory's
         self.took = 0.0  # the last flight, in seconds
 
@@ -97,7 +98,7 @@ class Side:
 
     def has_rows(self) -> bool:
         """Whether NIXL takes one more flight, whatever its size."""
-        return self.flying_rows < SIDE_ROWS
+        return self.flying_rows < _SIDE_ROWS
 
     def open(self) -> bool:
         """Whether one more flight may leave: within the window, and not of little among many."""
@@ -110,20 +111,20 @@ class Side:
     def window(self) -> int:
         """Bytes that storage has at most: half of what there is, unless that is little.
 
-        Beside loads that somebody waits for, the stores of all lanes have no more there than those,
-        or a flight. Else there is no limit while the interpreter lock is wanted: then each flight
-        costs a wait.
+        Beside loads that somebody waits for, a side of all lanes has no more there than those, or a
+        flight. Else there is no limit while the interpreter lock is wanted: then each flight costs
+        a wait.
         """
         least = _WINDOW_BYTES[self.took > _QUICK_S]
         half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
-        if any(side.urgent() for side in self.before):
-            most = max(_GROUP_BYTES, sum(side.urgent_bytes for side in self.before))
+        if any(side.at_work() for side in self.before):
+            most = max(_GROUP_BYTES, sum(side.flying_bytes for side in self.before))
             return min(half, most // len(self.before))
         return sys.maxsize if contention.busy() else half
 
-    def urgent(self) -> bool:
-        """Whether somebody waits for what is in flight, or will in a moment."""
-        return bool(self.urgent_bytes) or time.monotonic() - self.urgent_at < _MOMENT_S
+    def at_work(self) -> bool:
+        """Whether anything is in flight, or was a moment ago."""
+        return bool(self.flying_bytes) or time.monotonic() - self.landed_at < _MOMENT_S
 
     def group_bytes(self) -> int:
         """How large a flight may be: several make a window, but each costs waits for the lock."""
@@ -145,14 +146,12 @@ class Side:
         self.flights.append(flight)
         self.flying_bytes += flight.nbytes
         self.flying_rows += flight.rows
-        self.urgent_bytes += flight.urgent_bytes
         self.untold += len(flight.requests) > 1
 
     def land(self, flight: Flight, now: float) -> None:
         """Count a flight that is over."""
         self.took = now - flight.since
-        if flight.urgent_bytes:
-            self.urgent_at = now
+        self.landed_at = now
         self.flying_rows -= flight.rows
         if flight in self.stuck:
             self.stuck.remove(flight)
@@ -162,7 +161,6 @@ class Side:
     def _leave(self, flight: Flight) -> None:
         self.flights.remove(flight)
         self.flying_bytes -= flight.nbytes
-        self.urgent_bytes -= flight.urgent_bytes
         self.untold -= len(flight.requests) > 1
 
     def give_up(self, now: float) -> None:
@@ -172,7 +170,7 @@ class Side:
             self.stuck.append(flight)
 
 
-def sides(lanes: int) -> list[tuple[Side, Side]]:
-    """Loads and stores of so many lanes: the loads of all go before the stores of each."""
-    loads = [Side() for _ in range(lanes)]
-    return [(each, Side(before=loads)) for each in loads]
+def sides(lanes: int) -> list[tuple[Side, Side, Side]]:
+    """Of each lane, the loads that somebody waits for, other loads, and stores."""
+    first = [Side() for _ in range(lanes)]
+    return [(each, Side(before=first), Side(before=first)) for each in first]
