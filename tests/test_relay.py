@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from typing import TYPE_CHECKING
 
@@ -426,6 +427,22 @@ async def test_uploads_go_on_after_one_has_hung(place: Place) -> None:
         place.wire.ok()
         place.wire.drop()
         await place.wait_there(b"0", b"1", b"2")
+
+
+async def test_uploads_go_on_though_the_block_to_try_it_with_is_gone(place: Place) -> None:
+    """A bucket that answers again is asked to take blocks again, whichever of them."""
+    async with place.opened("demote", tier={"capacity_bytes": 4 * SLOT}) as engine:
+        names = (b"%d" % n for n in itertools.count())
+        place.wire.refuse()
+        while relay(engine)[2] < 3:
+            await fill(engine, next(names))
+        await until_out(engine)
+        await until(lambda: engine._flights.relay._pause is None)  # noqa: SLF001
+        await fill(engine, *itertools.islice(names, 20))  # nobody waits: what was there goes
+        place.wire.ok()
+        async with asyncio.timeout(20):
+            while not relay(engine)[1]:
+                await fill(engine, next(names))
 
 
 async def test_a_block_that_cannot_be_read_keeps_no_store_waiting(place: Place) -> None:

@@ -328,9 +328,17 @@ class Relay:
             if key in self._owed:
                 later.append(key)
         self._urgent.update(dict.fromkeys(later))
-        if self._closing or self._mode == "demote":
+        if self._closing or (self._mode == "demote" and not self._in_doubt):
             return None
         return next(filter(self._may_go, self._owed), None)
+
+    @property
+    def _in_doubt(self) -> bool:
+        """Whether to find out, with one block, if the next tier takes them again.
+
+        What the first tier does not wait for, it does not ask for either.
+        """
+        return bool(self._refusals and not self._carrying)
 
     def _may_go(self, key: BlockKey) -> bool:
         return key in self._owed and not (key in self._carrying or key in self._deleting)
@@ -417,8 +425,6 @@ class Relay:
         self._pause = None
         if self._closing and not self.flights.busy:
             return
-        if self._refusals and self._owed:  # find out whether it takes blocks again
-            self._urgent[next(iter(self._owed))] = None
         self.near.look_again()
         self._go_on()
 
