@@ -138,6 +138,15 @@ async def refused(engine: Engine, room: Any) -> None:
         await engine.delete(KEYS[7], timeout_s=1e-9)
 
 
+async def late_alone(engine: Engine, room: Any) -> None:
+    """In tasks of their own, each of which keeps the error that ends it."""
+    load, prefix = engine.load(b"new", room, timeout_s=1e-9), engine.prefix(KEYS, timeout_s=1e-9)
+    delete = engine.delete(KEYS[7], timeout_s=1e-9)
+    await asyncio.gather(load, prefix, delete, return_exceptions=True)
+    await engine.prefix(KEYS)  # that, and what was given up before, has ended then
+    await engine.delete(KEYS[7])
+
+
 async def dropped(engine: Engine, room: Any) -> None:
     assert await engine.prefix(KEYS) == len(KEYS)
     for key in KEYS:
@@ -153,7 +162,7 @@ def uploaded(engine: Engine) -> int:
 
 CALLS = (
     *(stored, loaded, together, in_batches),
-    *(cancelled, cancelled_together, refused, dropped),
+    *(cancelled, cancelled_together, refused, late_alone, dropped),
 )
 
 

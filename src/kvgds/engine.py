@@ -738,11 +738,13 @@ async def _in_time(answer: asyncio.Future[T], timeout_s: float, late: TransferTi
     if answer.done():  # without a timer: the index of slabs answers at once
         return answer.result()
     try:
-        async with asyncio.timeout(timeout_s):
-            return await answer
-    except TimeoutError:
-        raise late from None
+        # Not asyncio.timeout: its error would know the task, which may keep the error.
+        await asyncio.wait([answer], timeout=timeout_s)
+        if not answer.done():
+            raise late
+        return answer.result()
     finally:
+        answer.cancel()  # nobody wants it any more
         del late  # as in _value
 
 
