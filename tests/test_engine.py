@@ -596,7 +596,10 @@ async def test_a_bounce_region_too_small_for_a_block(tmp_path: Path) -> None:
         assert isinstance(error, ConfigError)
         assert error.field == "bounce_bytes"
         assert f"{3 * PAGE:,}" in error.rule
-        assert await engine.store(b"b", engine.register(aligned(8 * PAGE)))
+        memory = aligned(8 * PAGE)
+        with pytest.raises(ConfigError, match=r"raise it, or register page-aligned memory$"):
+            await engine.store(b"b", memory)  # it is aligned already
+        assert await engine.store(b"b", engine.register(memory))
 
 
 async def test_a_cache_is_a_list_of_tensors(tmp_path: Path) -> None:

@@ -867,6 +867,15 @@ async def test_opened_at_once(s3: JuiceServer) -> None:
     assert dict(os.environ) == before
 
 
+async def test_a_bounce_region_too_small_for_a_block(s3: JuiceServer) -> None:
+    """Objects always bounce: to register memory, or to align it, would be no help."""
+    tier = settings(s3, s3.make_bucket(), backend="obstore")
+    config = EngineConfig(namespace=NAMESPACE, tiers=(tier,), bounce_bytes=2 * PAGE)
+    async with open_engine(config) as engine:
+        with pytest.raises(ConfigError, match=r"raise it$"):
+            await engine.store(b"key", bytes(PAGE + 1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_nobody_there(s3: JuiceServer, backend: str) -> None:
     with Wire(s3.host, s3.port) as wire:

@@ -296,13 +296,14 @@ class Flights:
 
     def _book(self, flight: Flight, priority: Priority, since: float) -> None:
         """Queue a flight for its tier."""
-        view = flight.leader.view
-        flight.path = self.ways.path_for(view, self.tiers[flight.level].plan)
+        view, plan = flight.leader.view, self.tiers[flight.level].plan
+        flight.path = self.ways.path_for(view, plan)
         lease = flight.path.lease_bytes(view.nbytes)
         needed = lease if self.relay is None else 2 * image_bytes(view.nbytes)
         if needed > self._config.bounce_bytes:
             rule = f"a block of {view.nbytes:,} bytes needs {needed:,}; raise it"
-            rule += "" if self.relay else ", or align the memory"
+            if self.relay is None and self.ways.spares_bounce(view.region, plan):
+                rule += ", or register page-aligned memory"
             raise ConfigError("bounce_bytes", self._config.bounce_bytes, rule)
         flight.ticket = self.scheduler.submit(
             flight,

@@ -195,6 +195,10 @@ class Ways:
         scattered = view.nbytes <= min(block, fragment * view.fragments) and view.fragments > 1
         return self.gathered if self.gathered is not None and scattered else self.gds
 
+    def spares_bounce(self, region: Region, plan: PathPlan) -> bool:
+        """Whether such memory would move without the bounce region, registered and aligned."""
+        return plan.path != "bounce" and (region.device is None or self.gds is not None)
+
     def cuda(self) -> Cuda:
         """The CUDA runtime, once the region is page-locked for it. Blocks the first time."""
         with self._lock:
