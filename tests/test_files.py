@@ -539,6 +539,29 @@ async def test_a_store_abandoned_while_it_is_linked_is_taken_back(
             assert temporaries(root) == []
 
 
+@pytest.mark.parametrize("before", [0, NBYTES - PAGE])
+async def test_a_store_abandoned_while_it_is_renamed_is_taken_back(
+    tmp_path: Path, before: int
+) -> None:
+    """So it is where there are no hard links, or a block of another size, which is gone then."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            if before:
+                assert await engine.store(b"key", bytes(before))
+            else:
+                disk.fail("link", errno.EPERM)
+            disk.hang("rename", match="*.kv")
+            with pytest.raises(TransferTimeout):
+                await engine.store(b"key", bytes(NBYTES), timeout_s=0.3)
+            disk.wait_waiting(1)
+            disk.release()
+            await put(engine, b"after")
+            assert not path_of(root, b"key").exists()
+            assert ledger(root) == taken(root) == IMAGE
+            assert temporaries(root) == []
+
+
 async def test_where_nothing_moves_there_is_no_path(tmp_path: Path) -> None:
     """A block that is there, one that is not, memory of another size, no room: path "none"."""
 

@@ -497,17 +497,27 @@ class Tree:
         elif there is not None and self._serves(store, folders):
             move.status, store.state = "present", "ended"
         else:
-            if not move.mirrored:  # again: who removed what was there has removed the marker too
-                self._debts.mark(store.place, folders)
-            self._rename(store.temporary, store.place)
-            if move.mirrored:
-                self._debts.unmark(store.place)
-            self.ledger.add(-there.st_size if there is not None else 0)
-            folders.changed.add(store.place.rpartition("/")[0])
-            store.state, store.temporary = "linked", ""
+            self._replace(store, there, folders)
             return
         self._drop(store.temporary)
         store.temporary = ""
+
+    def _replace(self, store: Store, there: os.stat_result | None, folders: Folders) -> None:
+        """Rename what could not be linked to its block's name; what has that goes."""
+        move = store.move
+        if not move.mirrored:  # again: who removed what was there has removed the marker too
+            self._debts.mark(store.place, folders)
+        self._rename(store.temporary, store.place)
+        store.state, store.temporary = "linked", ""
+        if move.mirrored:
+            self._debts.unmark(store.place)
+        self.ledger.add(-there.st_size if there is not None else 0)
+        folders.changed.add(store.place.rpartition("/")[0])
+        if move.abandoned:  # only just
+            os.unlink(store.place, dir_fd=self._root)
+            self._debts.unmark(store.place)
+            self.ledger.add(-store.nbytes)
+            move.error, store.state = move.timeout(), "ended"
 
     def _delete(self, delete: Delete, folders: Folders) -> None:
         try:
