@@ -417,6 +417,31 @@ async def test_identical_stores_in_flight_are_one_write(tmp_path: Path) -> None:
         assert value("kvgds_bytes_total", {**row, "outcome": "stored"}) == SIZE + 5
 
 
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_what_was_asked_for_before_is_not_what_comes_after(
+    tmp_path: Path, layout: str
+) -> None:
+    """Who loads after a delete, or a store, shares no load that looked before it."""
+    async with opened(tmp_path / "kv", tier={"layout": layout}) as engine:
+        await store(engine, b"key")
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        memory = [bytearray(SIZE) for _ in range(3)]
+        loads = [soon(engine.load(b"key", memory[0]))]
+        await engine.held.wait_held("start")
+        assert await engine.delete(b"key")
+        loads.append(soon(engine.load(b"key", memory[1])))
+        await turns()
+        assert await engine.store(b"key", b"new" * PAGE)
+        loads.append(soon(engine.load(b"key", memory[2])))
+        await turns()
+        engine.held.release()
+        hits = await asyncio.gather(*loads)
+        assert memory[0] == content(b"key", SIZE)
+        assert memory[2] == b"new" * PAGE
+        assert hits[::2] == [True, True]
+        assert not hits[1] or memory[1] == b"new" * PAGE  # it may have looked after the store
+
+
 async def test_those_who_share_a_read_share_its_failure(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     async with opened(root) as engine:

@@ -118,6 +118,20 @@ async def test_what_was_loaded_during_a_delete_is_not_taken_back(
         assert await load(engine, b"key") is None
 
 
+async def test_what_is_stored_while_the_bucket_is_asked_for_it_is_found(place: Place) -> None:
+    """By who asks after the store: it shares no load that was told that there is nothing."""
+    async with place.opened() as engine:
+        place.wire.hold(method="GET", target="*.kv")
+        before = asyncio.ensure_future(load(engine, b"key"))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        await fill(engine, b"key")
+        after = asyncio.ensure_future(load(engine, b"key"))
+        await turns()
+        place.wire.ok()
+        assert await after == content(b"key", SIZE)
+        await before
+
+
 async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
     """Its upload never comes: another delete was called before it was stored."""
     async with place.opened("through", drain_timeout_s=5.0) as engine:

@@ -350,22 +350,26 @@ class Flights:
     def delete(self, key: BlockKey, done: Callable[[bool, Exception | None], None]) -> None:
         """Drop a block from all tiers; see ``Tier.delete``."""
         self._handover.begin()
-        if self.relay is None:
-            self.tiers[0].delete(key, done)
-            return
 
         def ended(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
             self._unlasting(key)
             done(there, error)
 
         self._unlasting(key)
-        self.relay.delete(key, ended)
+        (self.relay or self.tiers[0]).delete(key, ended)
 
     def _unlasting(self, key: BlockKey) -> None:
         """What is loaded just now may have been deleted meanwhile: it is not to be kept."""
-        for flight in (*self.running, self._flights.get((key, False))):
-            if flight is not None and flight.key == key:
+        self._outdate(key)
+        for flight in self.running:
+            if flight.key == key:
                 flight.lasting = False
+
+    def _outdate(self, key: BlockKey) -> None:
+        """A load under way may have looked before what is told now: who comes later shares none."""
+        flight = self._flights.pop((key, False), None)
+        if flight is not None:
+            flight.lasting = False
 
     # --- pumping ----------------------------------------------------------------------
 
@@ -529,6 +533,8 @@ class Flights:
     def _tell(self, flight: Flight, move: Move) -> None:
         """Tell all who wait. One block was written: of those who share a store, once."""
         self._free_overdue(flight)
+        if flight.write:
+            self._outdate(flight.key)
         outcome = (
             Outcome(flight.key, move.status)
             if move.error is None
