@@ -622,6 +622,20 @@ async def test_stored_and_deleted_at_once(far: Far) -> None:
             await engine.delete(b"key")
 
 
+async def test_a_load_that_is_late_says_nothing_of_what_is_there_now(far: Far) -> None:
+    """A block of another size has replaced what it found, and can be replaced again."""
+    async with far.engine() as engine:
+        assert await engine.store(b"key", bytes(SIZE))
+        far.wire.hold(method="GET")
+        loading = asyncio.ensure_future(engine.load(b"key", bytearray(SIZE)))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        assert await engine.store(b"key", bytes(PAGE))
+        far.wire.ok()
+        assert await loading
+        assert await engine.store(b"key", content(b"key", SIZE))
+        assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
+
+
 @pytest.mark.parametrize("nbytes", [0, 10, PAGE, SIZE, MIB])
 async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) -> None:
     """However long, and though the server refuses to read from an empty object."""

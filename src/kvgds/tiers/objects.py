@@ -103,7 +103,7 @@ class Objects:
         self._seen: OrderedDict[str, _Seen] = OrderedDict()  # oldest first
         self._seen_bytes = 0
         self._asking: Counter[str] = Counter()  # names about which an answer is on its way
-        self._doubtful: set[str] = set()  # of those: deleted meanwhile
+        self._doubtful: set[str] = set()  # of those: changed here meanwhile
         self._turns: dict[str, deque[_Turn]] = {}  # names that something changes, and what waits
         self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
         self._under_way = 0
@@ -293,8 +293,13 @@ class Objects:
     def _place(self, key: BlockKey) -> str:
         return place_of(self._space, key)
 
+    def _doubt_answers(self, place: str) -> None:
+        """An object was changed here: what is seen of it just now holds no more."""
+        if place in self._asking:
+            self._doubtful.add(place)
+
     def _answered(self, place: str) -> bool:
-        """An answer about an object has come. Whether it still holds: nobody deleted it here."""
+        """An answer about an object has come. Whether it still holds: nobody changed it here."""
         sure = place not in self._doubtful
         self._asking[place] -= 1
         if not self._asking[place]:
@@ -583,6 +588,7 @@ class Objects:
             self._count(move)
             if move.error is None:
                 self._note(move.place, image_bytes(move.nbytes))
+                self._doubt_answers(move.place)
                 if move.abandoned:  # it stays: others may have been told by now that it is there
                     move.error = move.timeout()
                 else:
@@ -617,8 +623,7 @@ class Objects:
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
             self._forget(place)
-            if place in self._asking:  # what is seen of it just now holds no more either
-                self._doubtful.add(place)
+            self._doubt_answers(place)
             self._next_turn(place)
             error = ended.exception()
             there = error is None and ended.result()
