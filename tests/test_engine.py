@@ -442,6 +442,24 @@ async def test_what_was_asked_for_before_is_not_what_comes_after(
         assert not hits[1] or memory[1] == b"new" * PAGE  # it may have looked after the store
 
 
+async def test_who_stores_after_a_delete_shares_no_store_from_before(tmp_path: Path) -> None:
+    """Nor one that has ended and is told late, because many others have ended with it."""
+    keys = [b"%d" % number for number in range(1500)]
+    tier = {"capacity_bytes": 32 * MIB}
+    async with opened(
+        tmp_path / "kv", tier=tier, inflight_ops=2000, bounce_bytes=16 * MIB
+    ) as engine:
+        storing = soon(engine.store_many([(key, bytes(PAGE)) for key in keys]))
+        while not engine.near(keys[700]):
+            await turns(1)
+        assert await engine.delete(keys[700])
+        assert await engine.store(keys[700], content(b"new", PAGE))
+        memory = bytearray(PAGE)
+        assert await engine.load(keys[700], memory)
+        assert memory == content(b"new", PAGE)
+        assert all(outcome.status == "stored" for outcome in await storing)
+
+
 async def test_those_who_share_a_read_share_its_failure(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     async with opened(root) as engine:

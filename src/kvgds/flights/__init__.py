@@ -359,11 +359,17 @@ class Flights:
         (self.relay or self.tiers[0]).delete(key, ended)
 
     def _unlasting(self, key: BlockKey) -> None:
-        """What is loaded just now may have been deleted meanwhile: it is not to be kept."""
+        """What is loaded or stored just now may have been deleted meanwhile: it is not to be kept.
+
+        Nor shared with who stores now, where it was stored before and has not been told yet.
+        """
         self._outdate(key)
         for flight in self.running:
             if flight.key == key:
                 flight.lasting = False
+        stored = self._flights.get((key, True))
+        if stored is not None and stored.landed:
+            self._close_boarding(stored)
 
     def _outdate(self, key: BlockKey) -> None:
         """A load under way may have looked before what is told now: who comes later shares none."""
