@@ -185,13 +185,16 @@ def _table(title: str, *columns: str) -> Table:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars on standard error, if that is a terminal."""
     console = _wide(Console(stderr=True, emoji=False))
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bars = Progress(*columns, console=console, transient=True)
     tasks: dict[str, Any] = {}
 
     def told(what: str, done: int, total: int) -> None:
