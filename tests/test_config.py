@@ -52,6 +52,7 @@ def test_a_root_may_be_text() -> None:
         ("root", None),
         ("root", b"kv"),
         ("root", "/kv\0more"),
+        ("root", "/kv\ud800"),
         ("capacity_bytes", 1 << 63),
         ("layout", "slab"),
         ("verify", True),
@@ -436,6 +437,7 @@ KEY_RULE = "must be neither empty nor with spaces or ends of lines in it"
         ({"ca_bundle": ""}, "ca_bundle='': must be the path of a PEM file"),
         ({"ca_bundle": 7}, "ca_bundle=7: must be the path of a PEM file"),
         ({"ca_bundle": "/ca\0"}, "ca_bundle='/ca\\x00': must be the path of a PEM file, without a"),
+        ({"ca_bundle": "/\ud800"}, "ca_bundle='/\\ud800': must be the path of a PEM file, in "),
         (
             {"ca_bundle": "/ca.pem", "endpoint": "http://h"},
             "ca_bundle='/ca.pem': is of use with https only; change the endpoint",

@@ -103,6 +103,11 @@ def _path_of(given: object, what: str) -> Path:
         raise ValueError(f"must be the path of {what}")
     if "\0" in path:
         raise ValueError(f"must be the path of {what}, without a NUL in it")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        text = f"must be the path of {what}, in {error.encoding}, as all names of files here"
+        raise ValueError(text) from None
     return Path(path)
 
 
