@@ -75,8 +75,16 @@ async def leave(engine: kvgds.Engine) -> None:
 """
 
 
+def tiers() -> str:
+    """The README's settings of two tiers, as arguments of a call."""
+    (text,) = re.findall(
+        r"^```\n(tiers=.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return f"kvgds.EngineConfig(namespace=kvgds.Namespace('m'), {text})\n"
+
+
 def test_the_example_is_typed_for_whoever_uses_no_plugin(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(block("python") + LEAVING)
+    (tmp_path / "example.py").write_text(block("python") + LEAVING + tiers())
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "example.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
