@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from kvgds.bench.machine import report
 from simulator import environment
 
 BENCH = Path(__file__).parents[1] / "bench"
+PACKAGE = Path(__file__).parents[1] / "src" / "kvgds"
 SCENARIOS = {
     "files.py": {
         *("copy", "store", "load", "batch", "mixed", "burst", "evict", "ticker", "busy", "prefix"),
@@ -153,6 +155,27 @@ def test_results_name_no_place_of_whoever_took_them(
 ) -> None:
     monkeypatch.setattr(sys, "argv", words.split())
     assert report(tmp_path)["command"] == told
+
+
+COMMIT = """
+from pathlib import Path
+from kvgds.bench.machine import report
+print(report(Path())["commit"])
+"""
+
+
+def test_results_name_no_commit_of_a_project_that_kvgds_is_installed_in(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "site" / "kvgds")
+    (tmp_path / ".gitignore").write_text("/site/\n")
+    git = ("git", "-C", tmp_path, "-c", "user.name=me", "-c", "user.email=me@example.com")
+    for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "theirs")):
+        subprocess.run([*git, *words], check=True)
+    command = [sys.executable, "-c", COMMIT]
+    env = {**os.environ, "PYTHONPATH": os.fspath(tmp_path / "site")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, check=True, text=True
+    )
+    assert done.stdout == "unknown\n"
 
 
 # In a peer's environment: a package that writes nothing, loads wrong bytes, or dies.

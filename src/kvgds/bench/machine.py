@@ -50,7 +50,7 @@ def report(root: Path, plans: Sequence[PathPlan] = ()) -> dict[str, Any]:
         "versions": {name: text for name in _PACKAGES if (text := version_of(name))},
         "plan": list(dict.fromkeys(plan.how for plan in plans)),
         "command": _command(sys.argv),
-        "commit": _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown",
+        "commit": _commit(),
     }
 
 
@@ -81,6 +81,13 @@ def _command(words: Sequence[str]) -> str:
         else:
             told.append(PurePath(word).name)
     return " ".join(told)
+
+
+def _commit() -> str:
+    """That of kvgds. An installed copy may lie in a project that has commits of its own."""
+    if not _said("git", "-C", _HERE, "ls-files", "machine.py"):
+        return "unknown"
+    return _said("git", "-C", _HERE, "describe", "--always", "--dirty") or "unknown"
 
 
 def _said(*command: str) -> str:
