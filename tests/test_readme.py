@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +102,8 @@ def test_the_settings_are_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((\S+)\)", README.read_text("utf-8")))))
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_lead_somewhere_in_a_source_distribution_too(name: str) -> None:
     assert (README.parent / name).exists()
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text("utf-8"))
+    shipped = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert any(f"/{name}/".startswith(f"{each}/") for each in shipped)
