@@ -1135,13 +1135,13 @@ async def test_a_disk_that_is_full_to_the_last_byte(tmp_path: Path) -> None:
             assert await is_whole(engine, b"again")
 
 
-@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4", "btrfs"])
 @pytest.mark.parametrize("layout", ["slabs", "files"])
 async def test_opening_on_a_full_disk(
-    tmp_path: Path, layout: str, kind: Literal["tmpfs", "ext4"]
+    tmp_path: Path, layout: str, kind: Literal["tmpfs", "ext4", "btrfs"]
 ) -> None:
     """Files need no room to be read; an index does, which the error says, and nothing is lost."""
-    with small_disk(tmp_path, 24 * MIB, kind) as disk:
+    with small_disk(tmp_path, (120 if kind == "btrfs" else 24) * MIB, kind) as disk:
         settings = config(disk / "kv", tier={"layout": layout, "capacity_bytes": 4 * MIB})
         async with open_engine(settings) as engine:
             await store(engine, b"a")

@@ -15,7 +15,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BusyError, ConfigError
-from kvgds.paths import filesystem_of
+from kvgds.paths import NO_ROOM, filesystem_of
 from kvgds.tiers import locks
 
 if TYPE_CHECKING:
@@ -195,11 +195,14 @@ def _open_lock(root: Path, flags: int) -> int:
 
 
 def _sign(path: Path) -> None:
-    """Leave word of who has the lock."""
+    """Leave word of who has the lock, if the disk has room for it."""
     fd = _open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
         os.truncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
     finally:
         os.close(fd)
 
