@@ -47,7 +47,7 @@ from sharing import (
     temporaries,
     there,
 )
-from support import NAMESPACE, PAGE, aligned, content, digest, image, until
+from support import NAMESPACE, PAGE, aligned, content, digest, image, turns, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -560,6 +560,32 @@ async def test_a_store_abandoned_while_it_is_renamed_is_taken_back(
             assert not path_of(root, b"key").exists()
             assert ledger(root) == taken(root) == IMAGE
             assert temporaries(root) == []
+
+
+async def test_who_stores_after_a_delete_shares_no_store_that_it_has_dropped(
+    tmp_path: Path,
+) -> None:
+    """Though one job did both, and the store is told late, for many others ended with it."""
+    keys = [b"%d" % number for number in range(32)]
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await put(engine, b"other")
+            engine.held.hold("landing")
+            storing = asyncio.ensure_future(engine.store_many([(key, bytes(PAGE)) for key in keys]))
+            await engine.held.wait_held("landing", len(keys))
+            disk.hang("unlink", match="*.kv")
+            first = asyncio.ensure_future(engine.delete(b"other"))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            engine.held.release()
+            await until(lambda: engine.held.delivered == engine.held.submitted)
+            second = asyncio.ensure_future(engine.delete(keys[-1]))
+            await turns()
+            disk.release()
+            assert await first
+            assert await second
+            assert await engine.store(keys[-1], content(keys[-1], NBYTES)[:PAGE])
+            assert await engine.load(keys[-1], bytearray(PAGE))
+            assert {outcome.status for outcome in await storing} == {"stored"}
 
 
 async def test_where_nothing_moves_there_is_no_path(tmp_path: Path) -> None:

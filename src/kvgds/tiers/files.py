@@ -341,13 +341,13 @@ class Files:
             if not isinstance(move.error, ConfigError | TransferError):  # that block is there
                 self._known.discard([known_as(move.place)])
             ended.append(move)
-        for delete in errands.deletes:
-            self._known.discard([known_as(delete.place)])
-            failed = delete.error or (TransferError(str(error)) if error else None)
-            delete.done(delete.there, failed)
+        self._known.discard(known_as(delete.place) for delete in errands.deletes)
         others = len(errands.deletes) + len(errands.mirrored)
         if ended or others:
             self._end(ended, len(ended) + others)
+        for delete in errands.deletes:  # after the stores: it may have dropped what they stored
+            failed = delete.error or (TransferError(str(error)) if error else None)
+            delete.done(delete.there, failed)
         self._look_after_waiting(progress)
         self._do_errands()
 
