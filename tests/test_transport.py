@@ -226,6 +226,31 @@ def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
         bench.wait(held)
 
 
+def test_what_hangs_hides_no_other_while_stores_go_on(tmp_path: Path, bench: Bench) -> None:
+    """Something moves all the time then; those behind it are found all the same."""
+    with (
+        FaultyDisk(tmp_path) as disk,
+        opened_on(disk, "stuck") as stuck,
+        opened_on(disk, "free") as free,
+    ):
+        for name in ("stuck", "free"):
+            (disk.backing / name).write_bytes(bytes(2 * PAGE))
+        disk.hang("read", match="stuck")
+        held = blocks(stuck, bench, 1, write=False)
+        bench.transport.submit(held, bench.desk.put)
+        disk.wait_waiting(1)
+        arrived: list[list[PlainTransfer]] = []
+        behind = blocks(free, bench, 1, write=False)
+        bench.transport.submit(behind, arrived.append)
+        for _ in range(2000):
+            bench.run(blocks(free, bench, 2, write=True)[1])
+            if arrived:
+                break
+        assert arrived == [behind]
+        disk.release()
+        bench.wait(held)
+
+
 class Noted(PlainTransfer):
     """Notes when it begins among others."""
 

@@ -284,8 +284,8 @@ class Lane:
         self._end(landing)
         if len(self._landing) != len(landing):
             self._copied_at = now
-        stuck = any(side.stuck for side in self._sides)
-        sweep = now - (self._swept_at if stuck else max(self._swept_at, self._moved_at)) > _SWEEP_S
+        since = now - _SWEEP_S
+        sweep = self._swept_at < since and any(side.stalled(since) for side in self._sides)
         if sweep:
             self._swept_at = now
         for side in self._sides:

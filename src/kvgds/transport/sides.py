@@ -163,6 +163,12 @@ class Side:
         self.flying_bytes -= flight.nbytes
         self.untold -= len(flight.requests) > 1
 
+    def stalled(self, since: float) -> bool:
+        """Whether nothing has landed since, though a flight left before then; or one is stuck."""
+        if not self.flights:
+            return bool(self.stuck)
+        return bool(self.stuck) or max(self.landed_at, self.flights[0].since) < since
+
     def give_up(self, now: float) -> None:
         """Set aside flights that take so long that others should not wait for their window."""
         for flight in [each for each in self.flights if now - each.since > _STUCK_S]:
