@@ -12,7 +12,8 @@ from kvgds.engine import Engine, running
 from kvgds.memory import Arena, region_of
 from kvgds.testing import PlainTransfer
 from kvgds.transport import File, NixlTransport
-from kvgds.transport.sides import Flight, Member, Side, sides
+from kvgds.transport.agent import POOL_ROWS
+from kvgds.transport.sides import BLOCK_ROWS, GROUP_ROWS, Flight, Member, Side, sides
 from support import MIB, config, until
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ async def _idle() -> None:
     await until(lambda: not contention.busy())
 
 
-def queue(side: Side, count: int, nbytes: int = MIB) -> None:
+def queue(side: Side, count: int, nbytes: int = MIB, rows: int = 0) -> None:
     """Stage transfers."""
     for _ in range(count):
         transfer = PlainTransfer(File(-1), [REGION], [(0, 0, nbytes)], write=False)
         side.staged.append(Member(transfer, lambda _: None, side))
+        side.staged[-1].rows = [(0, 0, 1)] * rows
         side.queued_bytes += nbytes
         side.staged_bytes += nbytes
 
@@ -75,6 +77,22 @@ def test_of_slow_storage_depth_counts() -> None:
     queue(side, 8)
     leave(side)
     assert side.flying_bytes == 8 * MIB
+
+
+def test_nixl_has_room_for_all_rows_that_may_be_in_flight() -> None:
+    """Each side has one fewer than closes it, and then the flight with the most."""
+    flying = 0
+    for side in sides(1)[0]:
+        while side.has_rows():
+            queue(side, 1, rows=1)
+            flight = side.board()
+            side.depart(flight)
+        land(side, [flight])
+        queue(side, GROUP_ROWS - 1, 1, rows=1)
+        queue(side, 1, 1, rows=BLOCK_ROWS)
+        side.depart(side.board())
+        flying += side.flying_rows
+    assert 3 * BLOCK_ROWS < flying <= POOL_ROWS
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["loads", "stores"])

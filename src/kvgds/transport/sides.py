@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GROUP_ROWS = 64
 BLOCK_ROWS = POOL_ROWS // 4
-_SIDE_ROWS = POOL_ROWS // 3 - BLOCK_ROWS  # for each side may have one more flight
+_SIDE_ROWS = POOL_ROWS // 3 - BLOCK_ROWS - GROUP_ROWS  # each side may have one more flight
 _GROUP_BYTES = 4 << 20
 _CONTENDED_GROUP_BYTES = 32 << 20
 _WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick storage, of slow
