@@ -12,7 +12,8 @@ import pytest
 
 import support
 from buckets import name_of
-from kvgds import TransferError
+from kvgds import TransferError, TransferTimeout
+from kvgds.testing import skip_time
 from support import PAGE, content, turns, until
 from test_stack import SIZE, SLOT, Place, fill, load, relay
 from wire import Wire
@@ -130,6 +131,24 @@ async def test_what_is_stored_while_the_bucket_is_asked_for_it_is_found(place: P
         place.wire.ok()
         assert await after == content(b"key", SIZE)
         await asyncio.gather(before, return_exceptions=True)  # an upload may have come meanwhile
+
+
+async def test_what_was_kept_of_a_store_past_its_deadline_is_found(place: Place) -> None:
+    """By who asks once that was told: it shares no load that was told that there is nothing."""
+    async with place.opened("through") as engine:
+        place.wire.hold(when=lambda request: request.method in ("GET", "PUT"))
+        before = asyncio.ensure_future(engine.load(b"key", bytearray(SIZE), timeout_s=1e5))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        storing = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+        await asyncio.to_thread(place.wire.wait_held, 2)
+        skip_time(60)
+        with pytest.raises(TransferTimeout, match="has the block"):
+            await storing
+        after = asyncio.ensure_future(load(engine, b"key"))
+        await turns()
+        place.wire.ok()
+        assert await after == content(b"key", SIZE)
+        await asyncio.gather(before, return_exceptions=True)  # it may find that, too, or neither
 
 
 async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:

@@ -472,6 +472,8 @@ class Flights:
         if not (promotes and relay and relay.promote(flight.ticket, move)):
             self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
+        if flight.write:
+            self._outdate(flight.key)
         if not (flight.write or hit or move.abandoned):
             if self._ask_next(flight, move.error):
                 return
@@ -539,8 +541,6 @@ class Flights:
     def _tell(self, flight: Flight, move: Move) -> None:
         """Tell all who wait. One block was written: of those who share a store, once."""
         self._free_overdue(flight)
-        if flight.write:
-            self._outdate(flight.key)
         outcome = (
             Outcome(flight.key, move.status)
             if move.error is None
