@@ -151,6 +151,28 @@ async def test_what_was_kept_of_a_store_past_its_deadline_is_found(place: Place)
         await asyncio.gather(before, return_exceptions=True)  # it may find that, too, or neither
 
 
+async def test_who_loads_after_a_store_shares_no_load_that_passes_by_the_first_tier(
+    place: Place,
+) -> None:
+    """One that another has left to those who shared it looks there again."""
+    async with place.opened("demote") as engine:
+        place.wire.hold(method="GET", target="*.kv")
+        late = asyncio.ensure_future(load(engine, b"key"))
+        other = asyncio.ensure_future(engine.load(b"key", bytearray(SIZE), timeout_s=1e5))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        skip_time(60)
+        with pytest.raises(TransferTimeout):
+            await late
+        await fill(engine, b"key")
+        place.wire.hold(method="GET", target="*.kv")  # the next; lets that one go
+        await until(lambda: engine.statistics().quarantined_bytes == 0)
+        after = asyncio.ensure_future(load(engine, b"key"))
+        await turns()
+        place.wire.ok()
+        assert await after == content(b"key", SIZE)
+        assert await other
+
+
 async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
     """Its upload never comes: another delete was called before it was stored."""
     async with place.opened("through", drain_timeout_s=5.0) as engine:

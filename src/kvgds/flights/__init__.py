@@ -510,7 +510,7 @@ class Flights:
         self._free_overdue(flight)
         if flight.leader not in flight.waiters:
             self._close_boarding(flight)
-            self._rebook(flight, level)
+            self._rebook(flight)
             return True
         flight.level, flight.move, flight.doubt = level, None, error
         self._book(flight, flight.ticket.priority, self._loop.time())
@@ -563,11 +563,17 @@ class Flights:
         self._count(waiter.batch, outcome, waiter.view.nbytes, path, tier)
         waiter.batch.settle(waiter.index, outcome)
 
-    def _rebook(self, flight: Flight, level: int | None = None) -> None:
-        """Its first waiter gave up before it moved, others still want the block."""
+    def _rebook(self, flight: Flight) -> None:
+        """Its first waiter gave up before it moved, others still want the block.
+
+        They begin anew, from the first tier: who comes later may join them.
+        """
         waiters, flight.waiters = flight.waiters, {}
-        level = flight.level if level is None else level
+        level = 0 if flight.write else self._level(flight.key)
         for waiter in waiters:
+            if level is None:
+                self._end(waiter, Outcome(flight.key, "miss"), "none")
+                continue
             try:
                 self._board(waiter, flight.key, level)
             except KvgdsError as error:
