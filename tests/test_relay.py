@@ -12,6 +12,7 @@ import pytest
 
 import support
 from buckets import name_of
+from faults import FaultyDisk
 from kvgds import TransferError, TransferTimeout
 from kvgds.testing import skip_time
 from support import PAGE, content, turns, until
@@ -171,6 +172,39 @@ async def test_who_loads_after_a_store_shares_no_load_that_passes_by_the_first_t
         place.wire.ok()
         assert await after == content(b"key", SIZE)
         assert await other
+
+
+async def test_who_stores_after_a_delete_waits_for_no_upload_of_what_it_has_dropped(
+    place: Place, tmp_path: Path
+) -> None:
+    """A store that was there before waits for it, and is told that there is nothing any more."""
+    with FaultyDisk(tmp_path) as disk:
+        async with place.opened("through", disk.root / "kv", tier={"layout": "files"}) as engine:
+            await fill(engine, b"other")
+            engine.held.hold("landing", lambda transfer: transfer.write)
+            before = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+            await engine.held.wait_held("landing")
+            disk.hang("unlink", match="*.kv")
+            others = asyncio.ensure_future(engine.delete(b"other"))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            engine.held.release()
+            await until(lambda: engine.held.delivered == engine.held.submitted)
+            place.wire.hold(method="HEAD")
+            deleting = asyncio.ensure_future(engine.delete(b"key"))
+            await turns()
+            disk.release()
+            await asyncio.to_thread(place.wire.wait_held, 2)
+            disk.hang("lookup", match="*.kv")
+            place.wire.ok()
+            assert await others
+            await deleting
+            after = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+            await turns()
+            disk.release()
+            with pytest.raises(TransferError, match="can't give it any more"):
+                await before
+            assert await after
+            assert await load(engine, b"key") == content(b"key", SIZE)
 
 
 async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:

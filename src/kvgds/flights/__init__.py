@@ -368,7 +368,7 @@ class Flights:
             if flight.key == key:
                 flight.lasting = False
         stored = self._flights.get((key, True))
-        if stored is not None and stored.landed:
+        if stored is not None and (stored.landed or stored.mirroring):
             self._close_boarding(stored)
 
     def _outdate(self, key: BlockKey) -> None:
