@@ -636,6 +636,19 @@ async def test_a_load_that_is_late_says_nothing_of_what_is_there_now(far: Far) -
         assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
 
 
+async def test_a_store_that_failed_may_have_come_all_the_same(far: Far) -> None:
+    """What was seen there before is not believed any more: a block of that size is stored again."""
+    async with far.engine() as engine:
+        assert await engine.store(b"key", bytes(SIZE))
+        far.wire.reset(method="PUT")
+        with pytest.raises(TransferError):
+            await engine.store(b"key", bytes(PAGE))
+        far.wire.ok()
+        assert await asyncio.to_thread(far.stored, b"key") == bytes(PAGE)
+        assert await engine.store(b"key", content(b"key", SIZE))
+        assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
+
+
 @pytest.mark.parametrize("nbytes", [0, 10, PAGE, SIZE, MIB])
 async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) -> None:
     """However long, and though the server refuses to read from an empty object."""

@@ -586,9 +586,11 @@ class Objects:
     def _written(self, moves: list[Move]) -> None:
         for move in moves:
             self._count(move)
-            if move.error is None:
+            self._doubt_answers(move.place)
+            if move.error is not None:  # it may have come all the same
+                self._forget(move.place)
+            else:
                 self._note(move.place, image_bytes(move.nbytes))
-                self._doubt_answers(move.place)
                 if move.abandoned:  # it stays: others may have been told by now that it is there
                     move.error = move.timeout()
                 else:
