@@ -649,6 +649,22 @@ async def test_a_store_that_failed_may_have_come_all_the_same(far: Far) -> None:
         assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
 
 
+async def test_an_answer_that_is_late_says_nothing_of_what_was_put_away(far: Far) -> None:
+    """Stored again, a block is written, though somebody has just heard that it is there."""
+    whole = image(NAMESPACE, b"key", 0, content(b"key", SIZE))
+    async with far.engine() as engine:
+        await asyncio.to_thread(far.server.put, far.bucket, name_of(b"key"), bytes(len(whole)))
+        far.wire.hold(method="HEAD", times=1)
+        asking = asyncio.ensure_future(engine.prefix([b"key"]))
+        await asyncio.to_thread(far.wire.wait_held, 1)
+        with pytest.raises(BlockCorrupt):
+            await engine.load(b"key", bytearray(SIZE))
+        far.wire.ok()
+        assert await asking == 1
+        assert await engine.store(b"key", content(b"key", SIZE))
+        assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
+
+
 @pytest.mark.parametrize("nbytes", [0, 10, PAGE, SIZE, MIB])
 async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) -> None:
     """However long, and though the server refuses to read from an empty object."""

@@ -521,6 +521,7 @@ class Objects:
         else:
             self._quarantined += 1
             self._forget(move.place)
+            self._doubt_answers(move.place)
         self._next_turn(move.place)
         self._end([move])
 
