@@ -244,9 +244,9 @@ class EngineConfig(_Settings):
         queue_ops: blocks that may be queued before ``*_nowait`` raises QueueFull.
         inflight_ops: blocks that may be in flight, per tier and direction; of a bucket no more than
             twice its ``connections``.
-        inflight_bytes: bytes that may be in flight, per tier and direction; of larger blocks up to
-            four. With two tiers no more than a quarter of `bounce_bytes`, and of larger blocks one
-            at a time, but for loads from the first.
+        inflight_bytes: bytes that may be in flight, per tier and direction; four blocks may be,
+            whatever their size. With two tiers no more than a quarter of `bounce_bytes`, and one
+            block of any size, but for loads from the first.
         transport_threads: NIXL agents, each with a thread of its own.
     """
 
