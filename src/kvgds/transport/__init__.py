@@ -34,7 +34,7 @@ class NixlTransport:
     def __init__(self, lanes: int = 1, queues: Sequence[str] = ("uring", "aio")) -> None:
         number = next(_ids)
         self._lanes = [
-            Lane(f"nixl-{number}-{i}", queues, both) for i, both in enumerate(sides(lanes))
+            Lane(f"nixl-{number}-{i}", queues, own) for i, own in enumerate(sides(lanes))
         ]
         self._closed = False
         self.name = ""
