@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors
     from kvgds.transport.contract import Rows, Transfer
-    from kvgds.transport.sides import Deliver, Side
+    from kvgds.transport.sides import Deliver, Side, Sides
 
 _MERGED_BYTES = 1 << 20
 _ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
@@ -60,7 +60,7 @@ class Lane:
     Args:
         name: of the agent and the thread.
         queues: kinds of queue that the agent may have, the best first.
-        sides: its urgent loads, its other loads, and its stores.
+        sides: what goes through it.
 
     Attributes:
         backend: what moves the bytes, once ``ready``.
@@ -68,7 +68,7 @@ class Lane:
         stopped: ends when the thread does.
     """
 
-    def __init__(self, name: str, queues: Sequence[str], sides: tuple[Side, Side, Side]) -> None:
+    def __init__(self, name: str, queues: Sequence[str], sides: Sides) -> None:
         self.backend = ""
         self.ready: Future[None] = Future()
         self.stopped: Future[None] = Future()
@@ -170,7 +170,7 @@ class Lane:
                 fulfil(what, how)
                 continue
             for transfer in what:
-                side = self._sides[2 if transfer.write else not transfer.urgent]
+                side = self._sides.of(transfer)
                 side.waiting.append(Member(transfer, how, side))
                 side.queued_bytes += transfer.nbytes
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvgds import contention
 from kvgds.transport.agent import POOL_ROWS
@@ -165,9 +165,9 @@ class Side:
 
     def stalled(self, since: float) -> bool:
         """Whether nothing has landed since, though a flight left before then; or one is stuck."""
-        if not self.flights:
-            return bool(self.stuck)
-        return bool(self.stuck) or max(self.landed_at, self.flights[0].since) < since
+        if self.stuck:
+            return True
+        return bool(self.flights) and max(self.landed_at, self.flights[0].since) < since
 
     def give_up(self, now: float) -> None:
         """Set aside flights that take so long that others should not wait for their window."""
@@ -176,7 +176,27 @@ class Side:
             self.stuck.append(flight)
 
 
-def sides(lanes: int) -> list[tuple[Side, Side, Side]]:
-    """Of each lane, the loads that somebody waits for, other loads, and stores."""
+class Sides(NamedTuple):
+    """Those of one lane.
+
+    Attributes:
+        first: loads that somebody waits for.
+        loads: the others.
+        stores: all of them.
+    """
+
+    first: Side
+    loads: Side
+    stores: Side
+
+    def of(self, transfer: Transfer) -> Side:
+        """Which a transfer belongs to."""
+        if transfer.write:
+            return self.stores
+        return self.first if transfer.urgent else self.loads
+
+
+def sides(lanes: int) -> list[Sides]:
+    """Those of so many lanes."""
     first = [Side() for _ in range(lanes)]
-    return [(each, Side(before=first), Side(before=first)) for each in first]
+    return [Sides(each, Side(before=first), Side(before=first)) for each in first]
