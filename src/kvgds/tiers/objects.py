@@ -293,8 +293,9 @@ class Objects:
     def _place(self, key: BlockKey) -> str:
         return place_of(self._space, key)
 
-    def _doubt_answers(self, place: str) -> None:
-        """An object was changed here: what is seen of it just now holds no more."""
+    def _outdate(self, place: str) -> None:
+        """An object may have been changed here: what was seen of it, or is just now, is past."""
+        self._forget(place)
         if place in self._asking:
             self._doubtful.add(place)
 
@@ -520,8 +521,7 @@ class Objects:
             move.error = found
         else:
             self._quarantined += 1
-            self._forget(move.place)
-            self._doubt_answers(move.place)
+            self._outdate(move.place)
         self._next_turn(move.place)
         self._end([move])
 
@@ -587,10 +587,8 @@ class Objects:
     def _written(self, moves: list[Move]) -> None:
         for move in moves:
             self._count(move)
-            self._doubt_answers(move.place)
-            if move.error is not None:  # it may have come all the same
-                self._forget(move.place)
-            else:
+            self._outdate(move.place)  # if it failed, too: it may have come all the same
+            if move.error is None:
                 self._note(move.place, image_bytes(move.nbytes))
                 if move.abandoned:  # it stays: others may have been told by now that it is there
                     move.error = move.timeout()
@@ -625,8 +623,7 @@ class Objects:
 
         def removed(ended: Future[bool]) -> None:
             self._under_way -= 1
-            self._forget(place)
-            self._doubt_answers(place)
+            self._outdate(place)
             self._next_turn(place)
             error = ended.exception()
             there = error is None and ended.result()
