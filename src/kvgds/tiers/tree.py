@@ -489,8 +489,7 @@ class Tree:
         linked = there is not None and os.path.samestat(there, mine)
         if move.abandoned:
             if linked:
-                os.unlink(store.place, dir_fd=self._root)
-                self._debts.unmark(store.place)
+                self._remove(store.place)
             move.error, store.state = move.timeout(), "ended"
         elif linked:
             store.state = "linked"
@@ -514,8 +513,7 @@ class Tree:
         self.ledger.add(-there.st_size if there is not None else 0)
         folders.changed.add(store.place.rpartition("/")[0])
         if move.abandoned:  # only just
-            os.unlink(store.place, dir_fd=self._root)
-            self._debts.unmark(store.place)
+            self._remove(store.place)
             self.ledger.add(-store.nbytes)
             move.error, store.state = move.timeout(), "ended"
 
@@ -524,8 +522,7 @@ class Tree:
             found = folders.regular(delete.place)
             if found.st_nlink > 1:  # linked only just
                 self._forget_temporary(found.st_ino)
-            os.unlink(delete.place, dir_fd=self._root)
-            self._debts.unmark(delete.place)
+            self._remove(delete.place)
             self.ledger.add(-found.st_size)
             folders.changed.add(delete.place.rpartition("/")[0])
             folders.sync()
@@ -534,6 +531,11 @@ class Tree:
             return
         except OSError as error:
             delete.error = error
+
+    def _remove(self, place: str) -> None:
+        """Take a block's name away, and its marker."""
+        os.unlink(place, dir_fd=self._root)
+        self._debts.unmark(place)
 
     def _forget_temporary(self, inode: int) -> None:
         """Remove the temporary name of a block before its owner does: it counts no more."""
