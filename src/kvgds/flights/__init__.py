@@ -364,7 +364,7 @@ class Flights:
         Nor shared with who stores now, where it was stored before and has not been told yet.
         """
         self._outdate(key)
-        for flight in self.running:
+        for flight in self.running if self.relay else ():  # one tier promotes nothing
             if flight.key == key:
                 flight.lasting = False
         stored = self._flights.get((key, True))
