@@ -198,7 +198,6 @@ async def _beside(
 ) -> Sample:
     """Loads beside 32 stores at a time, or beside as many loads that nobody waits for."""
     stop, moved = asyncio.Event(), Sample()
-
     engine = others.engine
     move = engine.store if store else partial(engine.load, priority=Priority.PREFETCH)
 

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from kvgds.engine import Engine
+
 
 class TestContract(FileTierContract):
     """What every tier must pass."""
@@ -517,6 +519,18 @@ async def test_a_file_system_without_hard_links(tmp_path: Path) -> None:
             assert ledger(root) == taken(root) == IMAGE
 
 
+async def is_taken_back(disk: FaultyDisk, engine: Engine, block: Any) -> None:
+    """A store whose deadline passes while the disk hangs; another may be stored then."""
+    root = disk.root / "kv"
+    with pytest.raises(TransferTimeout):
+        await engine.store(b"key", block, timeout_s=0.3)
+    disk.wait_waiting(1)
+    disk.release()
+    await put(engine, b"after")
+    assert not path_of(root, b"key").exists()
+    assert temporaries(root) == []
+
+
 @pytest.mark.parametrize("memory", ["aligned", "unaligned"])
 async def test_a_store_abandoned_while_it_is_linked_is_taken_back(
     tmp_path: Path, memory: str
@@ -529,14 +543,8 @@ async def test_a_store_abandoned_while_it_is_linked_is_taken_back(
             block = engine.register(held) if memory == "aligned" else bytes(held)
             await put(engine, b"before")
             disk.hang("link")
-            with pytest.raises(TransferTimeout):
-                await engine.store(b"key", block, timeout_s=0.3)
-            disk.wait_waiting(1)
-            disk.release()
-            await put(engine, b"after")
-            assert not path_of(root, b"key").exists()
+            await is_taken_back(disk, engine, block)
             assert ledger(root) == taken(root) == 2 * IMAGE
-            assert temporaries(root) == []
 
 
 @pytest.mark.parametrize("before", [0, NBYTES - PAGE])
@@ -552,14 +560,8 @@ async def test_a_store_abandoned_while_it_is_renamed_is_taken_back(
             else:
                 disk.fail("link", errno.EPERM)
             disk.hang("rename", match="*.kv")
-            with pytest.raises(TransferTimeout):
-                await engine.store(b"key", bytes(NBYTES), timeout_s=0.3)
-            disk.wait_waiting(1)
-            disk.release()
-            await put(engine, b"after")
-            assert not path_of(root, b"key").exists()
+            await is_taken_back(disk, engine, bytes(NBYTES))
             assert ledger(root) == taken(root) == IMAGE
-            assert temporaries(root) == []
 
 
 async def test_who_stores_after_a_delete_shares_no_store_that_it_has_dropped(

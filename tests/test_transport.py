@@ -175,16 +175,23 @@ def test_what_lies_in_gpu_memory_is_not_tried_again(tmp_path: Path, bench: Bench
         assert len(disk.seen("read")) == 3  # NIXL's of the host's row, and a plain one of each
 
 
-def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> None:
-    """The oldest transfer is stuck; those after it, to another file, are found all the same."""
+@contextlib.contextmanager
+def stuck_and_free(where: Path, nbytes: int) -> Iterator[tuple[FaultyDisk, File, File]]:
+    """Two files of so many bytes; reads of the first hang."""
     with (
-        FaultyDisk(tmp_path) as disk,
+        FaultyDisk(where) as disk,
         opened_on(disk, "stuck") as stuck,
         opened_on(disk, "free") as free,
     ):
         for name in ("stuck", "free"):
-            (disk.backing / name).write_bytes(bytes(64 * PAGE))
+            (disk.backing / name).write_bytes(bytes(nbytes))
         disk.hang("read", match="stuck")
+        yield disk, stuck, free
+
+
+def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> None:
+    """The oldest transfer is stuck; those after it, to another file, are found all the same."""
+    with stuck_and_free(tmp_path, 64 * PAGE) as (disk, stuck, free):
         held = blocks(stuck, bench, 2, write=False)
         bench.transport.submit(held, bench.desk.put)
         disk.wait_waiting(1)
@@ -201,13 +208,7 @@ def test_a_file_that_hangs_holds_up_no_other(tmp_path: Path, bench: Bench) -> No
 def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
     """More hangs than a lane has in flight at most; those to another file go all the same."""
     mib = 1 << 20
-    with (
-        FaultyDisk(tmp_path) as disk,
-        opened_on(disk, "stuck") as stuck,
-        opened_on(disk, "free") as free,
-    ):
-        for name in ("stuck", "free"):
-            (disk.backing / name).write_bytes(bytes(12 * mib))
+    with stuck_and_free(tmp_path, 12 * mib) as (disk, stuck, free):
 
         def loads(file: File, start: int, nbytes: int) -> list[PlainTransfer]:
             rows = [
@@ -215,7 +216,6 @@ def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
             ]
             return [PlainTransfer(file, [bench.region], row, write=False) for row in rows]
 
-        disk.hang("read", match="stuck")
         held = loads(stuck, 0, 4 * mib)
         bench.transport.submit(held, bench.desk.put)
         disk.wait_waiting(1)
@@ -228,14 +228,7 @@ def test_what_hangs_closes_no_window(tmp_path: Path, bench: Bench) -> None:
 
 def test_what_hangs_hides_no_other_while_stores_go_on(tmp_path: Path, bench: Bench) -> None:
     """Something moves all the time then; those behind it are found all the same."""
-    with (
-        FaultyDisk(tmp_path) as disk,
-        opened_on(disk, "stuck") as stuck,
-        opened_on(disk, "free") as free,
-    ):
-        for name in ("stuck", "free"):
-            (disk.backing / name).write_bytes(bytes(2 * PAGE))
-        disk.hang("read", match="stuck")
+    with stuck_and_free(tmp_path, 2 * PAGE) as (disk, stuck, free):
         held = blocks(stuck, bench, 1, write=False)
         bench.transport.submit(held, bench.desk.put)
         disk.wait_waiting(1)
