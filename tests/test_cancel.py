@@ -640,6 +640,49 @@ async def test_who_joins_hastens(tmp_path: Path) -> None:
         assert order == [b"ahead", b"wanted", b"early"]
 
 
+async def test_who_joins_what_has_waited_for_long_is_waited_for(tmp_path: Path) -> None:
+    """It has waited longer than its handicap, so that nothing goes before it anyway."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"ahead", b"wanted")
+        begun: list[Any] = []
+
+        def is_first(transfer: Any) -> bool:
+            begun.append(transfer)
+            return len(begun) == 1
+
+        engine.held.hold("start", is_first)
+        ahead = soon(engine.load(b"ahead", bytearray(SIZE)))
+        await engine.held.wait_held("start")
+        early = soon(engine.load(b"wanted", bytearray(SIZE), priority=Priority.BACKGROUND))
+        await turns()
+        skip_time(1.0)
+        wanted = soon(engine.load(b"wanted", bytearray(SIZE)))
+        await turns()
+        engine.held.step("start")
+        assert all(await asyncio.gather(ahead, early, wanted))
+        assert [each.urgent for each in begun] == [True, True]
+
+
+@pytest.mark.parametrize("number", [8, 15], ids=["staged", "waits"])
+async def test_who_joins_what_has_started_hastens(tmp_path: Path, number: int) -> None:
+    """It goes before all others that storage does not have yet, which is half of them."""
+    keys = [b"%d" % i for i in range(16)]
+    with FaultyDisk(tmp_path) as disk:
+        root, tier = disk.root / "kv", {"capacity_bytes": 32 * MIB}
+        async with opened(root, bounce_bytes=32 * MIB, tier=tier) as engine:
+            for key in keys:  # each gets a slab of its own
+                await engine.store(key, bytes(MIB))
+            disk.hang("read", match="slab-0000000[0-7]-*")
+            loads = [
+                soon(engine.load(key, bytearray(MIB), priority=Priority.PREFETCH)) for key in keys
+            ]
+            await asyncio.to_thread(disk.wait_waiting, 8)
+            assert await engine.load(keys[number], bytearray(MIB))
+            assert [i for i, load in enumerate(loads) if load.done()] == [number]
+            await asyncio.to_thread(disk.release)
+            assert await asyncio.gather(*loads) == [True] * 16
+
+
 @pytest.mark.parametrize("leave", ["cancel", "deadline", "each"])
 async def test_many_leave_in_many_turns(tmp_path: Path, leave: str) -> None:
     """The loop goes on while a call of thousands of blocks is called off."""

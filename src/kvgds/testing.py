@@ -77,11 +77,14 @@ class _Passage:
         self.file = transfer.file
         self.regions = transfer.regions
         self.nbytes = transfer.nbytes
-        self.urgent = transfer.urgent
         self.device = transfer.device
         self.place = transfer.place
         self._moved = False
         self._error: Exception | None = None
+
+    @property
+    def urgent(self) -> bool:
+        return self.transfer.urgent
 
     @property
     def device_rows(self) -> Rows:

@@ -280,21 +280,28 @@ class Flights:
 
     def _board(self, waiter: Waiter, key: BlockKey, level: int) -> bool:
         """Join the flight of this block, or start one; whether it joined."""
-        write, priority = waiter.batch.write, waiter.batch.priority
+        write = waiter.batch.write
         flight = self._flights.get((key, write))
         joins = flight is not None and flight.takes(waiter)
         if flight is None or not joins:
             flight = Flight(key, waiter, level=level, write=write)
-            self._book(flight, priority, self._loop.time())
+            self._book(flight, self._loop.time())
             self._flights[key, write] = flight
         else:
             flight.waiters[waiter] = None
-            if priority < flight.ticket.priority:
-                flight.ticket = self.scheduler.hasten(flight.ticket, priority, self._loop.time())
+            if waiter.batch.priority < flight.priority:
+                self._hasten(flight, waiter.batch.priority)
         waiter.flight = flight
         return joins
 
-    def _book(self, flight: Flight, priority: Priority, since: float) -> None:
+    def _hasten(self, flight: Flight, priority: Priority) -> None:
+        """One more waits, who can't wait as long."""
+        flight.priority = priority
+        flight.ticket = self.scheduler.hasten(flight.ticket, priority, self._loop.time())
+        if flight.move is not None:
+            flight.move.urgent = flight.urgent
+
+    def _book(self, flight: Flight, since: float) -> None:
         """Queue a flight for its tier."""
         view, plan = flight.leader.view, self.tiers[flight.level].plan
         flight.path = self.ways.path_for(view, plan)
@@ -310,7 +317,7 @@ class Flights:
             lane=_lane(flight.level, write=flight.write),
             nbytes=max(view.nbytes, lease),
             bounce_bytes=lease,
-            priority=priority,
+            priority=flight.priority,
             now=since,
         )
 
@@ -427,7 +434,7 @@ class Flights:
             full=tier.checked,
             owner=flight,
             backend=tier.plan.backend,
-            urgent=ticket.priority is Priority.DEMAND,
+            urgent=flight.urgent,
             stream=flight.leader.batch.stream,
         )
         move.lend(self.ways, ticket.offset or 0, ticket.bounce_bytes)
@@ -513,7 +520,7 @@ class Flights:
             self._rebook(flight)
             return True
         flight.level, flight.move, flight.doubt = level, None, error
-        self._book(flight, flight.ticket.priority, self._loop.time())
+        self._book(flight, self._loop.time())
         return True
 
     def mirrored(self, flight: Flight, error: Exception | None) -> None:
@@ -718,7 +725,7 @@ class Flights:
                 return
             self.scheduler.cancel(ticket)
             try:
-                self._book(flight, ticket.priority, ticket.since)
+                self._book(flight, ticket.since)
             except KvgdsError as error:
                 del flight.waiters[waiter]
                 self._end(waiter, Outcome(flight.key, "error", untraced(error)), "none")

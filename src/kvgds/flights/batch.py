@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome
 from kvgds.errors import BusyError, ConfigError
+from kvgds.schedule import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from kvgds.deadlines import Deadlines
     from kvgds.memory import View
     from kvgds.paths import Move, Path
-    from kvgds.schedule import Priority, Ticket
+    from kvgds.schedule import Ticket
 
 T = TypeVar("T")
 _PENDING = Outcome(b"", "pending")
@@ -167,6 +168,7 @@ class Flight:
         "mirroring",
         "move",
         "path",
+        "priority",
         "ticket",
         "waiters",
         "write",
@@ -178,6 +180,7 @@ class Flight:
         self.path: Path
         self.write = write
         self.leader = leader  # whose memory moves, even if it waits no longer
+        self.priority = leader.batch.priority  # the highest of all who came
         self.waiters = {leader: None}  # in the order in which they came
         self.ticket: Ticket[Any]
         self.move: Move | None = None  # set when it starts
@@ -186,6 +189,11 @@ class Flight:
         self.lasting = True  # what it loads may be kept: it was not deleted meanwhile
         self.doubt: Exception | None = None  # what was wrong in the tiers asked so far
         self.mirroring = False  # stored, and waits for the next tier: memory is used no more
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody stands still until it has ended."""
+        return self.priority is Priority.DEMAND
 
     def takes(self, waiter: Waiter) -> bool:
         """Whether one more may share this I/O.

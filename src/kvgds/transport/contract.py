@@ -60,8 +60,11 @@ class Transfer(Protocol):
     file: File
     place: str  # for objects: the object's name; else, words for where it lies
     nbytes: int
-    urgent: bool  # somebody stands still until it is done
     device: int  # whose memory device_rows name
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody stands still until it is done; that may come to be so."""
 
     @property
     def abandoned(self) -> bool:

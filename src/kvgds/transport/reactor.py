@@ -207,6 +207,7 @@ class Lane:
             flight = Flight()
             flight.add(self._alone.popleft())
             self._post(flight)
+        self._sides.hasten()
         for side in self._sides:
             while side.queued_bytes and side.open():
                 self._stage(side)

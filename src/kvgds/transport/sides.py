@@ -195,6 +195,21 @@ class Sides(NamedTuple):
             return self.stores
         return self.first if transfer.urgent else self.loads
 
+    def hasten(self) -> None:
+        """Loads that somebody has come to wait for meanwhile go first, unless they have left."""
+        first, loads = self.first, self.loads
+        for late, sooner in ((loads.waiting, first.waiting), (loads.staged, first.staged)):
+            for member in [each for each in late if each.transfer.urgent]:
+                late.remove(member)
+                sooner.append(member)
+                member.side = first
+                nbytes = member.transfer.nbytes
+                loads.queued_bytes -= nbytes
+                first.queued_bytes += nbytes
+                if late is loads.staged:
+                    loads.staged_bytes -= nbytes
+                    first.staged_bytes += nbytes
+
 
 def sides(lanes: int) -> list[Sides]:
     """Those of so many lanes."""
