@@ -116,6 +116,10 @@ class Watched(Engine):
     def busy(self) -> bool:
         return self._flights.busy
 
+    def deadlines(self) -> int:
+        """How many are kept, those of calls that have ended included."""
+        return len(self._flights.deadlines)
+
     def check(self) -> None:
         """Everything that was lent has come back, and every slot is somewhere."""
         flights = self._flights

@@ -220,7 +220,7 @@ class Flights:
             while batch.left:
                 await batch.news()
         except asyncio.CancelledError as cancelled:
-            batch.left -= len(items) - admitted
+            batch.drop(len(items) - admitted)
             await self._call_off(batch, cancelled)
             raise
 
@@ -790,7 +790,7 @@ class Flights:
                 while arrivals:
                     yield arrivals.popleft()
         except (asyncio.CancelledError, GeneratorExit) as gone:
-            batch.left -= len(items) - admitted
+            batch.drop(len(items) - admitted)
             await self._call_off(batch, gone)
             raise
 

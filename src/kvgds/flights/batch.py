@@ -125,10 +125,19 @@ class Batch:
         elif self.left:
             return
         if not self.left:
-            self.waiters.clear()  # they hold it
-            self.deadlines.ended()
+            self._over()
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
+
+    def drop(self, blocks: int) -> None:
+        """So many will never be admitted."""
+        self.left -= blocks
+        if blocks and not self.left:
+            self._over()
+
+    def _over(self) -> None:
+        self.waiters.clear()  # they hold it
+        self.deadlines.ended()
 
     async def news(self) -> None:
         """Wait until something has ended that the task has not seen."""
