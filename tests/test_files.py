@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import struct
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,23 @@ async def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
         await put(engine, b"g")
         assert await there(engine, [b"a", b"d", b"e", b"f", b"g"]) == [b"d", b"e", b"f", b"g"]
         assert engine.statistics().tiers[0].evictions == 3
+
+
+async def test_what_a_clock_that_was_ahead_has_marked_goes_first(tmp_path: Path) -> None:
+    """Else nothing used since it was put right would stay. What is used since then counts."""
+    root, capacity = tmp_path / "kv", 4 * IMAGE
+    keys = [b"a", b"b", b"c", b"d"]
+    async with opened(root, capacity_bytes=capacity) as engine:
+        await put(engine, *keys)
+    for age, key in zip((-48, -24, -24, 24), keys, strict=True):
+        make_old(path_of(root, key), age * HOUR)
+    async with opened(root, capacity_bytes=capacity) as engine:
+        assert await get(engine, b"c")
+    assert path_of(root, b"c").stat().st_mtime <= time.time()
+    async with opened(root, capacity_bytes=capacity) as engine:
+        for key, left in ((b"e", b"acd"), (b"f", b"cd"), (b"g", b"c")):
+            await put(engine, key)
+            assert b"".join(key for key in keys if path_of(root, key).exists()) == left
 
 
 async def test_what_is_being_loaded_stays(tmp_path: Path) -> None:

@@ -139,11 +139,11 @@ def status(path: str, root: int) -> os.stat_result | None:
 
 
 def touch(fd: int, found: os.stat_result | None = None) -> None:
-    """Mark a file as used now; given its status, only if the mark is more than a minute old."""
+    """Mark a file as used now; given its status, only if the mark is more than a minute off."""
     now = time.time_ns()
     if found is None:
         os.utime(fd, ns=(now, now))
-    elif now - found.st_mtime_ns > _TOUCH_S * 1e9:
+    elif abs(now - found.st_mtime_ns) > _TOUCH_S * 1e9:  # ahead, too: that clock was put right
         with contextlib.suppress(OSError):  # another user's, or a read-only file system
             os.utime(fd, ns=(now, now))
 

@@ -27,6 +27,7 @@ NAME = re.compile(r"[0-9a-f]{40}\.kv")
 SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
 _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
+_AHEAD_S = 3600.0  # hosts that share a directory have clocks that differ less
 _LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
 
 
@@ -116,6 +117,7 @@ class Room:
         """Bytes taken; and of the files to evict first so many bytes: -recency, path, bytes."""
         total, unfinished, _ = self.sweep()
         self.reserved = total
+        ahead = (self._ledger.now() + _AHEAD_S) * 1e9
         heap: list[tuple[int, str, int]] = []  # the newest on top
         held = 0
         for when, place, found in self._walk():
@@ -124,7 +126,10 @@ class Room:
             total += found.st_size
             if place in self.pins:
                 continue
-            last = max(when, self._recent.get(place, 0)) + (place in owed and _LAST)
+            last = max(when, self._recent.get(place, 0))
+            if last > ahead:  # by a clock that was wrong: used before it was put right
+                last -= _LAST
+            last += place in owed and _LAST
             if held >= goal and (not heap or -last <= heap[0][0]):
                 continue
             heapq.heappush(heap, (-last, place, found.st_size))
@@ -136,7 +141,7 @@ class Room:
     def _walk(self) -> Iterator[tuple[int, str, os.stat_result]]:
         """Every stored file: its recency, path and status. Quarantined ones are the oldest."""
         for name, found in files_in("quarantine", self._root):
-            yield 0, f"quarantine/{name}", found
+            yield -_LAST, f"quarantine/{name}", found
         for space in filter(SPACE.fullmatch, subfolders("", self._root)):
             for place, found in blocks_in(space, self._root):
                 yield found.st_mtime_ns, place, found
