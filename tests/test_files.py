@@ -676,6 +676,33 @@ async def test_closing_waits_for_no_lock(tmp_path: Path) -> None:
             assert len(temporaries(root)) == 1
 
 
+async def test_a_temporary_that_has_gone_fails_no_other_store(tmp_path: Path) -> None:
+    """A network file system that asked twice says of its removal that there was nothing."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            engine.held.hold("landing")
+            with pytest.raises(TransferTimeout):
+                await engine.store(b"late", bytes(NBYTES), timeout_s=0.05)
+            await engine.held.wait_held("landing")
+            (gone,) = temporaries(root)
+            disk.hang("unlink", match=gone)
+            with locked(root):
+                deleting = asyncio.ensure_future(engine.delete(b"x"))
+                await asyncio.sleep(0)  # its job waits for the ledger; the next does both
+                engine.held.release()
+                await until(lambda: engine.held.delivered == engine.held.submitted)
+                storing = asyncio.ensure_future(put(engine, b"key"))
+                await turns()
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            (disk.backing / "kv" / "tmp" / gone).unlink()
+            disk.release()
+            assert not await deleting
+            await storing
+            assert temporaries(root) == []
+            assert ledger(root) == taken(root) == IMAGE
+
+
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:
     """Not even for the moment that another process would need to see it."""
     with FaultyDisk(tmp_path) as disk:

@@ -477,7 +477,8 @@ class Tree:
         """Remove a temporary; what it reserved is free, unless it is a block by now."""
         found = status(temporary, self._root)
         if found is not None:
-            os.unlink(temporary, dir_fd=self._root)
+            with contextlib.suppress(FileNotFoundError):  # asked twice, as a network may have been
+                os.unlink(temporary, dir_fd=self._root)
             if found.st_nlink == 1:
                 self.ledger.add(-reserved_by(temporary))
 
