@@ -676,6 +676,22 @@ async def test_closing_waits_for_no_lock(tmp_path: Path) -> None:
             assert len(temporaries(root)) == 1
 
 
+async def test_a_temporary_that_was_made_all_the_same_goes(tmp_path: Path) -> None:
+    """A network file system may lose the answer. Its owner lives, so nobody else removes it."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            disk.hang("create", match="*.*.*")
+            storing = asyncio.ensure_future(put(engine, b"key"))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            (disk.backing / "kv" / disk.seen("create")[-1].path.partition("/")[2]).touch()
+            disk.release(errno.EIO)
+            with pytest.raises(TransferError):
+                await storing
+            assert temporaries(root) == []
+            assert ledger(root) == taken(root) == 0
+
+
 async def test_a_temporary_that_has_gone_fails_no_other_store(tmp_path: Path) -> None:
     """A network file system that asked twice says of its removal that there was nothing."""
     with FaultyDisk(tmp_path) as disk:

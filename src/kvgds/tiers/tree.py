@@ -572,6 +572,8 @@ class Tree:
         try:
             store.fd = self._create(path, self.direct)
         except BaseException:
+            with contextlib.suppress(OSError):  # made all the same, if only the answer was lost
+                os.unlink(path, dir_fd=self._root)
             self.ledger.add(-store.nbytes)
             raise
         store.temporary, store.state = path, "open"
