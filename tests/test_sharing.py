@@ -38,7 +38,7 @@ from sharing import (
     there,
     write_ledger,
 )
-from support import NAMESPACE, PAGE, content, digest
+from support import NAMESPACE, PAGE, aligned, content, digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -232,20 +232,44 @@ async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:
             leave(root, owner(zombie.pid)),
             leave(root, owner(os.getpid(), start=1)),  # the number came again
         ]
-        remote = [leave(root, owner(1, boot="0" * 32, start=1)) for _ in range(2)]
+        remote = [leave(root, owner(1, boot="0" * 32, start=1)) for _ in range(3)]
         stray = [leave(root, "stray", 0) for _ in range(2)]
         living = [leave(root, owner(os.getpid())), leave(root, owner(1))]
         linked = root / "tmp" / f"{owner(os.getpid(), start=2)}.{'0' * 16}.{IMAGE}"
         linked.hardlink_to(path_of(root, b"key"))  # its owner died before it could unlink it
-        write_ledger(root, 7 * IMAGE)
+        write_ledger(root, 8 * IMAGE)
         for name in dead:
             make_old(root / "tmp" / name, HOUR / 2)
         for name in (*living, remote[0], stray[0]):
             make_old(root / "tmp" / name, 2 * HOUR)
+        make_old(root / "tmp" / remote[2], -2 * HOUR)  # its host's clock was put right
         async with opened(root) as engine:
             assert temporaries(root) == sorted([*living, remote[1], stray[1]])
             assert ledger(root) == taken(root) == 4 * IMAGE
             assert await get(engine, b"key")
+
+
+@pytest.mark.parametrize("memory", ["aligned", "unaligned"])
+async def test_who_is_taken_for_dead_stores_again(tmp_path: Path, memory: str) -> None:
+    """Another host goes by the clock, and that may have been put forward by an hour."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        held = aligned(IMAGE, 1)
+        block = engine.register(held) if memory == "aligned" else bytes(held)
+        engine.held.hold("landing")
+        storing = asyncio.ensure_future(engine.store(b"key", block))
+        await engine.held.wait_held("landing")
+        (swept,) = temporaries(root)
+        with locked(root):
+            (root / "tmp" / swept).unlink()
+            write_ledger(root, 0)
+        engine.held.release()
+        assert await storing
+        got = bytearray(IMAGE)
+        assert await engine.load(b"key", got)
+        assert got == bytes(held)
+        assert temporaries(root) == []
+        assert ledger(root) == taken(root) == IMAGE + PAGE
 
 
 async def test_a_ledger_that_lies_is_put_right(tmp_path: Path) -> None:

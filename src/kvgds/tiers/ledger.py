@@ -109,11 +109,12 @@ class Owner:
         """Whether a temporary is stale.
 
         That is, if its owner is dead; where this can't be seen (another host, container or
-        boot, or no name of ours), an hour after the last write.
+        boot, or no name of ours), an hour after the last write; or before it, by a clock that was
+        put right since. A living owner begins again.
         """
         parts = _TEMPORARY.fullmatch(name)
         if parts is None or parts[1] != self.world:
-            return age_s > _STALE_S
+            return abs(age_s) > _STALE_S
         return not _alive(int(parts[2]), parts[3])
 
 

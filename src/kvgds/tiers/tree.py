@@ -335,9 +335,18 @@ class Tree:
         try:
             step(store, folders)
         except Exception as error:  # noqa: BLE001 - it belongs to this store alone
+            if self._was_swept(store, error):
+                store.move.again()
+                store.state, store.temporary = "wanted", ""
+                return
             self._drop_later(store)
             fail(store.move, error)
             store.state = "ended"
+
+    def _was_swept(self, store: Store, error: Exception) -> bool:
+        """Whether a store has lost its temporary: who can't see us live goes by clocks alone."""
+        wanted = store.temporary and not store.move.abandoned
+        return bool(wanted and _is_gone(error) and status(store.temporary, self._root) is None)
 
     def _look(self, store: Store, folders: Folders) -> None:
         """End the store of a block that is there already."""
