@@ -10,7 +10,6 @@ none.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -31,11 +30,14 @@ def marker_of(place: str) -> str:
     return f"owed/{place.replace('/', '.')}"
 
 
-def unmark(place: str, root: int) -> None:
-    """Remove a marker, if there is one."""
-    with contextlib.suppress(FileNotFoundError):
+def unmark(place: str, root: int) -> bool:
+    """Remove a marker; whether there was one."""
+    try:
         Folders(root).need("owed")
         os.unlink(marker_of(place), dir_fd=root)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class Debts:
@@ -58,10 +60,13 @@ class Debts:
         os.close(os.open(marker_of(place), flags, 0o600, dir_fd=self._root))
         folders.changed.add("owed")
 
-    def unmark(self, place: str) -> None:
-        """A block is not owed any more."""
-        if self._stacked:
-            unmark(place, self._root)
+    def unmark(self, place: str) -> bool:
+        """A block is not owed any more; whether it was."""
+        return self._stacked and unmark(place, self._root)
+
+    def owes(self, place: str) -> bool:
+        """Whether a block is marked."""
+        return self._stacked and status(marker_of(place), self._root) is not None
 
     def places(self) -> set[str]:
         """Paths of the blocks that are marked, of all namespaces."""

@@ -1,5 +1,10 @@
 """What is kept and what goes, when several processes fill one directory of files.
 
+To find what was not used for longest takes a look at every file. So that no store waits for that,
+each looks at some of them in good time, and a search that is over leaves a list, which goes as room
+is needed, but for what has been used meanwhile. Only where there is no list are all files looked at
+at once; where they are few, always: then they are counted anew as well.
+
 Everything blocks and belongs to the executor, with the ledger held, but for what is said to
 be the loop's.
 """
@@ -11,14 +16,15 @@ import heapq
 import os
 import re
 import time
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-from kvgds.tiers.folders import files_in, subfolders
+from kvgds.tiers.folders import files_in, status, subfolders
 from kvgds.tiers.known import known_as
 from kvgds.tiers.ledger import reserved_by
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from kvgds.tiers.debts import Debts
     from kvgds.tiers.ledger import Ledger, Owner
@@ -28,7 +34,12 @@ SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
 _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
 _AHEAD_S = 3600.0  # hosts that share a directory have clocks that differ less
-_LOW = 0.95  # of the capacity: evict down to this, so as not to count for every store
+_LOW = 0.95  # of the capacity: evict down to this, so as not to make room for every store,
+_MORE = 32  # but at a time no more files than so many that need not go yet
+_LISTED = 0.1  # of the capacity: what a search finds
+_SOON = 0.9  # of the capacity: no search before so much is taken
+_PACE = 16  # files that each job looks at for each of its stores; each store has two jobs
+_FEW = 1024  # files, which are counted for each store that lacks room
 
 
 def blocks_in(space: str, root: int) -> Iterator[tuple[str, os.stat_result]]:
@@ -39,11 +50,89 @@ def blocks_in(space: str, root: int) -> Iterator[tuple[str, os.stat_result]]:
                 yield f"{space}/{fan}/{name}", found
 
 
+class _File(NamedTuple):
+    """One that may go. What goes first is the greatest."""
+
+    newness: int
+    place: str
+    nbytes: int
+    used: int  # when last, as far as that was known
+    owed: bool  # the next tier lacked it
+
+
+class _Search:
+    """A look at all files for those that go first, in as many steps as is wanted.
+
+    Args:
+        goal: bytes of those to be found.
+        ahead: a use later than this is of a clock that was wrong.
+        unfinished: inodes of files that are no blocks yet; None: of those with two names.
+
+    Attributes:
+        files: how many there are, so far.
+        total: their bytes.
+    """
+
+    def __init__(self, room: Room, goal: int, ahead: float, unfinished: set[int] | None) -> None:
+        self.files = self.total = 0
+        self._room = room
+        self._goal = goal
+        self._ahead = ahead
+        self._unfinished = unfinished
+        self._walk = room.walk()
+        self._heap: list[_File] = []
+        self._held = 0
+
+    def look(self, files: int | None) -> bool:
+        """Look at so many more, or at all; whether it has seen the last."""
+        before = self.files
+        for place, found in islice(self._walk, files):
+            self.files += 1
+            twice = self._unfinished is None and found.st_nlink > 1
+            if twice or found.st_ino in (self._unfinished or ()):
+                continue  # linked only just, and counted as reserved
+            self.total += found.st_size
+            if place not in self._room.pins:
+                self._consider(place, found)
+        return files is None or self.files - before < files
+
+    def _consider(self, place: str, found: os.stat_result) -> None:
+        last = used = self._room.last_use(place, found)
+        if used > self._ahead or place.startswith("quarantine/"):
+            last -= _LAST  # used before that clock was put right
+        if not self._wants(last):
+            return
+        owed = self._room.debts.owes(place)
+        last += owed and _LAST
+        if self._wants(last):
+            self._keep(_File(-last, place, found.st_size, used, owed))
+
+    def _wants(self, last: int) -> bool:
+        heap = self._heap
+        return self._held < self._goal or (bool(heap) and -last > heap[0].newness)
+
+    def _keep(self, file: _File) -> None:
+        heap = self._heap
+        heapq.heappush(heap, file)
+        self._held += file.nbytes
+        while self._held - heap[0].nbytes >= self._goal:
+            self._held -= heapq.heappop(heap).nbytes
+
+    def close(self) -> None:
+        """Look no further."""
+        self._walk.close()
+
+    def found(self) -> list[_File]:
+        """What goes first comes last."""
+        return sorted(self._heap)
+
+
 class Room:
     """Counts what is there, and evicts the least recently used of all namespaces.
 
     Attributes:
         pins: blocks being loaded, which are not evicted; kept by the loop's thread.
+        debts: which blocks the next tier lacks.
         reserved: bytes that unfinished stores of all processes held when last counted.
         evictions: blocks removed to make room.
         dropped: those of them that the next tier of a stack lacked.
@@ -62,7 +151,7 @@ class Room:
         self.pins: dict[str, int] = {}
         self.reserved = 0
         self.evictions = self.dropped = 0
-        self._debts = debts
+        self.debts = debts
         self._root = root
         self._ledger = ledger
         self._owner = owner
@@ -70,6 +159,16 @@ class Room:
         self._space = space
         self._recent: dict[str, int] = {}  # uses since a block's modification time; oldest first
         self._evicted: list[bytes] = []
+        self._list: list[_File] = []  # what goes first comes last
+        self._listed = 0  # bytes of those
+        self._files = _FEW  # that there were when last counted
+        self._search: _Search | None = None  # under way
+        self._total: int | None = None  # bytes seen by the one that has just ended
+
+    def close(self) -> None:
+        """Nothing more is stored."""
+        if self._search is not None:
+            self._search.close()
 
     def note_use(self, place: str) -> None:
         """The loop's: remember a use that the file's modification time may not tell."""
@@ -83,68 +182,118 @@ class Room:
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    def make(self, need: int, forced: int) -> int:
-        """Count anew; evict until ``need`` fits, and ``forced`` in any case. Bytes evicted."""
-        capacity = self._capacity
-        low = min(capacity - need, int(capacity * _LOW))
-        goal = max(self._ledger.used, capacity) - low + forced
-        owed = self._debts.places()
+    def last_use(self, place: str, found: os.stat_result) -> int:
+        """When a block was last used, as far as this engine knows; nanoseconds."""
+        return max(found.st_mtime_ns, self._recent.get(place, 0))
+
+    def make(self, need: int, forced: int, *, anew: bool = False) -> int:
+        """Evict until ``need`` fits, and ``forced`` in any case. Bytes evicted.
+
+        Counts anew if what is listed does not do, or in any case (``anew``).
+        """
+        known = self._ledger.sound and not anew
+        freed = self._evict(need, forced) if known else 0
+        if not known or not self._fits(need) or freed < forced:
+            self._count(need, forced - freed)
+            freed += self._evict(need, forced - freed)
+        if self._files < _FEW:
+            self._list, self._listed = [], 0
+        return freed
+
+    def _fits(self, need: int) -> bool:
+        return self._ledger.used + need <= self._capacity
+
+    def _low(self, need: int) -> int:
+        return min(self._capacity - need, int(self._capacity * _LOW))
+
+    def _count(self, need: int, forced: int) -> None:
+        """Look at every file; the ledger may have been too low to know how many are to go."""
         for _ in range(2):
-            total, oldest = self._count(goal, owed)
-            target = min(total if total + need <= capacity else low, total - forced)
-            if total - target <= goal:
+            surplus = max(self._ledger.used, self._capacity) - self._low(need) + forced
+            goal = max(surplus, int(self._capacity * _LISTED))
+            self.reserved, unfinished, _ = self.sweep()
+            search = self._new_search(goal, unfinished)
+            search.look(None)
+            self._ledger.set(self.reserved + search.total)
+            if self._ledger.used - self._low(need) + forced <= goal:
                 break
-            goal = total - target  # the ledger was too low
-        self._ledger.set(total)
-        left = total
-        for _, place, nbytes in sorted(oldest, reverse=True):
-            if left <= target:
-                break
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(place, dir_fd=self._root)
-            if place in owed:
-                self._debts.unmark(place)
-                self.dropped += 1
-            left -= nbytes
-            space = place.partition("/")[0]
-            self.evictions += space != "quarantine"
-            if space == self._space:
-                self._evicted.append(known_as(place))
-        self._ledger.set(left)
-        return total - left
+        self._end_search(search)
 
-    def _count(self, goal: int, owed: set[str]) -> tuple[int, list[tuple[int, str, int]]]:
-        """Bytes taken; and of the files to evict first so many bytes: -recency, path, bytes."""
-        total, unfinished, _ = self.sweep()
-        self.reserved = total
+    def _evict(self, need: int, forced: int) -> int:
+        """Evict what is listed until ``need`` fits, and then some."""
+        capacity, used, freed = self._capacity, self._ledger.used, 0
+        more = 0 if self._fits(need) else _MORE
+        try:
+            while self._list:
+                if used - freed + need <= capacity and freed >= forced:
+                    if used - freed <= self._low(need) or not more:
+                        break
+                    more -= 1
+                freed += self._remove(self._list.pop())
+        finally:
+            self._ledger.add(-freed)
+        return freed
+
+    def _remove(self, file: _File) -> int:
+        """Remove a file, unless it has been used since it was listed. Its bytes."""
+        self._listed -= file.nbytes
+        place = file.place
+        found = status(place, self._root)
+        if found is None or place in self.pins or self.last_use(place, found) != file.used:
+            return 0
+        with contextlib.suppress(FileNotFoundError):  # asked twice, as a network may have been
+            os.unlink(place, dir_fd=self._root)
+        if file.owed:
+            self.dropped += self.debts.unmark(place)
+        space = place.partition("/")[0]
+        self.evictions += space != "quarantine"
+        if space == self._space:
+            self._evicted.append(known_as(place))
+        return found.st_size
+
+    # --- searching --------------------------------------------------------------------
+
+    def foresee(self) -> None:
+        """Begin to look for what goes next, if that will soon be asked for."""
+        if self._total is not None:
+            self._check(self._total)
+        soon = self._ledger.used > self._capacity * _SOON
+        short = self._listed < self._capacity * _LISTED / 2 and self._files >= _FEW
+        if soon and short and self._search is None:
+            self._search = self._new_search(int(self._capacity * _LISTED), None)
+
+    def _check(self, total: int) -> None:
+        """Whether what a search has found may be relied upon. All has been counted anew if not."""
+        self._total = None
+        self.reserved, _, given_up = self.sweep()
+        self._ledger.add(-given_up)
+        missing = self._ledger.used - self.reserved - total
+        if self._files < _FEW or missing > self._capacity * _LISTED:
+            self._list, self._listed = [], 0
+
+    def look_ahead(self, stores: int) -> None:
+        """Go on with that, for a job of so many stores. The ledger need not be held."""
+        search = self._search
+        if search is not None and search.look(stores * _PACE):
+            self._end_search(search)
+            self._total = search.total
+
+    def _new_search(self, goal: int, unfinished: set[int] | None) -> _Search:
         ahead = (self._ledger.now() + _AHEAD_S) * 1e9
-        heap: list[tuple[int, str, int]] = []  # the newest on top
-        held = 0
-        for when, place, found in self._walk():
-            if found.st_ino in unfinished:
-                continue  # linked meanwhile, and counted already
-            total += found.st_size
-            if place in self.pins:
-                continue
-            last = max(when, self._recent.get(place, 0))
-            if last > ahead:  # by a clock that was wrong: used before it was put right
-                last -= _LAST
-            last += place in owed and _LAST
-            if held >= goal and (not heap or -last <= heap[0][0]):
-                continue
-            heapq.heappush(heap, (-last, place, found.st_size))
-            held += found.st_size
-            while heap and held - heap[0][2] >= goal:
-                held -= heapq.heappop(heap)[2]
-        return total, heap
+        return _Search(self, goal, ahead, unfinished)
 
-    def _walk(self) -> Iterator[tuple[int, str, os.stat_result]]:
-        """Every stored file: its recency, path and status. Quarantined ones are the oldest."""
+    def _end_search(self, search: _Search) -> None:
+        self._search = self._total = None
+        self._files = search.files
+        self._list = search.found()
+        self._listed = sum(file.nbytes for file in self._list)
+
+    def walk(self) -> Generator[tuple[str, os.stat_result], None, None]:
+        """Every stored file: its path and status."""
         for name, found in files_in("quarantine", self._root):
-            yield -_LAST, f"quarantine/{name}", found
+            yield f"quarantine/{name}", found
         for space in filter(SPACE.fullmatch, subfolders("", self._root)):
-            for place, found in blocks_in(space, self._root):
-                yield found.st_mtime_ns, place, found
+            yield from blocks_in(space, self._root)
 
     def sweep(self) -> tuple[int, set[int], int]:
         """Remove what dead owners left.

@@ -14,7 +14,7 @@ Owns every file-system call of the layout::
 Names are given without a lock: a block is written as a temporary file, and linked to its
 own name once it is whole. Whoever reserves bytes or removes a name holds the ledger's lock;
 the ledger counts bytes from before they can be on disk until they are gone, so that a death
-at any point leaves it too high, never too low, and whoever lacks room counts anew.
+at any point leaves it too high, never too low, until all is counted anew (``room``).
 """
 
 from __future__ import annotations
@@ -190,12 +190,9 @@ class Tree:
         except BlockingIOError:
             alone = False
         with self.ledger.held():
-            if alone or not self.ledger.sound:
-                self.room.make(0, 0)
-            else:
+            if self.ledger.sound:
                 self.ledger.add(-self.room.sweep()[2])
-                if self.ledger.used > self._settings.capacity_bytes:
-                    self.room.make(0, 0)
+            self.room.make(0, 0, anew=alone)
         locks.lock(self._openers, fcntl.LOCK_SH)
 
     def listing(self, progress: Callable[[str, int, int], None]) -> Iterator[set[bytes]]:
@@ -219,6 +216,8 @@ class Tree:
             with contextlib.suppress(OSError, KvgdsError), self.ledger.held(wait=False):
                 if self.ledger.sound:
                     self._drop_all()
+        if self._openers >= 0:
+            self.room.close()
         for fd in (self._openers, self._root):
             if fd >= 0:
                 locks.close(fd)
@@ -320,6 +319,8 @@ class Tree:
                     self._try(store, self._acknowledge, folders)
             if self._dropped:
                 self._settle_accounts(Errands(), folders)
+            with contextlib.suppress(OSError):  # where it is needed that will be told
+                self.room.look_ahead(len(errands.stores))
         finally:
             close_files(errands.corrupt)
 
@@ -559,6 +560,7 @@ class Tree:
         if not wanted:
             return
         capacity = self._settings.capacity_bytes
+        self.room.foresee()
         need = min(sum(store.nbytes for store in wanted), capacity)
         forced = sum(store.nbytes for store in wanted if store.forced)
         if forced or self.ledger.used + need > capacity:

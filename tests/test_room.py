@@ -1,0 +1,181 @@
+"""Eviction from a directory of many files: the oldest go, and no store looks at all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvgds.tiers.debts import Debts
+from kvgds.tiers.ledger import Ledger, Owner
+from kvgds.tiers.room import Room
+from sharing import HOUR, leave, opened, owner, path_of, taken
+from support import NAMESPACE, PAGE, digest, image
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+
+MANY = 2000
+SIZE = 2 * PAGE  # of the image of a block of a page
+CAPACITY = MANY * SIZE
+DEAD = 1 << 22  # no process has this number
+
+
+class Directory(Room):
+    """Full of blocks, named by numbers, and counted as when it is opened; counts looks at files."""
+
+    def __init__(self, path: Path, blocks: int = MANY) -> None:
+        self.path = path
+        self.capacity = blocks * SIZE
+        self.looks = 0
+        self.number = itertools.count()
+        self.fd = os.open(path, os.O_RDONLY)
+        self.ledger = Ledger(self.fd)
+        (path / "tmp").mkdir()
+        debts = Debts(self.fd, stacked=False)
+        super().__init__(
+            self.fd,
+            self.ledger,
+            Owner.me(),
+            self.capacity,
+            space=digest(NAMESPACE).hex(),
+            debts=debts,
+        )
+        for _ in range(blocks):
+            self.put()
+        with self.ledger.held():
+            self.make(0, 0, anew=True)
+
+    def walk(self) -> Generator[tuple[str, os.stat_result], None, None]:
+        for each in super().walk():
+            self.looks += 1
+            yield each
+
+    def put(self) -> Path:
+        """A new block, used later than all before it."""
+        number = next(self.number)
+        path = self.at(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(SIZE)
+        os.utime(path, ns=(number + 1, number + 1))
+        return path
+
+    def at(self, number: int) -> Path:
+        return path_of(self.path, b"%d" % number)
+
+    def left(self) -> list[int]:
+        """Numbers of the blocks that are there."""
+        return [number for number in range(next(self.number)) if self.at(number).exists()]
+
+    def store(self) -> int:
+        """What a store of one block does in its two jobs; how many files it has looked at."""
+        before = self.looks
+        with self.ledger.held():
+            self.foresee()
+            if self.ledger.used + SIZE > self.capacity:
+                self.make(SIZE, 0)
+            assert self.ledger.used + SIZE <= self.capacity
+            self.ledger.add(SIZE)
+        self.put()
+        for _ in range(2):
+            self.look_ahead(1)
+        return self.looks - before
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Directory]:
+    room = Directory(tmp_path)
+    yield room
+    room.close()
+    os.close(room.fd)
+
+
+def test_each_store_looks_at_some_files(directory: Directory) -> None:
+    """All are looked at, again and again, but never at once; and yet the oldest go."""
+    looks = [directory.store() for _ in range(MANY)]
+    assert max(looks) <= 32
+    assert 10 * MANY < sum(looks) < 25 * MANY
+    left = directory.left()
+    assert left == list(range(left[0], 2 * MANY))
+    assert MANY - 64 <= len(left) <= MANY
+    with directory.ledger.held():
+        assert directory.ledger.used == taken(directory.path)
+
+
+def test_what_is_used_meanwhile_stays(directory: Directory) -> None:
+    """By others, who mark it, and by this engine, which may not; and what is being loaded."""
+    directory.store()
+    with directory.ledger.held():
+        os.utime(directory.at(100))
+        directory.note_use(f"{directory.at(101).relative_to(directory.path)}")
+        directory.pins[f"{directory.at(102).relative_to(directory.path)}"] = 1
+    for _ in range(150):
+        directory.store()
+    assert [number for number in directory.left() if number < 150] == [100, 101, 102]
+
+
+def test_what_has_gone_untold_is_noticed(directory: Directory) -> None:
+    """Somebody has removed much by hand: soon all is counted, and nothing evicted for a while."""
+    directory.store()
+    for number in range(1000, 1500):
+        directory.at(number).unlink()
+    looks = [directory.store() for _ in range(500)]
+    assert [look > 32 for look in looks].count(True) == 1
+    assert directory.evictions < 200
+    with directory.ledger.held():
+        assert directory.ledger.used == taken(directory.path)
+
+
+def test_what_the_dead_reserve_comes_back(directory: Directory) -> None:
+    leave(directory.path, owner(os.getpid(), start=1), 100 * SIZE)
+    with directory.ledger.held():
+        directory.ledger.add(100 * SIZE)
+    for _ in range(MANY // 5):
+        directory.store()
+    assert not os.listdir(directory.path / "tmp")
+    with directory.ledger.held():
+        assert directory.ledger.used == taken(directory.path)
+
+
+def test_a_few_files_are_counted_each_time(tmp_path: Path) -> None:
+    """So that whatever became of them is known at once."""
+    room = Directory(tmp_path, 8)
+    room.at(7).unlink()
+    assert room.store() == 7
+    assert room.left() == [0, 1, 2, 3, 4, 5, 6, 8]
+    os.close(room.fd)
+
+
+async def test_an_engine_on_a_directory_that_is_full(tmp_path: Path) -> None:
+    """The oldest go; and if it is closed in the midst of a search, no folder is left open."""
+    root = tmp_path / "kv"
+    async with opened(root, capacity_bytes=CAPACITY):
+        pass
+    old = [b"old %d" % i for i in range(MANY)]
+
+    def fill() -> None:
+        now = time.time()
+        for i, key in enumerate(old):
+            path = path_of(root, key)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(image(NAMESPACE, key, 0, bytes(PAGE)))
+            os.utime(path, (now - HOUR, now - HOUR + i))
+
+    await asyncio.to_thread(fill)
+    async with opened(root, capacity_bytes=CAPACITY) as engine:
+        assert await engine.load(old[0], bytearray(PAGE))
+        for i in range(130):
+            assert await engine.store(b"new %d" % i, bytes(PAGE))
+        assert await engine.load(old[0], bytearray(PAGE))
+        left = [path_of(root, key).exists() for key in old]
+        gone = left.index(False), left.index(True, 1)
+        assert gone[0] == 1
+        assert 130 < gone[1] < 170
+        assert all(left[gone[1] :])
+        assert await asyncio.to_thread(taken, root) <= CAPACITY
