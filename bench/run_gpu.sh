@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For a machine with an NVIDIA GPU: all tests that need one, none skipped, then the benches of its
-# memory: bench/files.py --gpu and bench/gpu.py.
+# memory: bench/gpu.py and bench/files.py --gpu.
 #
 #     bench/run_gpu.sh RESULTS [options of both benches]
 #
@@ -29,7 +29,8 @@ status=0
 
 { nvidia-smi; "${python}" -m kvgds doctor; } >"${results}/machine.txt" 2>&1
 KVGDS_REQUIRE_GPU=1 "${python}" -m pytest -m gpu 2>&1 | tee "${results}/tests.txt" || status=1
-for bench in "files.py --gpu 0 --only sizes,models" gpu.py; do
+# The longest last: of a run that is cut off the others are there.
+for bench in gpu.py "files.py --gpu 0 --only models" "files.py --gpu 0 --only sizes"; do
     # shellcheck disable=SC2086 # a script and its options
     "${python}" bench/${bench} --root "${results}" --out "${results}/gpu.jsonl" "$@" 2>&1 |
         tee -a "${results}/bench.txt" || status=1

@@ -355,8 +355,10 @@ def test_one_command_runs_tests_and_bench_whatever_fails(tmp_path: Path, fails: 
     assert done.returncode == (fails != "nothing"), done.stderr
     _, tests, *benches = asked.read_text("utf-8").splitlines()
     assert tests == "1 -m pytest -m gpu"
-    assert benches[0].startswith(" bench/files.py --gpu 0 --only sizes,models --root ")
-    assert benches[1].startswith(f" bench/gpu.py --root {results}")
+    first, *files = benches
+    assert first.startswith(f" bench/gpu.py --root {results}")
+    for bench, what in zip(files, ("models", "sizes"), strict=True):
+        assert bench.startswith(f" bench/files.py --gpu 0 --only {what} --root ")
     assert all(bench.endswith("--rounds 7") for bench in benches)
     assert {path.name for path in results.iterdir()} == {"machine.txt", "tests.txt", "bench.txt"}
 
