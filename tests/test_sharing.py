@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from faults import FaultyDisk
-from kvgds import Namespace
+from kvgds import Namespace, TransferTimeout
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -38,7 +38,7 @@ from sharing import (
     there,
     write_ledger,
 )
-from support import NAMESPACE, PAGE, aligned, content, digest
+from support import NAMESPACE, PAGE, aligned, content, digest, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +83,38 @@ async def test_two_stores_of_one_key_at_once(tmp_path: Path) -> None:
         assert ledger(root) == taken(root) == IMAGE
         assert temporaries(root) == []
         assert await get(one, b"key")
+
+
+async def test_what_is_taken_back_was_present_for_nobody(tmp_path: Path) -> None:
+    """A store that was late has a name for a moment, and another finds that just then."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as late, opened(root) as other:
+            disk.hang("link")
+            with pytest.raises(TransferTimeout):
+                await late.store(b"key", content(b"key", NBYTES), timeout_s=0.3)
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            with locked(root):  # so that it can't be taken back yet
+                disk.release()
+                await until(path_of(disk.backing / "kv", b"key").exists)
+                storing = asyncio.ensure_future(other.store(b"key", content(b"key", NBYTES)))
+                await until(lambda: bool(disk.seen("open", "kv/tmp/*")))  # its first name
+            await storing
+            await late.delete(b"x")  # comes after whatever was going on
+            assert await get(other, b"key")
+            assert ledger(root) == taken(root) == IMAGE
+
+
+async def test_what_was_present_is_not_taken_back(tmp_path: Path) -> None:
+    """Its owner, who may have been late, finds its temporary gone."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await put(engine, b"key")
+        name = f"{owner(os.getpid())}.{'0' * 16}.{IMAGE}"
+        (root / "tmp" / name).hardlink_to(path_of(root, b"key"))
+        assert not await engine.store(b"key", content(b"key", NBYTES))
+        assert temporaries(root) == []
+        assert ledger(root) == taken(root) == IMAGE
 
 
 async def test_a_directory_can_be_made_by_many_at_once(tmp_path: Path) -> None:

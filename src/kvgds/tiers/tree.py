@@ -350,9 +350,17 @@ class Tree:
         return bool(wanted and _is_gone(error) and status(store.temporary, self._root) is None)
 
     def _look(self, store: Store, folders: Folders) -> None:
-        """End the store of a block that is there already."""
-        if self._serves(store, folders):
+        """End the store of a block that is there already, and stays."""
+        if self._serves(store, folders) and not self._may_go(store.place):
             store.state, store.move.status = "ended", "present"
+
+    def _may_go(self, place: str) -> bool:
+        """Whether a block was linked only just: a late owner may yet take it back, or just has."""
+        found = status(place, self._root)
+        if found is None or found.st_nlink == 1:
+            return found is None
+        new = any(each.st_ino == found.st_ino for _, each in files_in("tmp", self._root))
+        return new or status(place, self._root) is None
 
     @classmethod
     def _serves(cls, store: Store, folders: Folders) -> bool:
@@ -495,16 +503,17 @@ class Tree:
     def _conclude(self, store: Store, folders: Folders) -> None:
         """End a store that could not just be linked, or was abandoned when it was."""
         move = store.move
-        there = status(store.place, self._root)
-        mine = os.stat(store.temporary, dir_fd=self._root, follow_symlinks=False)
-        linked = there is not None and os.path.samestat(there, mine)
+        there, mine = status(store.place, self._root), status(store.temporary, self._root)
+        linked = there is not None and mine is not None and os.path.samestat(there, mine)
         if move.abandoned:
-            if linked:
+            if linked:  # and nobody has been told that it is there: that takes our temporary
                 self._remove(store.place)
             move.error, store.state = move.timeout(), "ended"
         elif linked:
             store.state = "linked"
         elif there is not None and self._serves(store, folders):
+            if there.st_nlink > 1:
+                self._forget_temporary(there.st_ino)
             move.status, store.state = "present", "ended"
         else:
             self._replace(store, there, folders)
