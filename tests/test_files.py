@@ -47,6 +47,7 @@ from sharing import (
     taken,
     temporaries,
     there,
+    write_ledger,
 )
 from support import NAMESPACE, PAGE, aligned, content, digest, image, turns, until
 
@@ -199,8 +200,10 @@ async def test_what_a_clock_that_was_ahead_has_marked_goes_first(tmp_path: Path)
     async with opened(root, capacity_bytes=capacity) as engine:
         assert await get(engine, b"c")
     assert path_of(root, b"c").stat().st_mtime <= time.time()
-    async with opened(root, capacity_bytes=capacity) as engine:
-        for key, left in ((b"e", b"acd"), (b"f", b"cd"), (b"g", b"c")):
+    async with opened(root, capacity_bytes=5 * IMAGE) as engine:
+        (root / "quarantine" / "bad").write_bytes(bytes(IMAGE))  # before all of them
+        write_ledger(root, 5 * IMAGE)
+        for key, left in ((b"e", b"abcd"), (b"f", b"acd"), (b"g", b"cd"), (b"h", b"c")):
             await put(engine, key)
             assert b"".join(key for key in keys if path_of(root, key).exists()) == left
 

@@ -98,7 +98,9 @@ class _Search:
 
     def _consider(self, place: str, found: os.stat_result) -> None:
         last = used = self._room.last_use(place, found)
-        if used > self._ahead or place.startswith("quarantine/"):
+        if place.startswith("quarantine/"):
+            last = -2 * _LAST
+        elif used > self._ahead:
             last -= _LAST  # used before that clock was put right
         if not self._wants(last):
             return
