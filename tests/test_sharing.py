@@ -281,6 +281,22 @@ async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:
             assert await get(engine, b"key")
 
 
+async def test_what_nfs_keeps_for_those_who_have_it_open(tmp_path: Path) -> None:
+    """Under another name, and there it can't be removed: that stops no store."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root, capacity_bytes=4 * IMAGE) as engine:
+            await put(engine, b"a", b"b", b"c")
+            for folder in ("tmp", "quarantine"):
+                kept = root / folder / f".nfs{'0' * 24}"
+                kept.write_bytes(bytes(PAGE))
+                make_old(kept, 2 * HOUR)
+            disk.fail("unlink", errno.EBUSY, match=".nfs*")
+            await put(engine, b"d", b"e", b"f")
+            assert await there(engine, [b"b", b"c", b"d", b"e", b"f"]) == [b"c", b"d", b"e", b"f"]
+            assert ledger(root) == 4 * IMAGE
+
+
 @pytest.mark.parametrize("memory", ["aligned", "unaligned"])
 async def test_who_is_taken_for_dead_stores_again(tmp_path: Path, memory: str) -> None:
     """Another host goes by the clock, and that may have been put forward by an hour."""

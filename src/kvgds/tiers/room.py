@@ -33,6 +33,7 @@ NAME = re.compile(r"[0-9a-f]{40}\.kv")
 SPACE = re.compile(r"[0-9a-f]{32}")
 _RECENT = 1 << 16  # how many uses that are not on disk are remembered
 _LAST = 1 << 63  # nanoseconds, later than any use: what the next tier lacks goes last
+_KEPT = ".nfs"  # what was removed under NFS while somebody had it open: goes when that is closed
 _AHEAD_S = 3600.0  # hosts that share a directory have clocks that differ less
 _LOW = 0.95  # of the capacity: evict down to this, so as not to make room for every store,
 _MORE = 32  # but at a time no more files than so many that need not go yet
@@ -293,7 +294,8 @@ class Room:
     def walk(self) -> Generator[tuple[str, os.stat_result], None, None]:
         """Every stored file: its path and status."""
         for name, found in files_in("quarantine", self._root):
-            yield f"quarantine/{name}", found
+            if not name.startswith(_KEPT):
+                yield f"quarantine/{name}", found
         for space in filter(SPACE.fullmatch, subfolders("", self._root)):
             yield from blocks_in(space, self._root)
 
@@ -305,6 +307,8 @@ class Room:
         reserved, unfinished, freed = 0, set(), 0
         now = self._ledger.now()
         for name, found in files_in("tmp", self._root):
+            if name.startswith(_KEPT):
+                continue
             nbytes = reserved_by(name)
             if self._owner.may_remove(name, now - found.st_mtime):
                 with contextlib.suppress(FileNotFoundError):
