@@ -177,3 +177,20 @@ def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path, name: str, act: str) 
         return
     with pytest.raises(ConfigError, match=f"{name}'.*no regular file.*remove it"):
         ACTS[act](root)
+
+
+async def test_a_path_that_is_too_long_for_the_index_says_so(tmp_path: Path) -> None:
+    """SQLite, which says nothing of that, takes shorter ones than the system does."""
+    for most, fits in ((504, True), (505, False)):
+        left = most - len(os.fsencode(tmp_path)) - len("/index.db")
+        above = tmp_path / ("a" * 99) / ("b" * 99)
+        root = above / ("c" * 99) / ("d" * (left - 301))
+        root.parent.mkdir(parents=True, exist_ok=True)
+        assert len(os.fsencode(root / "index.db")) == most
+        if fits:
+            async with opened(root) as engine:
+                assert await engine.store(b"key", bytes(100))
+        else:
+            with pytest.raises(ConfigError, match="takes paths of 504 bytes at most"):
+                async with open_engine(config(root)):
+                    pass

@@ -33,6 +33,7 @@ _FORMAT = 2  # 1 lacks `mirrored`
 _APPLICATION = 0x6B766764
 _LOG_BYTES = 4 << 20  # of SQLite's log, which keeps its size; more for as long as somebody reads
 _TELL_AT_ONCE = 16  # who asked for a commit; a flight of stores, or one delete
+_PATH_BYTES = 504  # of SQLite's database, which leaves room for the names of its other files
 _ROWS = 512  # rows a statement; SQLite's limit is 32,766 parameters
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -224,6 +225,8 @@ def unusable(root: Path, error: Exception) -> ConfigError:
     rule = f"can't be used: {error}"
     if isinstance(error, sqlite3.Error) and "locked" in str(error):
         rule += ": another program has the index, as an engine does for itself on btrfs"
+    elif isinstance(error, sqlite3.Error) and len(os.fsencode(root / "index.db")) > _PATH_BYTES:
+        rule += f"; SQLite takes paths of {_PATH_BYTES} bytes at most: use a shorter one"
     elif isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
         rule += "; the index needs room on the disk: free some MiB"
     return ConfigError("root", str(root), rule)
