@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from faults import FaultyDisk
-from kvgds import Namespace, TransferTimeout
+from kvgds import Namespace, TransferError, TransferTimeout
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -318,6 +318,23 @@ async def test_who_is_taken_for_dead_stores_again(tmp_path: Path, memory: str) -
         assert got == bytes(held)
         assert temporaries(root) == []
         assert ledger(root) == taken(root) == IMAGE + PAGE
+
+
+async def test_who_loses_its_temporary_again_is_told(tmp_path: Path) -> None:
+    """The second time it was no clock: a store does not go on for ever."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        engine.held.hold("landing")
+        storing = asyncio.ensure_future(engine.store(b"key", bytes(NBYTES)))
+        for _ in range(2):
+            await engine.held.wait_held("landing")
+            (lost,) = temporaries(root)
+            (root / "tmp" / lost).unlink()
+            engine.held.release()
+            engine.held.hold("landing")
+        with pytest.raises(TransferError) as raised:
+            await storing
+        assert raised.value.errno == errno.ENOENT
 
 
 async def test_a_ledger_that_lies_is_put_right(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ class Store:
         temporary: path of the temporary file, while there is one.
         detached: when NIXL has let go of the descriptor.
         forced: the disk was full once: something has to be evicted first.
+        swept: its temporary was lost once.
     """
 
     move: Move
@@ -92,6 +93,7 @@ class Store:
     fd: int = -1
     detached: Future[None] | None = None
     forced: bool = False
+    swept: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -338,7 +340,7 @@ class Tree:
         except Exception as error:  # noqa: BLE001 - it belongs to this store alone
             if self._was_swept(store, error):
                 store.move.again()
-                store.state, store.temporary = "wanted", ""
+                store.state, store.temporary, store.swept = "wanted", "", True
                 return
             self._drop_later(store)
             fail(store.move, error)
@@ -346,7 +348,7 @@ class Tree:
 
     def _was_swept(self, store: Store, error: Exception) -> bool:
         """Whether a store has lost its temporary: who can't see us live goes by clocks alone."""
-        wanted = store.temporary and not store.move.abandoned
+        wanted = store.temporary and not (store.swept or store.move.abandoned)
         return bool(wanted and _is_gone(error) and status(store.temporary, self._root) is None)
 
     def _look(self, store: Store, folders: Folders) -> None:
