@@ -369,6 +369,25 @@ async def test_blocks_of_a_cache_are_claimed_one_by_one(tmp_path: Path) -> None:
         assert await loading
 
 
+async def test_several_blocks_are_claimed_together_or_not_at_all(tmp_path: Path) -> None:
+    async with opened(tmp_path / "kv") as engine:
+        cache = engine.register_cache([aligned(16 * PAGE).reshape(8, -1) for _ in range(3)])
+        await engine.store(b"a", bytes(2 * cache.block_bytes))
+        await engine.store(b"b", bytes(cache.block_bytes))
+        engine.held.hold("landing")
+        loading = asyncio.ensure_future(engine.load(b"a", cache.block(5, 1)))
+        await engine.held.wait_held("landing")
+        engine.held.hold("landing", lambda _: False)
+        for taken in ((1, 0), (0, 1), (2, 3, 5)):
+            with pytest.raises(BusyError):
+                await engine.store(b"c", cache.block(*taken))
+        for free in (0, 2, 3):
+            assert await engine.load(b"b", cache.block(free))
+        engine.held.release()
+        assert await loading
+        assert await engine.load(b"a", cache.block(1, 5))
+
+
 async def test_deregistered_memory_is_refused(tmp_path: Path) -> None:
     """And it is free: its owner may resize or close it."""
     async with opened(tmp_path / "kv") as engine:
@@ -523,6 +542,28 @@ async def test_caches_of_every_layout(tmp_path: Path, layout: str) -> None:
                 assert part.tobytes() == wanted.tobytes(), (layout, index)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_several_blocks_as_one(tmp_path: Path, layout: str) -> None:
+    """Blocks 1, 2 and 0 of one cache become 4, 0 and 3 of another, and nothing else changes."""
+    make, axis = LAYOUTS[layout]
+    async with opened(tmp_path / "kv") as engine:
+        source, target = make(), make()
+        for layer in target:
+            layer[...] = np.roll(layer, 1)
+        before = [np.array(layer) for layer in target]
+        ours, theirs = engine.register_cache(source, axis), engine.register_cache(target, axis)
+        assert ours.block(1, 2, 0).nbytes == 3 * ours.block_bytes
+        assert await engine.store(b"a", ours.block(1, 2, 0))
+        assert await engine.load(b"a", theirs.block(4, 0, 3))
+        came = {4: 1, 0: 2, 3: 0}
+        for i in range(BLOCKS):
+            expected = block_of(source, axis, came[i]) if i in came else block_of(before, axis, i)
+            for part, wanted in zip(block_of(target, axis, i), expected, strict=True):
+                assert part.tobytes() == wanted.tobytes(), (layout, i)
+        with pytest.raises(ConfigError, match="give memory of that size"):
+            await engine.load(b"a", theirs.block(0, 1))
+
+
 async def test_a_cache_of_torch_tensors(tmp_path: Path) -> None:
     """As an LLM server has it: bfloat16, two tensors a layer, all blocks moved at once."""
     async with opened(tmp_path / "kv") as engine:
@@ -624,8 +665,13 @@ async def test_layers_that_overlap(tmp_path: Path) -> None:
                 engine.register_cache(layers)
         cache = engine.register_cache([pool[:, :40], pool[:, 40:]])
         for index in (-1, 4):
-            with pytest.raises(ConfigError, match="0 to 3"):
-                cache.block(index)
+            for indices in ((index,), (0, index)):
+                with pytest.raises(ConfigError, match="0 to 3"):
+                    cache.block(*indices)
+        with pytest.raises(ConfigError, match="each block once"):
+            cache.block(1, 2, 1)
+        with pytest.raises(ConfigError, match=r"cache.block\(7, 8\)"):
+            cache.block([1, 2])  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="block"):
             await engine.store(b"a", cache)
 
@@ -660,6 +706,30 @@ def test_gather_lists_are_what_numpy_says(case: tuple[list[np.ndarray[Any, Any]]
     for (address, nbytes), (following, _) in itertools.pairwise(touched):
         assert address + nbytes <= following
     assert sum(nbytes for _, nbytes in touched) == sum(layer.nbytes for layer in layers)
+
+
+@settings(deadline=None, max_examples=300)
+@given(caches(), st.data())
+def test_several_blocks_lie_layer_by_layer(
+    case: tuple[list[np.ndarray[Any, Any]], int], data: st.DataObject
+) -> None:
+    """And what follows each other in memory is one extent."""
+    cache = cache_of(*case)
+    indices = data.draw(
+        st.lists(st.integers(0, cache.blocks - 1), min_size=2, unique=True)
+        if cache.blocks > 1
+        else st.just([0])
+    )
+    view = cache.block(*indices)
+    extents = list(zip(*(cache.block(i).rows() for i in indices), strict=True))
+    expected = b"".join(bytes(bytes_at(*row)) for extent in extents for row in extent)
+    assert gathered(view) == [expected] * 2
+    assert view.nbytes == len(expected)
+    apart = sum(
+        1 + sum(address + nbytes != to for (address, nbytes), (to, _) in itertools.pairwise(extent))
+        for extent in extents
+    )
+    assert view.fragments == len(view.rows()) == apart
 
 
 def gathered(view: View) -> list[bytes]:

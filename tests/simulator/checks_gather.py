@@ -125,6 +125,28 @@ async def test_a_scattered_block_is_one_operation(
         assert operations(clean, before)["reads"] == 4 * LAYERS
 
 
+@pytest.mark.parametrize("gather_bytes", [64 * PAGE, 0])
+async def test_several_blocks_as_one(clean: Simulator, tmp_path: Path, gather_bytes: int) -> None:
+    """One operation if gathered; else one a fragment, and neighbours are one."""
+    paged = Paged(clean, "several", 4)
+    expected = b"".join(data[i * PAGE : (i + 1) * PAGE] for data in paged.data for i in (0, 3, 1))
+    async with open_engine(gathering(tmp_path / "kv", gather_bytes)) as engine:
+        cache, before = paged.register(engine), clean.counters()
+        assert await engine.store(b"k", cache.block(0, 3, 1))
+        host = bytearray(3 * BLOCK)
+        assert await engine.load(b"k", host)
+        assert host == expected
+        paged.clear()
+        assert await engine.load(b"k", cache.block(1, 2, 0))
+        done = operations(clean, before)
+        assert (done["writes"], done["reads"]) == (
+            (1, 1) if gather_bytes else (3 * LAYERS, 2 * LAYERS)
+        )
+        for layer, data in zip(paged.read(), paged.data, strict=True):
+            pages = [data[i * PAGE : (i + 1) * PAGE] for i in (1, 0, 3)]
+            assert layer == b"".join([*pages, bytes(PAGE)])
+
+
 async def test_what_is_not_gathered(clean: Simulator, tmp_path: Path) -> None:
     """Longer fragments, a block in one piece, and one that has no room in the staging buffer."""
     large = [filled(clean, 256 * 1024, ("large", i)) for i in range(2)]

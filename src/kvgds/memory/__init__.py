@@ -330,7 +330,7 @@ class Region:
             rule = f"must be a non-empty slice within {self.nbytes} bytes"
             raise ConfigError("index", part, rule)
         base = self.spans[0].address
-        return View(self, _Flat(self, start, stop), base + start, base + stop, stop - start)
+        return View(self, _Flat(self, start, stop), ((base + start, base + stop),), stop - start)
 
     def check(self) -> None:
         """Raise unless the memory is still what was registered."""
@@ -374,13 +374,14 @@ class _Gather(Protocol):
 class View:
     """One block's memory: a gather list over a region. Cheap; made anew for each call."""
 
-    __slots__ = ("_gather", "nbytes", "region", "start", "stop")
+    __slots__ = ("_gather", "_ranges", "nbytes", "region")
 
-    def __init__(self, region: Region, gather: _Gather, start: int, stop: int, nbytes: int) -> None:
+    def __init__(
+        self, region: Region, gather: _Gather, ranges: Sequence[tuple[int, int]], nbytes: int
+    ) -> None:
         self.region = region
         self.nbytes = nbytes
-        self.start = start  # what it claims: addresses, or in a cache, blocks
-        self.stop = stop
+        self._ranges = ranges  # what it claims: addresses, or in a cache, blocks
         self._gather = gather
 
     def pieces(self) -> list[memoryview]:
@@ -403,12 +404,21 @@ class View:
 
     def claim(self, *, write: bool) -> None:
         """Mark the memory as used by a transfer; raise BusyError if it already is."""
-        self.region.claims.add(self.start, self.stop, write=write)
+        claims, claimed = self.region.claims, 0
+        try:
+            for start, stop in self._ranges:
+                claims.add(start, stop, write=write)
+                claimed += 1
+        except BusyError:
+            for start, stop in self._ranges[:claimed]:
+                claims.remove(start, stop, write=write)
+            raise
         self.region.uses += 1
 
     def release(self, *, write: bool) -> None:
         """Take the mark back."""
-        self.region.claims.remove(self.start, self.stop, write=write)
+        for start, stop in self._ranges:
+            self.region.claims.remove(start, stop, write=write)
         self.region.uses -= 1
 
 
@@ -456,6 +466,8 @@ class _Layer:
 class Cache:
     """A paged KV cache: layers of blocks. ``cache.block(i)`` gathers block ``i`` of every layer.
 
+    ``cache.block(i, j)`` makes one of several: what has one key may be larger than a page.
+
     Attributes:
         blocks: how many blocks there are.
         block_bytes: payload of one block, over all layers.
@@ -476,20 +488,49 @@ class Cache:
             for offset in layer.offsets
         ]
         self.alignment = _alignment(*itertools.chain.from_iterable(self._bases))
+        self._dense = sum(step == nbytes for _, step, nbytes in self._bases)
 
     def __repr__(self) -> str:
         size = f"{self.blocks:,} x {self.block_bytes:,} bytes in {len(self.region.spans)} layers"
         return f"<Cache: {size}, {self.region._about()}>"  # noqa: SLF001 - one module
 
-    def block(self, index: int) -> View:
-        """The view of block ``index``; raise ConfigError if there is none."""
+    def block(self, index: int, *more: int) -> View:
+        """The view of a block; with ``more``, of all of these as one, in this order.
+
+        Those lie in it layer by layer, so that neighbours are one extent. Load it into as many.
+
+        Raises:
+            ConfigError: there is no such block, or one is named twice.
+        """
+        index = self._number(index)
+        if not more:
+            return View(self.region, _Paged(self, index), ((index, index + 1),), self.block_bytes)
+        indices = [index, *map(self._number, more)]
+        if len(set(indices)) < len(indices):
+            raise ConfigError("block", indices, "must name each block once")
+        runs = _runs(indices)
+        return View(self.region, _PagedRuns(self, runs), runs, len(indices) * self.block_bytes)
+
+    def _number(self, index: int) -> int:
         try:
             index = operator.index(index)  # a narrow integer of numpy or torch would overflow
         except TypeError:
-            raise ConfigError("block", index, "must be an integer") from None
+            rule = "must be an integer, or several: cache.block(7, 8)"
+            raise ConfigError("block", index, rule) from None
         if not 0 <= index < self.blocks:
             raise ConfigError("block", index, f"must be 0 to {self.blocks - 1}")
-        return View(self.region, _Paged(self, index), index, index + 1, self.block_bytes)
+        return index
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of numbers that follow each other: their starts and stops."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = runs[-1][0], index + 1
+        else:
+            runs.append((index, index + 1))
+    return runs
 
 
 class _Paged:
@@ -516,6 +557,39 @@ class _Paged:
     @property
     def fragments(self) -> int:
         return len(self._cache._bases)  # noqa: SLF001 - see pieces
+
+
+class _PagedRuns:
+    """A gather list over several blocks of a cache, layer by layer."""
+
+    __slots__ = ("_cache", "_runs")
+
+    def __init__(self, cache: Cache, runs: Sequence[tuple[int, int]]) -> None:
+        self._cache = cache
+        self._runs = runs
+
+    def pieces(self) -> list[memoryview]:
+        extents = self._cache._extents  # noqa: SLF001 - one class in three parts
+        return [m[at : at + n] for m, *layer in extents for at, n in self._places(*layer)]
+
+    def rows(self) -> list[tuple[int, int]]:
+        return [row for layer in self._cache._bases for row in self._places(*layer)]  # noqa: SLF001 - see pieces
+
+    def _places(self, base: int, step: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        for start, stop in self._runs:
+            if step == nbytes:
+                yield base + start * step, (stop - start) * step
+            else:
+                yield from ((base + i * step, nbytes) for i in range(start, stop))
+
+    @property
+    def alignment(self) -> int:
+        return self._cache.alignment
+
+    @property
+    def fragments(self) -> int:
+        dense, every = self._cache._dense, len(self._cache._bases)  # noqa: SLF001 - see pieces
+        return dense * len(self._runs) + (every - dense) * sum(b - a for a, b in self._runs)
 
 
 class Territory:
