@@ -15,6 +15,7 @@ import gc
 import hashlib
 import itertools
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -149,6 +150,41 @@ async def batches(setup: Setup) -> Rows:
                     yield row
             for each in blocks.values():
                 await each.close()
+            content.close()
+
+
+async def pages(setup: Setup) -> Rows:
+    """Small blocks of a cache one by one, and 16 under each key: neighbours, or scattered ones."""
+    many = 16
+    async with setup.field() as place:
+        for block in setup.some([16 * KIB, 64 * KIB, 256 * KIB]):
+            count = place.count(block, many) // many * many or many
+            content = Content(block, count, setup.gpu)
+            near = list(range(count))
+            far = random.Random(0).sample(near, count)
+            for name, engine in place.engines.items():
+                blocks = Blocks(engine, content)
+                for store in (True, False):
+                    contenders = [
+                        replace(
+                            blocks.contender(f"{name}, {what}", 8 * many, store=store),
+                            run=partial(
+                                blocks.move_groups,
+                                [numbers[i : i + size] for i in range(0, count, size)],
+                                8 * many // size,
+                                store=store,
+                            ),
+                        )
+                        for what, numbers, size in (
+                            ("one by one", near, 1),
+                            ("16 neighbours", near, many),
+                            ("16 scattered", far, many),
+                        )
+                    ]
+                    cell = place.cell("pages", block, 8 * many, "store" if store else "load")
+                    for row in await rows_of(cell, contenders, setup.rounds):
+                        yield row
+                await blocks.close()
             content.close()
 
 
@@ -597,6 +633,7 @@ SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
     "single": single,
     "models": models,
     "batches": batches,
+    "pages": pages,
     "mixed": mixed,
     "burst": burst,
     "evict": evict,

@@ -22,7 +22,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 PACKAGE = Path(__file__).parents[1] / "src" / "kvgds"
 SCENARIOS = {
     "files.py": {
-        *("copy", "store", "load", "batch", "mixed", "burst", "evict", "ticker", "busy", "prefix"),
+        *("copy", "store", "load", "batch", "pages", "mixed", "burst", "evict", "ticker", "busy"),
+        "prefix",
         "peers",
     },
     "gpu.py": {"fragments", "decode"},

@@ -24,7 +24,7 @@ from kvgds.memory.device import cuda
 from kvgds.replay import Pattern
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from kvgds.engine import Engine
     from kvgds.flights import Memory
@@ -192,6 +192,23 @@ class Blocks:
 
         sample = await self._run(-(-count // batch), 2, one, store=store)
         sample.asked, sample.succeeded = count, moved
+        return self.content.judged(sample, store=store)
+
+    async def move_groups(
+        self, groups: Sequence[Sequence[int]], in_flight: int, *, store: bool
+    ) -> Sample:
+        """Move groups of as many blocks, each under one key, so many groups at a time."""
+        call = self.engine.store if store else self.engine.load
+        keys = [f"{self.content.block}-{group}".encode() for group in groups]
+        if store:
+            await asyncio.gather(*(self.engine.delete(key) for key in keys))
+
+        async def one(n: int) -> bool:
+            return await call(keys[n], self._caches[store].block(*groups[n]))
+
+        sample = await self._run(len(groups), in_flight, one, store=store)
+        sample.asked *= len(groups[0])
+        sample.succeeded *= len(groups[0])
         return self.content.judged(sample, store=store)
 
     async def _run(
