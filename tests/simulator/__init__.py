@@ -187,6 +187,14 @@ class Simulator:
         """Whether asynchronous copies refuse host memory that is not page-locked."""
         self.cudart.simcuda_set_strict_pinned(int(strict))
 
+    def refuse(self, function: str, error: int = 2, *, skip: int = 0, count: int = 1) -> None:
+        """Let so many calls of a function of libcudart fail, behind the next `skip`; -1: for ever.
+
+        Those that allocate, register, create, record, copy and launch (``simcuda_launch``) heed it.
+        """
+        numbers = ctypes.c_int(error), ctypes.c_int64(skip), ctypes.c_int64(count)
+        self.call("simcuda_refuse", function.encode(), *numbers)
+
     # --- cuFile -------------------------------------------------------------------------------
 
     def driver_open(self, error: int = 0) -> None:
@@ -238,7 +246,7 @@ class Simulator:
         self.cufile.simcufile_release(ctypes.c_int64(error))
 
     def clear(self) -> None:
-        """Be healthy again: no faults, no broken device, nothing held, no delay."""
+        """Be healthy again: nothing fails, is refused, held or slow, and no device is broken."""
         self.cufile.simcufile_clear()
         for name in self._settings:
             self._set(name, 0)

@@ -287,6 +287,37 @@ async def test_past_its_deadline_while_its_stream_is_busy(
         assert await engine.prefix([b"k"]) == 0
 
 
+@pytest.mark.parametrize("what", ["deadline", "event", "record", "copy"])
+@pytest.mark.parametrize("path", ["bounce", "gds"])
+async def test_who_gives_up_leaves_no_event(
+    gpu: Simulator, tmp_path: Path, what: str, path: str
+) -> None:
+    """A stream may be busy for long, and calls of CUDA fail; a driver's events are not for ever."""
+    vram, data = filled(gpu, 2 * PAGE, what)
+    stream = gpu.stream()
+    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        assert await engine.store(b"there", region)
+        before = gpu.counter("live_events")
+        failing = {"event": "EventCreateWithFlags", "record": "EventRecord", "copy": "MemcpyAsync"}
+        for act, key in ((engine.store, b"k"), (engine.load, b"there")):
+            if what == "deadline":
+                gpu.hold(stream)
+                with pytest.raises(TransferTimeout):
+                    await act(key, region, stream=stream, timeout_s=0.05)
+            elif what != "copy" or path == "bounce":
+                gpu.refuse(f"cuda{failing[what]}")
+                with pytest.raises(TransferError):
+                    await act(key, region)
+        gpu.clear()
+        await until(lambda: not engine.statistics().in_flight)
+        assert gpu.counter("live_events") == before
+        vram.write(bytes(2 * PAGE))
+        assert await engine.load(b"there", region)
+        assert vram.read() == data
+
+
 async def test_corrupt_bytes_never_reach_the_gpu(gpu: Simulator, tmp_path: Path) -> None:
     vram, data = filled(gpu, 2 * PAGE, "good")
     async with open_engine(config(tmp_path / "kv")) as engine:

@@ -20,6 +20,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -144,6 +145,14 @@ static int runtime_version = VERSION, driver_version = VERSION, batch_answer;
 static long copy_delay_us;
 static int failure[MAX_DEVICES]; /* of a kernel: what the device answers from then on */
 
+/* Calls of one function that fail: first `skip` pass, then `left` do. */
+static struct {
+    char function[32];
+    int error;
+    int64_t skip, left;
+} refusals[8];
+static unsigned refusal_count;
+
 static __thread int current, last_error;
 static __thread struct stream *per_thread[MAX_DEVICES];
 
@@ -162,6 +171,23 @@ static int give(int error) {
 }
 
 static int unlock_and_give(int error) {
+    pthread_mutex_unlock(&lock);
+    return give(error);
+}
+
+/* Whether this call of a function is to fail: with which error. */
+static int refused(const char *function) {
+    int error = SUCCESS;
+    pthread_mutex_lock(&lock);
+    for (unsigned i = 0; i < refusal_count && !error; i++) {
+        if (strcmp(refusals[i].function, function) || !refusals[i].left) continue;
+        if (refusals[i].skip > 0) {
+            refusals[i].skip--;
+            continue;
+        }
+        if (refusals[i].left > 0) refusals[i].left--;
+        error = refusals[i].error;
+    }
     pthread_mutex_unlock(&lock);
     return give(error);
 }
@@ -266,6 +292,8 @@ void simcuda_unuse(struct simcuda_range *range) {
 int simcuda_current(void) { return current; }
 
 int cudaMalloc(void **address, size_t nbytes) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!address) return give(INVALID_VALUE);
     *address = NULL;
     if (!devices) return give(NO_DEVICE);
@@ -303,6 +331,8 @@ static void free_now(struct allocation *a) {
 }
 
 int cudaFree(void *address) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!address) return SUCCESS;
     pthread_mutex_lock(&lock);
     struct allocation *a = allocation_at(address);
@@ -342,6 +372,8 @@ static bool mapped(char *address, size_t nbytes) {
 }
 
 int cudaHostRegister(void *address, size_t nbytes, unsigned flags) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     (void)flags;
     if (!devices) return give(NO_DEVICE);
     if (!address || !nbytes || arena_of(address) >= 0 || !mapped(address, nbytes))
@@ -359,6 +391,8 @@ int cudaHostRegister(void *address, size_t nbytes, unsigned flags) {
 }
 
 int cudaHostUnregister(void *address) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     pthread_mutex_lock(&lock);
     struct pinned *p = pin_at(address);
     if (!p || p->address != address) return unlock_and_give(NOT_REGISTERED);
@@ -552,6 +586,8 @@ static void wait_for_device(int device) {
 }
 
 int cudaStreamCreateWithFlags(void **handle, unsigned flags) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!handle || flags > NONBLOCKING) return give(INVALID_VALUE);
     if (!devices) return give(NO_DEVICE);
     pthread_mutex_lock(&lock);
@@ -608,6 +644,8 @@ static struct event *event_of(void *handle) {
 }
 
 int cudaEventCreateWithFlags(void **handle, unsigned flags) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!handle || flags > 7) return give(INVALID_VALUE);
     if (!devices) return give(NO_DEVICE);
     pthread_mutex_lock(&lock);
@@ -631,6 +669,8 @@ int cudaEventDestroy(void *handle) {
 }
 
 int cudaEventRecord(void *handle, void *stream_handle) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     pthread_mutex_lock(&lock);
     struct event *event = event_of(handle);
     struct stream *stream = stream_of(stream_handle);
@@ -749,6 +789,8 @@ int cudaMemcpy(void *to, const void *from, size_t nbytes, int kind) {
 }
 
 int cudaMemcpyAsync(void *to, const void *from, size_t nbytes, int kind, void *stream) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     return copy(to, nbytes, from, nbytes, nbytes, 1, kind, stream, true);
 }
 
@@ -759,8 +801,13 @@ int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
 
 /* The last first: within a batch there is no order. CUDA 13 has no `failed`, but the stream there. */
 int cudaMemcpyBatchAsync(void **to, void **from, size_t *sizes, size_t number, const int *attributes,
-                         const size_t *first, size_t kinds, void *failed, void *handle) {
-    if (runtime_version >= CUDA_13) handle = failed;
+                         const size_t *first, size_t kinds, void *failed, ...) {
+    va_list more; /* a parameter that is not there would have its place in the caller's memory */
+    va_start(more, failed);
+    void *handle = runtime_version >= CUDA_13 ? failed : va_arg(more, void *);
+    va_end(more);
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!devices) return give(NO_DEVICE);
     if (batch_answer) return give(batch_answer);
     if (!number || kinds != 1 || *first || *attributes != 1 || (uintptr_t)handle <= LEGACY)
@@ -785,6 +832,8 @@ int cudaMemcpyBatchAsync(void **to, void **from, size_t *sizes, size_t number, c
 
 /* Run a kernel behind what the stream has; device memory among its arguments stays until then. */
 int simcuda_launch(kernel *function, const struct launch *launch, void *handle) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!devices) return give(NO_DEVICE);
     pthread_mutex_lock(&lock);
     struct stream *stream = stream_of(handle);
@@ -894,15 +943,31 @@ void simcuda_set_copy_delay_us(int64_t delay_us) {
     pthread_mutex_unlock(&lock);
 }
 
+/* Let calls of this function fail, `times` of them (less than 0: for ever) after the next `skip`. */
+int simcuda_refuse(const char *function, int error, int64_t skip, int64_t times) {
+    pthread_mutex_lock(&lock);
+    bool room = refusal_count < sizeof refusals / sizeof *refusals &&
+                strlen(function) < sizeof refusals->function;
+    if (room) {
+        strcpy(refusals[refusal_count].function, function);
+        refusals[refusal_count].error = error;
+        refusals[refusal_count].skip = skip;
+        refusals[refusal_count++].left = times;
+    }
+    pthread_mutex_unlock(&lock);
+    return room ? SUCCESS : INVALID_VALUE;
+}
+
 void simcuda_set_strict_pinned(int strict) {
     pthread_mutex_lock(&lock);
     strict_pinned = strict;
     pthread_mutex_unlock(&lock);
 }
 
-/* Be as if no kernel had ever failed; with CUDA only a new process is. */
+/* Refuse nothing, and be as if no kernel had ever failed; with CUDA only a new process is. */
 void simcuda_heal(void) {
     pthread_mutex_lock(&lock);
+    refusal_count = 0;
     memset(failure, 0, sizeof failure);
     pthread_mutex_unlock(&lock);
 }

@@ -113,9 +113,9 @@ class Cuda:
     def reached(self, device: int, stream: int) -> Copying:
         """Whether a stream has done all that it was given so far."""
         self._call("cudaSetDevice", device)
-        event = self._event()
-        self._call("cudaEventRecord", event, ctypes.c_void_p(stream))
-        return Copying(self, event)
+        given = Copying(self, self._event())
+        self._call("cudaEventRecord", given.event, ctypes.c_void_p(stream))
+        return given
 
     def copy(self, device: int, copies: Sequence[tuple[int, int, int]]) -> Copying:
         """Start copies (to, from, bytes) that don't depend on each other.
@@ -124,19 +124,18 @@ class Cuda:
         interpreter lock, and costs the driver as much as a small copy itself.
         """
         ours = ctypes.c_void_p(self.stream(device))
-        after = self._event()
+        copying = Copying(self, self._event())
         try:
             if len(copies) == 1 or not self._copy_at_once(copies, ours):
                 for to, source, nbytes in copies:
                     ends = ctypes.c_void_p(to), ctypes.c_void_p(source)
                     size = ctypes.c_size_t(nbytes)
                     self._call("cudaMemcpyAsync", *ends, size, _DEFAULT_KIND, ours)
-            self._call("cudaEventRecord", after, ours)
+            self._call("cudaEventRecord", copying.event, ours)
         except CudaError:  # those before it must not go on in memory that is given back
             self._call("cudaStreamSynchronize", ours)
-            self.forget(after)
             raise
-        return Copying(self, after)
+        return copying
 
     def _copy_at_once(
         self, copies: Sequence[tuple[int, int, int]], stream: ctypes.c_void_p
@@ -179,8 +178,8 @@ class Cuda:
         return bool(code == 0)
 
     def forget(self, event: ctypes.c_void_p) -> None:
-        """Let go of an event."""
-        self._call("cudaEventDestroy", event)
+        """Let go of an event, reached or not. A GPU that has failed keeps it."""
+        self._library.cudaEventDestroy(event)
 
     def _event(self) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
@@ -200,11 +199,19 @@ class Cuda:
 
 
 class Copying:
-    """What a stream was given, copies perhaps, until it has done it."""
+    """What a stream was given, copies perhaps, until it has done it.
+
+    Attributes:
+        event: what the stream comes to then, gone with this: who waits may give up.
+    """
 
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
-        self._event: ctypes.c_void_p | None = event
+        self.event = event
+        self._over = False
+
+    def __del__(self) -> None:
+        self._cuda.forget(self.event)
 
     @property
     def done(self) -> bool:
@@ -213,10 +220,8 @@ class Copying:
         Raises:
             CudaError: they failed.
         """
-        if self._event is not None and self._cuda.done(self._event):
-            self._cuda.forget(self._event)
-            self._event = None
-        return self._event is None
+        self._over = self._over or self._cuda.done(self.event)
+        return self._over
 
 
 class Copied:
