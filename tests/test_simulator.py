@@ -87,6 +87,18 @@ for _ in range(2):
 print(gpu.counter("copy_batches"), gpu.counter("async_copies"))
 """
 
+# Prints whether a stream can be had, when the first can't be made.
+STREAM = """
+from kvgds.memory.device import CudaError, cuda
+from simulator import Simulator
+gpu, runtime = Simulator(), cuda()
+gpu.refuse("cudaStreamCreateWithFlags")
+try:
+    runtime.stream(0)
+except CudaError:
+    print(runtime.stream(0) > 2, gpu.counter("live_streams"))
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -155,6 +167,11 @@ def test_pieces_are_copied_by_one_call_where_cuda_has_it(
     settings: dict[str, Any], expected: str
 ) -> None:
     assert expected == run("-c", COPY, **settings).strip()
+
+
+def test_a_stream_that_could_not_be_made_is_not_the_default_stream() -> None:
+    """On which copies would wait for what others compute, and that for them."""
+    assert run("-c", STREAM).strip() == "True 1"
 
 
 REFUSED = "GPUDirect Storage can't be had here"

@@ -190,12 +190,11 @@ class Cuda:
         """The stream on which kvgds does its own work on a GPU, which becomes the current one."""
         self._call("cudaSetDevice", device)
         with self._lock:
-            stream = self._streams.get(device)
-            if stream is None:
-                stream = self._streams[device] = ctypes.c_void_p()
-                name = "cudaStreamCreateWithFlags"
-                self._call(name, ctypes.byref(stream), _NON_BLOCKING)
-            return stream.value or 0
+            if device not in self._streams:
+                made = ctypes.c_void_p()
+                self._call("cudaStreamCreateWithFlags", ctypes.byref(made), _NON_BLOCKING)
+                self._streams[device] = made
+            return self._streams[device].value or 0
 
 
 class Copying:
