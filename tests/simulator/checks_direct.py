@@ -157,6 +157,32 @@ async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path
         assert back == new
 
 
+PER_THREAD = 2  # cudaStreamPerThread, CuPy's Stream.ptds
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_a_store_waits_for_the_default_stream_of_its_callers_thread(
+    gpu: Simulator, tmp_path: Path, path: str
+) -> None:
+    """Whose handle names another stream in every thread, in those of the engine, too."""
+    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+    vram, _ = filled(gpu, 2 * PAGE, "old")
+    source, new = filled(gpu, 2 * PAGE, "new")
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        gpu.hold(PER_THREAD)
+        later(gpu, vram, source, PER_THREAD)
+        storing = asyncio.create_task(engine.store(b"k", region, stream=PER_THREAD))
+        for i in range(5):
+            assert await engine.store(b"%d" % i, bytes(PAGE))
+        assert not storing.done()
+        gpu.release(PER_THREAD)
+        assert await storing
+        back = bytearray(2 * PAGE)
+        assert await engine.load(b"k", back)
+        assert back == new
+
+
 @pytest.mark.parametrize("path", ["gds", "bounce"])
 async def test_a_load_overwrites_nothing_that_a_stream_reads(
     gpu: Simulator, tmp_path: Path, path: str

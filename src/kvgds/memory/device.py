@@ -28,6 +28,9 @@ NOTHING = bytes(16)  # the checksum of work that makes none
 NOT_READY = 600  # cudaErrorNotReady
 _PORTABLE = 1
 _NON_BLOCKING = 1
+# The caller's per-thread default stream is another one in our threads. The default stream waits for
+# those of all threads.
+_LEGACY, _PER_THREAD = 1, 2
 _NO_TIMING = 2
 _DEFAULT_KIND = 4  # the runtime tells host from device by the address
 _DEVICE_MEMORY = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
@@ -245,7 +248,7 @@ def stream_of(stream: Any) -> int:  # noqa: ANN401 - any library's
     if type(stream) is not int or stream < 0:
         rule = "must be a stream of torch or CuPy, a cudaStream_t as an integer, or None"
         raise ConfigError("stream", stream, rule)
-    return stream
+    return _LEGACY if stream == _PER_THREAD else stream
 
 
 @functools.cache
