@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -155,6 +156,29 @@ async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path
         back = bytearray(2 * PAGE)
         assert await engine.load(b"k", back)
         assert back == new
+
+
+class OwnStream:
+    """A stream that is destroyed with the object, as CuPy's are."""
+
+    def __init__(self, gpu: Simulator) -> None:
+        self.ptr = gpu.stream()
+        weakref.finalize(self, gpu.call, "cudaStreamDestroy", ctypes.c_void_p(self.ptr))
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_a_stream_lives_as_long_as_it_is_needed(
+    gpu: Simulator, tmp_path: Path, path: str
+) -> None:
+    """To ask one that was destroyed is undefined."""
+    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+    vram, data = filled(gpu, 2 * PAGE, "lives")
+    async with open_engine(settings) as engine:
+        region = engine.register(vram)
+        assert await engine.store_nowait(b"k", region, stream=OwnStream(gpu))
+        vram.write(bytes(2 * PAGE))
+        assert await engine.load_nowait(b"k", region, stream=OwnStream(gpu))
+        assert vram.read() == data
 
 
 PER_THREAD = 2  # cudaStreamPerThread, CuPy's Stream.ptds

@@ -31,7 +31,6 @@ from kvgds.errors import (
 from kvgds.flights.batch import Batch, Flight, Settled, Waiter, listed, pairs
 from kvgds.flights.relay import Errand, Relay
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
-from kvgds.memory.device import stream_of
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket
@@ -184,13 +183,7 @@ class Flights:
         timeout = self.timeout_of(timeout_s)
         _check_priority(priority)
         batch = Batch(
-            self._loop,
-            self.deadlines,
-            blocks,
-            priority,
-            write=write,
-            each=each,
-            stream=0 if stream is None else stream_of(stream),
+            self._loop, self.deadlines, blocks, priority, write=write, each=each, stream=stream
         )
         if blocks:
             self.deadlines.add(batch, self._loop.time() + timeout)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvgds.blocks import Outcome
 from kvgds.errors import BusyError, ConfigError
+from kvgds.memory.device import stream_of
 from kvgds.schedule import Priority
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Batch:
         "priority",
         "since",
         "stream",
+        "stream_owner",
         "waiter",
         "waiters",
         "write",
@@ -101,13 +103,15 @@ class Batch:
         *,
         write: bool,
         each: bool,
-        stream: int,
+        stream: object,
     ) -> None:
         self.loop = loop
         self.deadlines = deadlines
         self.write = write
         self.priority = priority
-        self.stream = stream  # what uses the blocks' memory, if that is a GPU's
+        # What uses the blocks' memory, if that is a GPU's.
+        self.stream = 0 if stream is None else stream_of(stream)
+        self.stream_owner = stream  # CuPy's are destroyed with their object
         self.since = time.monotonic()  # to measure by: the time of uvloop has milliseconds only
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
