@@ -369,6 +369,20 @@ async def test_memory_that_cufile_takes_in_no_pieces_is_an_error(
         assert other.read() == data
 
 
+async def test_kernels_that_can_not_be_made_are_made_later(gpu: Simulator, tmp_path: Path) -> None:
+    """The GPU has no memory for a moment: that is no reason to fail for ever."""
+    vram, data = filled(gpu, 2 * PAGE, "kernels")
+    async with open_engine(direct(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        gpu.refuse("cudaMalloc")
+        with pytest.raises(TransferError, match="cudaErrorMemoryAllocation"):
+            await engine.store(b"k", region)
+        assert await engine.store(b"k", region)
+        vram.write(bytes(2 * PAGE))
+        assert await engine.load(b"k", region)
+        assert vram.read() == data
+
+
 async def test_a_file_that_cufile_refuses_is_an_error(gpu: Simulator, tmp_path: Path) -> None:
     """A file for each block, registered when it is first used: no slab that is known already."""
     vram, _ = filled(gpu, 2 * PAGE, "file")

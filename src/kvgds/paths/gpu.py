@@ -122,6 +122,11 @@ class _Gpu:
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants them
             self.kernels.set_exception(error)
 
+    @property
+    def failed(self) -> bool:
+        """Whether they could not be made; who wants them has been told."""
+        return self.kernels.done() and self.kernels.exception() is not None
+
     def sum(self, rows: Sequence[tuple[int, int]]) -> _Asked:
         """The checksum of a block."""
         self._sums.append(_Asked(self, rows))
@@ -160,13 +165,13 @@ class _Gpu:
 
 
 class Gpus:
-    """The GPUs that blocks have come from."""
+    """The GPUs that blocks have come from. Kernels that could not be made are made anew."""
 
     def __init__(self) -> None:
         self._gpus: dict[int, _Gpu] = {}
 
     def __getitem__(self, device: int) -> _Gpu:
-        if device not in self._gpus:
+        if device not in self._gpus or self._gpus[device].failed:
             self._gpus[device] = _Gpu(device)
         return self._gpus[device]
 
@@ -381,9 +386,11 @@ class GpuGathered:
         return [(move.lease_address, move.offset, PAGE)]
 
     def _departing(self, move: Move) -> Iterator[Work]:
-        staging, gpu = self._stagings[move.device], self._gpus[move.device]
+        staging = self._stagings[move.device]
         yield cuda().reached(move.device, move.stream)
-        yield staging.make(gpu)
+        if not staging.failed:
+            gpu = self._gpus[move.device]
+            yield staging.make(gpu)
         if staging.failed:
             move.go_by(self._direct)
             return
