@@ -241,6 +241,27 @@ def test_a_launch_keeps_its_memory_whoever_lets_go(
     assert live[1:] == live[:1] * 2
 
 
+@pytest.mark.parametrize(
+    ("function", "skip"),
+    [("simcuda_launch", 1), ("cudaEventCreateWithFlags", 0), ("cudaEventRecord", 0)],
+)
+@pytest.mark.parametrize("what", ["copy", "sum"])
+def test_a_launch_that_fails_half_way_has_ended(  # noqa: PLR0917 - parameters and fixtures
+    gpu: Simulator, filled: Filled, kernels: Kernels, what: str, function: str, skip: int
+) -> None:
+    """What had begun uses memory that is given back then; that its own lives, the fixture sees."""
+    vram, stream = filled("failed"), new_stream()
+    gpu.copy_delay(0.02)
+    gpu.refuse(function, skip=skip if what == "sum" else 0)
+    with pytest.raises(CUDARuntimeError):
+        if what == "sum":
+            kernels.checksums(block(vram), stream.ptr)
+        else:
+            kernels.copy([(vram.address + 2048, vram.address, 2048)], stream.ptr)
+    assert gpu.counter("pending") == 0
+    assert read(kernels.checksums(block(vram), stream.ptr))
+
+
 def test_what_goes_too_early_is_told(machine: Simulator, filled: Filled) -> None:
     """What kernels are given, and the host's side of two copies."""
     freed, unpinned = too_early(machine)

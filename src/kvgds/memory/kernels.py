@@ -3,11 +3,13 @@
 Owns the compiled kernels (``kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
 is for so long. Making :class:`Kernels` reads a file, compiles and waits, a second or so; a launch
-waits for nothing but its own memory, which comes from CuPy's pools. One thread at a time.
+waits for nothing but its own memory, which comes from CuPy's pools, or if it fails half-way, for
+what had begun. One thread at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections import deque
@@ -21,7 +23,7 @@ from kvgds.errors import BusyError, ConfigError, PathUnavailable
 from kvgds.memory.device import NOT_READY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -209,7 +211,7 @@ class Kernels:
         """
         table = np.array(copies, np.uint64).reshape(-1, 3)
         grids, cupy = copy_grids(table), self._cupy
-        with cupy.cuda.Device(self.device), self._stream(stream) as queue:
+        with self._behind(stream) as queue:
             said, there = self._table(table, queue)
             for first, grid in grids:
                 self._copy(grid, (COPY_THREADS,), (there, np.uint32(first)))
@@ -229,8 +231,18 @@ class Kernels:
             ConfigError: a block is shorter than :data:`SHORTEST`, or there are none or too many.
         """
         plan = plan_of(blocks)
-        with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
+        with self._behind(stream) as queue:
             return self._under_way(self._enqueue(plan, queue), queue)
+
+    @contextlib.contextmanager
+    def _behind(self, stream: int) -> Iterator[Any]:
+        """Make a stream the one that is given work."""
+        with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
+            try:
+                yield queue
+            except BaseException:  # what was begun must not go on in memory that is given back
+                queue.synchronize()
+                raise
 
     def _enqueue(self, plan: Plan, queue: Any) -> Digests:  # noqa: ANN401 - CuPy has no types
         cupy = self._cupy

@@ -94,6 +94,10 @@ class ExternalStream(_Context):
         super().__init__()
         self.ptr = ptr
 
+    def synchronize(self) -> None:
+        """Wait until it has done what it was given."""
+        runtime.call("cudaStreamSynchronize", ctypes.c_void_p(self.ptr))
+
     def _change(self) -> int:
         before = current_stream()
         self._restore(self.ptr)
