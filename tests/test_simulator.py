@@ -99,6 +99,32 @@ except CudaError:
     print(runtime.stream(0) > 2, gpu.counter("live_streams"))
 """
 
+# Closes an engine on a GPU that gives nothing back any more; prints what that says and leaves.
+CLOSE = """
+import asyncio, logging, sys, tempfile, threading
+import kvgds
+from simulator import Simulator
+from simulator.checks_engine import Rows
+async def main():
+    gpu = Simulator()
+    tier = kvgds.FileTier(root=tempfile.mkdtemp() + "/kv", capacity_bytes=1 << 24, verify="stamp")
+    config = kvgds.EngineConfig(namespace=kvgds.Namespace(model="m"), tiers=(tier,), path="gds",
+                                bounce_bytes=1 << 20, gather_bytes=1 << 20)
+    async with kvgds.open_engine(config) as engine:
+        for i in range(2):  # on each GPU a block in two pieces
+            layers = [Rows(gpu.allocate(8192, i), 2) for _ in range(2)]
+            assert await engine.store(b"%d" % i, engine.register_cache(layers).block(0))
+        assert await engine.store(b"bounces", gpu.allocate(100))
+        gpu.refuse("cudaFree", 700, count=-1)
+        gpu.refuse("cudaHostUnregister", 700, count=-1)
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+asyncio.run(main())
+left = [each for each in threading.enumerate() if each.name.startswith("kvgds")]
+for each in left:
+    each.join(5)
+print([each.name for each in left if each.is_alive()])
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -172,6 +198,18 @@ def test_pieces_are_copied_by_one_call_where_cuda_has_it(
 def test_a_stream_that_could_not_be_made_is_not_the_default_stream() -> None:
     """On which copies would wait for what others compute, and that for them."""
     assert run("-c", STREAM).strip() == "True 1"
+
+
+def test_a_gpu_that_has_failed_keeps_no_engine_open() -> None:
+    """It gives nothing back, and says so each time."""
+    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
+    *told, threads = run("-c", CLOSE, devices=2, **slow).splitlines()
+    assert threads == "[]"
+    assert [line.rpartition(": ")[0] for line in told] == [
+        "GPU 0 keeps its staging memory until this process ends: cudaFree",
+        "GPU 1 keeps its staging memory until this process ends: cudaFree",
+        "the bounce region stays page-locked: cudaHostUnregister",
+    ]
 
 
 REFUSED = "GPUDirect Storage can't be had here"

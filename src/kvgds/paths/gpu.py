@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE
 from kvgds.memory import Span, pairs
-from kvgds.memory.device import COPIED, NOTHING, cuda
+from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.memory.kernels import Digests, Kernels
 from kvgds.schedule import HANDICAP_S, Pages, Priority
 from kvgds.transport import LATER
@@ -263,7 +263,11 @@ class _Staging:
 
     def _free(self) -> None:
         if self._allocated:
-            cuda().free(self._allocated)
+            try:
+                cuda().free(self._allocated)
+            except CudaError as error:  # the GPU has failed: that is no reason not to close
+                text = "GPU %d keeps its staging memory until this process ends: %s"
+                _log.warning(text, self.device, error)
             self._allocated = 0
 
 

@@ -8,6 +8,7 @@ an engine has is decided once, when it opens.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
 from kvgds.memory import copy_pieces, pairs
-from kvgds.memory.device import COPIED, NOTHING, cuda
+from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.paths.gpu import GpuDirect, GpuGathered, Gpus, after_stream, payload_rows
 from kvgds.paths.move import checksum_of
 from kvgds.transport import LATER
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from kvgds.paths.plan import PathPlan
     from kvgds.transport import Later
     from kvgds.transport.contract import Memory, Rows
+
+_log = logging.getLogger("kvgds")
 
 
 class _Direct:
@@ -212,5 +215,8 @@ class Ways:
         if self.gathered is not None:
             self.gathered.close()
         if self._pinned:
-            cuda().unpin(self.arena.span)
+            try:
+                cuda().unpin(self.arena.span)
+            except CudaError as error:  # the GPU has failed: that is no reason not to close
+                _log.warning("the bounce region stays page-locked: %s", error)
             self._pinned = False
