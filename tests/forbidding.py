@@ -1,4 +1,4 @@
-"""What the system forbids: system calls that fail from now on, in this thread and those it starts.
+"""What the system forbids: system calls that fail from now on, in all threads of the process.
 
 By seccomp, as Docker does it; for a child process, since nothing takes it back.
 """
@@ -12,6 +12,7 @@ import struct
 _ARM = platform.machine() == "aarch64"
 CLONE, CLONE3 = 220 if _ARM else 56, 435
 MADVISE = 233 if _ARM else 28
+_SECCOMP = 277 if _ARM else 317
 IO_SETUP, IO_URING_SETUP = 0 if _ARM else 206, 425
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,7 +27,9 @@ def forbid(*calls: int, error: int = errno.EPERM) -> None:
     buffer = ctypes.create_string_buffer(code)
     program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
     assert _libc.prctl(38, 1, 0, 0, 0) == 0
-    assert _libc.prctl(22, 2, program, 0, 0) == 0, os.strerror(ctypes.get_errno())
+    filtering, all_threads = 1, 1
+    done = _libc.syscall(_SECCOMP, filtering, all_threads, program)
+    assert done == 0, os.strerror(ctypes.get_errno())
 
 
 def forbid_threads() -> None:

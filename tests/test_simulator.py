@@ -125,6 +125,31 @@ for each in left:
 print([each.name for each in left if each.is_alive()])
 """
 
+# Stores a scattered block when no thread can be started any more, twice; prints what comes of it.
+NO_THREAD = """
+import asyncio, tempfile
+import kvgds
+from forbidding import forbid_threads
+from simulator import Simulator
+from simulator.checks_engine import Rows
+async def main():
+    gpu = Simulator()
+    tier = kvgds.FileTier(root=tempfile.mkdtemp() + "/kv", capacity_bytes=1 << 24)
+    config = kvgds.EngineConfig(namespace=kvgds.Namespace(model="m"), tiers=(tier,), path="gds",
+                                bounce_bytes=1 << 20, gather_bytes=1 << 20, timeout_s=5)
+    async with kvgds.open_engine(config) as engine:
+        flat = engine.register(gpu.allocate(4096))
+        assert await engine.store(b"flat", flat)  # the kernels are made
+        block = engine.register_cache([Rows(gpu.allocate(8192), 2) for _ in range(2)]).block(0)
+        forbid_threads()
+        for _ in range(2):
+            try:
+                await engine.store(b"k", block)
+            except kvgds.TransferError as error:
+                print(error)
+asyncio.run(main())
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -210,6 +235,13 @@ def test_a_gpu_that_has_failed_keeps_no_engine_open() -> None:
         "GPU 1 keeps its staging memory until this process ends: cudaFree",
         "the bounce region stays page-locked: cudaHostUnregister",
     ]
+
+
+def test_without_a_thread_for_staging_memory_each_block_is_told() -> None:
+    """At once: none waits for what nobody makes."""
+    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
+    said = "store of block 6b: can't start new thread"
+    assert run("-c", NO_THREAD, **slow).splitlines() == [said, said]
 
 
 REFUSED = "GPUDirect Storage can't be had here"

@@ -206,9 +206,9 @@ class _Staging:
     def make(self, gpu: _Gpu) -> _Staging:
         """See to it that it will be there."""
         if not self._making:
-            self._making = True
             name = f"kvgds-gather-{self.device}"
             threading.Thread(target=self._make, args=(gpu,), name=name, daemon=True).start()
+            self._making = True  # last: a thread may not be had, or only later
         return self
 
     def _make(self, gpu: _Gpu) -> None:
