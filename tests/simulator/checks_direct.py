@@ -250,12 +250,14 @@ async def test_a_stream_that_is_busy_holds_up_no_other_load(gpu: Simulator, tmp_
         assert (one.read(), two.read()) == (data, data)
 
 
+@pytest.mark.parametrize("start", [0, PAGE])
 async def test_two_engines_never_share_what_cufile_knows_once(
-    gpu: Simulator, tmp_path: Path
+    gpu: Simulator, tmp_path: Path, start: int
 ) -> None:
+    """Nor parts of it: whose registration a transfer then goes by is cuFile's to choose."""
     vram, _ = filled(gpu, 2 * PAGE, "both")
     async with open_engine(direct(tmp_path / "a")) as a, open_engine(direct(tmp_path / "b")) as b:
-        mine, other = a.register(vram), b.register(vram)
+        mine, other = a.register(vram), b.register(Part(vram, start, PAGE))
         assert await a.store(b"k", mine)
         with pytest.raises(TransferError, match="another engine"):
             await b.store(b"k", other)

@@ -651,12 +651,12 @@ class Territory:
 
 def _check_apart(field: str, region: Region, others: Iterable[Region]) -> None:
     for other in others:
-        if other.live and any(_meets(span, other.spans) for span in region.spans):
+        if other.live and any(meets(span, other.spans) for span in region.spans):
             rule = "is registered already: give cache.block(i), or region[a:b], or deregister it"
             raise ConfigError(field, f"{region.nbytes:,} bytes", rule)
 
 
-def _meets(span: Span, others: Sequence[Span]) -> bool:
+def meets(span: Span, others: Sequence[Span]) -> bool:
     """Whether a range shares a byte with one of several."""
     start, stop = span.address, span.address + span.nbytes
     return any(address < stop and start < address + nbytes for address, nbytes in others)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds import contention, environment
 from kvgds.errors import PathUnavailable
-from kvgds.memory import Span
+from kvgds.memory import Span, meets
 from kvgds.memory.cufile import CufileError, cufile
 from kvgds.memory.device import cuda
 from kvgds.transport.contract import File
@@ -170,7 +170,7 @@ def new_backend(agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]) -
     return options
 
 
-_claims: dict[int, Agent] = {}  # who has told cuFile of an address: it is told once in a process
+_claims: dict[Span, Agent] = {}  # who has told cuFile of memory: it is told once in a process
 _claiming = threading.Lock()
 
 
@@ -179,19 +179,19 @@ def _spans(thing: Memory | File) -> Sequence[Span]:
 
 
 def _claim(thing: Memory | File, agent: Agent) -> None:
-    addresses = [span.address for span in _spans(thing)]
     with _claiming:
-        if any(_claims.get(address, agent) is not agent for address in addresses):
+        others = [span for span, owner in _claims.items() if owner is not agent]
+        if any(meets(span, others) for span in _spans(thing)):
             text = "another engine of this process has this GPU memory; let one have it at a time"
             raise NixlError(f"register_mem: {text}", -3)
-        _claims.update(dict.fromkeys(addresses, agent))
+        _claims.update(dict.fromkeys(_spans(thing), agent))
 
 
 def _disclaim(thing: Memory | File, agent: Agent) -> None:
     with _claiming:
         for span in _spans(thing):
-            if _claims.get(span.address) is agent:
-                del _claims[span.address]
+            if _claims.get(span) is agent:
+                del _claims[span]
 
 
 def _pieces(spans: Sequence[Span]) -> list[Span]:
