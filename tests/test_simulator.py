@@ -72,7 +72,7 @@ from kvgds.memory import Arena
 from kvgds.memory.device import cuda
 from simulator import Simulator
 arena, gpu, runtime = Arena(64 << 12), Simulator(), cuda()
-runtime.pin(arena.span)
+runtime.pin(0, arena.span)
 vram, data = gpu.allocate(64 << 12), bytes(n % 251 for n in range(64 << 12))
 vram.write(data)
 for _ in range(2):

@@ -195,6 +195,13 @@ class Simulator:
         numbers = ctypes.c_int(error), ctypes.c_int64(skip), ctypes.c_int64(count)
         self.call("simcuda_refuse", function.encode(), *numbers)
 
+    def capture(self) -> None:
+        """Be as if a thread captured a graph until `clear`, in CUDA's and torch's default mode.
+
+        What others may not do then fails, and is one of ``broken_captures``.
+        """
+        self.cudart.simcuda_capture(1)
+
     # --- cuFile -------------------------------------------------------------------------------
 
     def driver_open(self, error: int = 0) -> None:

@@ -455,6 +455,26 @@ async def test_layers_that_were_freed_are_an_error_of_their_block(
 
 
 @pytest.mark.parametrize("way", ["gathered", "direct", "bounce"])
+async def test_a_graph_that_others_capture_is_left_alone(
+    clean: Simulator, tmp_path: Path, way: str
+) -> None:
+    """From the first block, for which everything is made, to the end, when it goes."""
+    settings = gathering(tmp_path / "kv", 0 if way == "direct" else 64 * PAGE)
+    if way == "bounce":
+        settings = config(tmp_path / "kv", path="bounce")
+    paged, broken = Paged(clean, way, 2), clean.counter("broken_captures")
+    async with open_engine(settings) as engine:
+        cache = paged.register(engine)
+        clean.capture()
+        assert await engine.store(b"k", cache.block(0))
+        assert await engine.load(b"k", cache.block(1))
+        await engine.deregister(cache)
+    clean.clear()
+    assert clean.counter("broken_captures") == broken
+    assert [vram.read() for vram in paged.layers] == [2 * data[:PAGE] for data in paged.data]
+
+
+@pytest.mark.parametrize("way", ["gathered", "direct", "bounce"])
 async def test_blocks_of_a_gpu_leave_nothing(clean: Simulator, tmp_path: Path, way: str) -> None:
     """See tests/test_garbage.py."""
     settings = gathering(tmp_path / "kv", 0 if way == "direct" else 64 * PAGE)

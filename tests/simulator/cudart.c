@@ -41,6 +41,7 @@ enum {
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
     NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
     UNKNOWN = 999,
 };
 
@@ -64,6 +65,8 @@ static const struct {
     {ILLEGAL_ADDRESS, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {MISALIGNED_ADDRESS, "cudaErrorMisalignedAddress", "misaligned address"},
     {NOT_SUPPORTED, "cudaErrorNotSupported", "operation not supported"},
+    {CAPTURE_UNSUPPORTED, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
     {UNKNOWN, "cudaErrorUnknown", "unknown error"},
 };
 
@@ -140,7 +143,7 @@ static struct allocation *allocations;
 static struct pinned *pins;
 static struct stream *streams, *legacy[MAX_DEVICES];
 static struct event *events;
-static bool strict_pinned, all_held;
+static bool strict_pinned, all_held, capturing;
 static int runtime_version = VERSION, driver_version = VERSION, batch_answer;
 static long copy_delay_us;
 static int failure[MAX_DEVICES]; /* of a kernel: what the device answers from then on */
@@ -153,13 +156,13 @@ static struct {
 } refusals[8];
 static unsigned refusal_count;
 
-static __thread int current, last_error;
+static __thread int current, last_error, capture_mode;
 static __thread struct stream *per_thread[MAX_DEVICES];
 
 #define COUNTERS(C) \
     C(copies) C(async_copies) C(batched_copies) C(copy_batches) C(launches) C(unpinned_copies) C(refused_copies) \
     C(events_recorded) C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) \
-    C(live_streams) C(live_events) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
+    C(live_streams) C(live_events) C(broken_captures) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
 #define FIELD(name) int64_t name;
 #define NAME(name) #name,
 static struct { COUNTERS(FIELD) } count;
@@ -175,10 +178,24 @@ static int unlock_and_give(int error) {
     return give(error);
 }
 
+/* What no thread may do while one captures a graph, but those whose mode is not the default. */
+static bool harms_captures(const char *function) {
+    static const char *const names[] = {"cudaMalloc",         "cudaFree",
+                                        "cudaHostRegister",   "cudaHostUnregister",
+                                        "cudaEventQuery",     "cudaStreamSynchronize"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(function, names[i])) return true;
+    return false;
+}
+
 /* Whether this call of a function is to fail: with which error. */
 static int refused(const char *function) {
     int error = SUCCESS;
     pthread_mutex_lock(&lock);
+    if (capturing && !capture_mode && harms_captures(function)) {
+        count.broken_captures++;
+        error = CAPTURE_UNSUPPORTED;
+    }
     for (unsigned i = 0; i < refusal_count && !error; i++) {
         if (strcmp(refusals[i].function, function) || !refusals[i].left) continue;
         if (refusals[i].skip > 0) {
@@ -390,9 +407,8 @@ int cudaHostRegister(void *address, size_t nbytes, unsigned flags) {
     return unlock_and_give(SUCCESS);
 }
 
-int cudaHostUnregister(void *address) {
-    int refusal = refused(__func__);
-    if (refusal) return refusal;
+/* Unlock memory as a pool does that keeps it locked, for the next who asks. */
+int simcuda_unpin(void *address) {
     pthread_mutex_lock(&lock);
     struct pinned *p = pin_at(address);
     if (!p || p->address != address) return unlock_and_give(NOT_REGISTERED);
@@ -401,6 +417,11 @@ int cudaHostUnregister(void *address) {
     if (p->users > 1) count.unpinned_in_use++;
     unuse_pin(p);
     return unlock_and_give(SUCCESS);
+}
+
+int cudaHostUnregister(void *address) {
+    int refusal = refused(__func__);
+    return refusal ? refusal : simcuda_unpin(address);
 }
 
 int cudaPointerGetAttributes(struct attributes *attributes, const void *address) {
@@ -607,6 +628,8 @@ int cudaStreamDestroy(void *handle) {
 }
 
 int cudaStreamSynchronize(void *handle) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     pthread_mutex_lock(&lock);
     struct stream *stream = stream_of(handle);
     if (!stream) return unlock_and_give(INVALID_HANDLE);
@@ -682,6 +705,8 @@ int cudaEventRecord(void *handle, void *stream_handle) {
 }
 
 int cudaEventQuery(void *handle) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     pthread_mutex_lock(&lock);
     struct event *event = event_of(handle);
     if (!event) return unlock_and_give(INVALID_HANDLE);
@@ -871,6 +896,14 @@ int cudaGetDevice(int *device) {
     return give(devices ? SUCCESS : NO_DEVICE);
 }
 
+int cudaThreadExchangeStreamCaptureMode(int *mode) {
+    if (!mode || *mode < 0 || *mode > 2) return give(INVALID_VALUE);
+    int before = capture_mode;
+    capture_mode = *mode;
+    *mode = before;
+    return SUCCESS;
+}
+
 int cudaDeviceGetPCIBusId(char *text, int length, int device) {
     if (!text || length < 13) return give(INVALID_VALUE);
     if (device < 0 || device >= devices) return give(INVALID_DEVICE);
@@ -958,6 +991,13 @@ int simcuda_refuse(const char *function, int error, int64_t skip, int64_t times)
     return room ? SUCCESS : INVALID_VALUE;
 }
 
+/* Some thread captures a graph, in the mode that torch does it in. */
+void simcuda_capture(int whether) {
+    pthread_mutex_lock(&lock);
+    capturing = whether;
+    pthread_mutex_unlock(&lock);
+}
+
 void simcuda_set_strict_pinned(int strict) {
     pthread_mutex_lock(&lock);
     strict_pinned = strict;
@@ -968,6 +1008,7 @@ void simcuda_set_strict_pinned(int strict) {
 void simcuda_heal(void) {
     pthread_mutex_lock(&lock);
     refusal_count = 0;
+    capturing = false;
     memset(failure, 0, sizeof failure);
     pthread_mutex_unlock(&lock);
 }

@@ -66,15 +66,15 @@ class Content:
         self._allocated: dict[bool, int] = {}
         if gpu is not None:
             for store in (True, False):
-                cuda().pin(self.near(store=store))
+                cuda().pin(gpu, self.near(store=store))
                 self._allocated[store] = cuda().allocate(gpu, self.nbytes + _ALIGNMENT)
                 self._copy(store=store, down=False)
 
     def close(self) -> None:
         """Give the GPU's memory back."""
         for store, address in self._allocated.items():
-            cuda().free(address)
-            cuda().unpin(self.near(store=store))
+            cuda().free(self.gpu or 0, address)
+            cuda().unpin(self.gpu or 0, self.near(store=store))
         self._allocated.clear()
 
     @property

@@ -36,6 +36,7 @@ _DEFAULT_KIND = 4  # the runtime tells host from device by the address
 _DEVICE_MEMORY = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
 _BATCHES_FROM = 12080  # the first CUDA, runtime and driver, with cudaMemcpyBatchAsync
 _NO_BATCHES = (36, 801)  # cudaErrorCallRequiresNewerDriver, cudaErrorNotSupported
+_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
 
 
@@ -71,6 +72,7 @@ class Cuda:
         self._batches = known >= _BATCHES_FROM and hasattr(library, "cudaMemcpyBatchAsync")
         self._streams: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
+        self._thread = threading.local()
 
     @property
     def version(self) -> int:
@@ -93,29 +95,44 @@ class Cuda:
         self._call("cudaPointerGetAttributes", ctypes.byref(found), ctypes.c_void_p(address))
         return found.device if found.type in _DEVICE_MEMORY else None
 
-    def pin(self, span: Span) -> None:
+    def enter(self, device: int) -> None:
+        """Make a GPU current in this thread, which is one of kvgds's own.
+
+        While any thread captures a CUDA graph, calls as plain as a look at an event fail in all
+        others, and the capture with them, unless a thread says that it has no part in it.
+        """
+        self._call("cudaSetDevice", device)
+        if not hasattr(self._thread, "entered"):
+            mode = ctypes.byref(ctypes.c_int(_RELAXED))
+            self._call("cudaThreadExchangeStreamCaptureMode", mode)
+            self._thread.entered = True
+
+    def pin(self, device: int, span: Span) -> None:
         """Page-lock host memory, so that copies to and from it run by themselves. Blocks."""
+        self.enter(device)
         address, nbytes = ctypes.c_void_p(span.address), ctypes.c_size_t(span.nbytes)
         self._call("cudaHostRegister", address, nbytes, _PORTABLE)
 
-    def unpin(self, span: Span) -> None:
+    def unpin(self, device: int, span: Span) -> None:
         """Take :meth:`pin` back."""
+        self.enter(device)
         self._call("cudaHostUnregister", ctypes.c_void_p(span.address))
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Memory of a GPU, which becomes the current one: its address. Blocks."""
         address = ctypes.c_void_p()
-        self._call("cudaSetDevice", device)
+        self.enter(device)
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
         return address.value or 0
 
-    def free(self, address: int) -> None:
+    def free(self, device: int, address: int) -> None:
         """Free what :meth:`allocate` gave. Blocks."""
+        self.enter(device)
         self._call("cudaFree", ctypes.c_void_p(address))
 
     def reached(self, device: int, stream: int) -> Copying:
         """Whether a stream has done all that it was given so far."""
-        self._call("cudaSetDevice", device)
+        self.enter(device)
         given = Copying(self, self._event())
         self._call("cudaEventRecord", given.event, ctypes.c_void_p(stream))
         return given
@@ -191,7 +208,7 @@ class Cuda:
 
     def stream(self, device: int) -> int:
         """The stream on which kvgds does its own work on a GPU, which becomes the current one."""
-        self._call("cudaSetDevice", device)
+        self.enter(device)
         with self._lock:
             if device not in self._streams:
                 made = ctypes.c_void_p()

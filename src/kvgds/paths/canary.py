@@ -93,7 +93,7 @@ def _memory(agent: Agent, nbytes: int, stack: ExitStack) -> _Gpu:
     """Registered memory, until the stack ends."""
     runtime = cuda()
     address = runtime.allocate(0, nbytes)
-    stack.callback(runtime.free, address)
+    stack.callback(runtime.free, 0, address)
     gpu = _Gpu(address, nbytes)
     stack.callback(agent.forget, gpu)
     agent.register(gpu, far=True)

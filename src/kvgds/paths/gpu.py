@@ -118,6 +118,7 @@ class _Gpu:
 
     def _make(self) -> None:
         try:
+            cuda().enter(self.device)
             self.kernels.set_result(Kernels(self.device))
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever wants them
             self.kernels.set_exception(error)
@@ -264,7 +265,7 @@ class _Staging:
     def _free(self) -> None:
         if self._allocated:
             try:
-                cuda().free(self._allocated)
+                cuda().free(self.device, self._allocated)
             except CudaError as error:  # the GPU has failed: that is no reason not to close
                 text = "GPU %d keeps its staging memory until this process ends: %s"
                 _log.warning(text, self.device, error)

@@ -99,7 +99,7 @@ class _Bounce:
             return COPIED
         lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)
-        return after_stream(move, lambda: move.ways.cuda().copy(device, copies))
+        return after_stream(move, lambda: move.ways.cuda(device).copy(device, copies))
 
 
 def _seal(move: Move) -> None:
@@ -158,7 +158,7 @@ class Ways:
         self.gathered: GpuGathered | None = None
         self.plans: tuple[PathPlan, ...] = ()
         self._most_gathered = (0, 0)  # bytes of a block, and of its fragments on average
-        self._pinned = False
+        self._pinned: int | None = None  # on which GPU
         self._lock = threading.Lock()
 
     def choose(self, host: PathPlan, gds: Gds, gather_bytes: int) -> None:
@@ -202,21 +202,21 @@ class Ways:
         """Whether such memory would move without the bounce region, registered and aligned."""
         return plan.path != "bounce" and (region.device is None or self.gds is not None)
 
-    def cuda(self) -> Cuda:
+    def cuda(self, device: int) -> Cuda:
         """The CUDA runtime, once the region is page-locked for it. Blocks the first time."""
         with self._lock:
-            if not self._pinned:
-                cuda().pin(self.arena.span)
-                self._pinned = True
+            if self._pinned is None:
+                cuda().pin(device, self.arena.span)
+                self._pinned = device
         return cuda()
 
     def close(self) -> None:
         """Unlock the pages, free staging memory; nothing may copy any more. Blocks."""
         if self.gathered is not None:
             self.gathered.close()
-        if self._pinned:
+        if self._pinned is not None:
             try:
-                cuda().unpin(self.arena.span)
+                cuda().unpin(self._pinned, self.arena.span)
             except CudaError as error:  # the GPU has failed: that is no reason not to close
                 _log.warning("the bounce region stays page-locked: %s", error)
-            self._pinned = False
+            self._pinned = None

@@ -191,5 +191,5 @@ def alloc_pinned_memory(size: int) -> PinnedMemoryPointer:
 
 def _put_back(memory: mmap.mmap, nbytes: int, address: ctypes.c_void_p) -> None:
     """Unpin it, so that what still needs it is counted; that would die of memory unmapped."""
-    runtime.call("cudaHostUnregister", address)
+    runtime.call("simcuda_unpin", address)
     _pinned[nbytes].append(memory)
