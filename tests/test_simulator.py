@@ -150,6 +150,28 @@ async def main():
 asyncio.run(main())
 """
 
+# Moves blocks of the second GPU by a path; prints how many have a context then.
+SECOND = """
+import asyncio, sys, tempfile
+import kvgds
+from simulator import Simulator
+from simulator.checks_engine import Rows
+async def main():
+    gpu = Simulator()
+    gpu.device = 1
+    tier = kvgds.FileTier(root=tempfile.mkdtemp() + "/kv", capacity_bytes=1 << 24)
+    config = kvgds.EngineConfig(namespace=kvgds.Namespace(model="m"), tiers=(tier,),
+                                path=sys.argv[1], bounce_bytes=1 << 20, gather_bytes=1 << 20)
+    async with kvgds.open_engine(config) as engine:
+        layers = [Rows(gpu.allocate(8192, 1), 2) for _ in range(2)]
+        blocks = engine.register_cache(layers).block(0), gpu.allocate(8192, 1)
+        for i, block in enumerate(blocks):
+            assert await engine.store(b"%d" % i, block)
+            assert await engine.load(b"%d" % i, block)
+    print(gpu.counter("contexts"))
+asyncio.run(main())
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -242,6 +264,13 @@ def test_without_a_thread_for_staging_memory_each_block_is_told() -> None:
     slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
     said = "store of block 6b: can't start new thread"
     assert run("-c", NO_THREAD, **slow).splitlines() == [said, said]
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+def test_no_gpu_but_those_of_blocks_is_used(path: str) -> None:
+    """A context takes hundreds of MiB of a GPU, which may be another process's."""
+    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
+    assert run("-c", SECOND, path, devices=2, **slow).strip() == "1"
 
 
 REFUSED = "GPUDirect Storage can't be had here"

@@ -146,6 +146,7 @@ static struct event *events;
 static bool strict_pinned, all_held, capturing;
 static int runtime_version = VERSION, driver_version = VERSION, batch_answer;
 static long copy_delay_us;
+static bool in_use[MAX_DEVICES]; /* a context is made as a device is first used; it takes memory */
 static int failure[MAX_DEVICES]; /* of a kernel: what the device answers from then on */
 
 /* Calls of one function that fail: first `skip` pass, then `left` do. */
@@ -162,7 +163,7 @@ static __thread struct stream *per_thread[MAX_DEVICES];
 #define COUNTERS(C) \
     C(copies) C(async_copies) C(batched_copies) C(copy_batches) C(launches) C(unpinned_copies) C(refused_copies) \
     C(events_recorded) C(events_waited) C(live_allocations) C(live_bytes) C(live_pinned) \
-    C(live_streams) C(live_events) C(broken_captures) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
+    C(live_streams) C(live_events) C(contexts) C(broken_captures) C(freed_in_use) C(unpinned_in_use) C(pending) C(waiting)
 #define FIELD(name) int64_t name;
 #define NAME(name) #name,
 static struct { COUNTERS(FIELD) } count;
@@ -192,6 +193,8 @@ static bool harms_captures(const char *function) {
 static int refused(const char *function) {
     int error = SUCCESS;
     pthread_mutex_lock(&lock);
+    count.contexts += !in_use[current];
+    in_use[current] = true;
     if (capturing && !capture_mode && harms_captures(function)) {
         count.broken_captures++;
         error = CAPTURE_UNSUPPORTED;
@@ -887,7 +890,7 @@ int cudaSetDevice(int device) {
     if (!devices) return give(NO_DEVICE);
     if (device < 0 || device >= devices) return give(INVALID_DEVICE);
     current = device;
-    return SUCCESS;
+    return refused(__func__);
 }
 
 int cudaGetDevice(int *device) {
