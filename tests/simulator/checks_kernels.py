@@ -19,6 +19,7 @@ from cupy.cuda.runtime import CUDARuntimeError
 
 from checksums import ChecksumContract, OnGpu
 from kvgds.errors import BusyError, PathUnavailable
+from kvgds.memory.device import CudaError, cuda
 from kvgds.memory.kernels import Kernels
 from simulator import Simulator
 
@@ -260,6 +261,26 @@ def test_a_launch_that_fails_half_way_has_ended(  # noqa: PLR0917 - parameters a
             kernels.copy([(vram.address + 2048, vram.address, 2048)], stream.ptr)
     assert gpu.counter("pending") == 0
     assert read(kernels.checksums(block(vram), stream.ptr))
+
+
+@pytest.mark.parametrize("what", ["copy", "sum", "copy engine"])
+def test_what_can_not_be_asked_for_has_ended(
+    gpu: Simulator, filled: Filled, kernels: Kernels, what: str
+) -> None:
+    """It is told as failed, and what it used may be given back."""
+    vram, stream = filled("unasked"), new_stream()
+    gpu.copy_delay(0.02)
+    copies = [(vram.address + 2048, vram.address, 2048)]
+    if what == "sum":
+        begun: Any = kernels.checksums(block(vram), stream.ptr)
+    elif what == "copy":
+        begun = kernels.copy(copies, stream.ptr)
+    else:
+        begun = cuda().copy(0, copies)
+    gpu.refuse("cudaEventQuery")
+    with pytest.raises((PathUnavailable, CudaError)):
+        _ = begun.done
+    assert gpu.counter("pending") == 0
 
 
 def test_what_goes_too_early_is_told(machine: Simulator, filled: Filled) -> None:

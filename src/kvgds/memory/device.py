@@ -193,7 +193,8 @@ class Cuda:
     def done(self, event: ctypes.c_void_p) -> bool:
         """Whether a stream has reached an event."""
         code = self._library.cudaEventQuery(event)
-        if code not in (0, NOT_READY):
+        if code not in (0, NOT_READY):  # what was begun must not go on in memory that is given back
+            self._library.cudaEventSynchronize(event)
             raise CudaError(f"a copy failed: {self._library.cudaGetErrorString(code).decode()}")
         return bool(code == 0)
 

@@ -127,13 +127,15 @@ class Launch:
 
     @property
     def done(self) -> bool:
-        """Whether they have run. Doesn't wait.
+        """Whether they have run. Doesn't wait, unless that can't be asked.
 
         Raises:
-            PathUnavailable: the GPU failed; they never will.
+            PathUnavailable: the GPU failed; they run no more.
         """
         status = self._query(self.event.ptr)
         if status not in {0, NOT_READY}:
+            with contextlib.suppress(Exception):  # CuPy's; of a GPU that is gone
+                self.event.synchronize()
             raise PathUnavailable(f"the GPU failed before its kernels ran: CUDA error {status}")
         return bool(status == 0)
 
