@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -186,6 +186,27 @@ async def test_it_is_told_what_somebody_waits_for(tmp_path: Path, layout: str) -
             await engine.load(b"a", memory, priority=priority)
     told = [(True, False), (False, True), (False, False), (False, False)]
     assert transport.told == [(b"a", *each) for each in told]
+
+
+def test_loads_that_somebody_comes_to_wait_for_change_sides() -> None:
+    """Those that wait, and those that are staged, but not what is in flight."""
+    (whole,) = sides(1)
+    first, loads, _ = whole
+    queue(loads, 6)
+    flying, staged, waiting = loads.staged.popleft(), loads.staged[1], loads.staged.pop()
+    for member in (flying, staged, waiting):
+        cast("Any", member.transfer).urgent = True
+    loads.waiting.append(waiting)
+    loads.queued_bytes, loads.staged_bytes = 5 * MIB, 4 * MIB
+    flight = Flight()
+    flight.add(flying)
+    loads.depart(flight)
+    whole.hasten()
+    assert (list(first.staged), list(first.waiting)) == ([staged], [waiting])
+    assert (first.queued_bytes, first.staged_bytes) == (2 * MIB, MIB)
+    assert (loads.queued_bytes, loads.staged_bytes) == (3 * MIB, 3 * MIB)
+    assert [each.side for each in (flying, staged, waiting)] == [loads, first, first]
+    land(loads, [flight])
 
 
 def test_a_load_that_hangs_holds_up_no_store() -> None:

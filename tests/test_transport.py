@@ -269,6 +269,41 @@ def test_what_somebody_waits_for_goes_first(tmp_path: Path, bench: Bench) -> Non
         assert begun == [wanted, load, store]
 
 
+class Staged(PlainTransfer):
+    """Tells when it is ready to go."""
+
+    def __init__(self, *what: Any, write: bool) -> None:
+        super().__init__(*what, write=write)
+        self.begun = threading.Event()
+
+    def begin(self) -> Rows | None:
+        self.begun.set()
+        return super().begin()
+
+
+def test_what_somebody_comes_to_wait_for_goes_first(tmp_path: Path, bench: Bench) -> None:
+    """Four flights hang, behind which small transfers wait, but for 0.2 s alone."""
+    with FaultyDisk(tmp_path) as disk, opened_on(disk) as file:
+        (disk.backing / "file").write_bytes(bytes(6 * PAGE))
+        in_time = False
+        while not in_time:
+            disk.hang("read", offset=0, length=5 * PAGE)
+            *flying, late, _ = blocks(file, bench, 6, write=False)
+            for count, transfer in enumerate(flying, 1):
+                bench.transport.submit([transfer], bench.desk.put)
+                disk.wait_waiting(count)
+            row = (bench.base + 5 * PAGE, 5 * PAGE, PAGE)
+            wanted = Staged(file, [bench.region], [row], write=False)
+            bench.transport.submit([late, wanted], bench.desk.put)
+            assert wanted.begun.wait(20)
+            in_time = disk.waiting() == 4
+            wanted.urgent = True
+            if in_time:
+                bench.wait([wanted])
+            disk.clear()
+            bench.wait([*flying, late] if in_time else [*flying, late, wanted])
+
+
 def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:
     """What a transfer may still touch is kept for good: what lands late lands in live memory."""
     bench = Bench(started())
