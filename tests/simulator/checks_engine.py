@@ -312,7 +312,7 @@ async def test_who_gives_up_leaves_no_event(
                     await act(key, region)
         gpu.clear()
         await until(lambda: not engine.statistics().in_flight)
-        assert gpu.counter("live_events") == before
+        await until(lambda: gpu.counter("live_events") == before)
         vram.write(bytes(2 * PAGE))
         assert await engine.load(b"there", region)
         assert vram.read() == data

@@ -125,26 +125,34 @@ async def test_a_scattered_block_is_one_operation(
         assert operations(clean, before)["reads"] == 4 * LAYERS
 
 
-@pytest.mark.parametrize("gather_bytes", [64 * PAGE, 0])
-async def test_several_blocks_as_one(clean: Simulator, tmp_path: Path, gather_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("gather_bytes", "into", "moves"),
+    [(64 * PAGE, (1, 3, 0), (1, 1)), (0, (1, 2, 0), (3 * LAYERS, 2 * LAYERS))],
+    ids=["gathered", "direct"],
+)
+async def test_several_blocks_as_one(
+    clean: Simulator,
+    tmp_path: Path,
+    gather_bytes: int,
+    into: tuple[int, ...],
+    moves: tuple[int, int],
+) -> None:
     """One operation if gathered; else one a fragment, and neighbours are one."""
-    paged = Paged(clean, "several", 4)
-    expected = b"".join(data[i * PAGE : (i + 1) * PAGE] for data in paged.data for i in (0, 3, 1))
+    paged, out = Paged(clean, "several", 4), (0, 3, 1)
+    parts = [[data[i * PAGE : (i + 1) * PAGE] for i in out] for data in paged.data]
     async with open_engine(gathering(tmp_path / "kv", gather_bytes)) as engine:
         cache, before = paged.register(engine), clean.counters()
-        assert await engine.store(b"k", cache.block(0, 3, 1))
+        assert await engine.store(b"k", cache.block(*out))
         host = bytearray(3 * BLOCK)
         assert await engine.load(b"k", host)
-        assert host == expected
+        assert host == b"".join(map(b"".join, parts))
         paged.clear()
-        assert await engine.load(b"k", cache.block(1, 2, 0))
+        assert await engine.load(b"k", cache.block(*into))
         done = operations(clean, before)
-        assert (done["writes"], done["reads"]) == (
-            (1, 1) if gather_bytes else (3 * LAYERS, 2 * LAYERS)
-        )
-        for layer, data in zip(paged.read(), paged.data, strict=True):
-            pages = [data[i * PAGE : (i + 1) * PAGE] for i in (1, 0, 3)]
-            assert layer == b"".join([*pages, bytes(PAGE)])
+        assert (done["writes"], done["reads"]) == moves
+        for layer, pages in zip(paged.read(), parts, strict=True):
+            came = dict(zip(into, pages, strict=True))
+            assert layer == b"".join(came.get(i, bytes(PAGE)) for i in range(4))
 
 
 async def test_what_is_not_gathered(clean: Simulator, tmp_path: Path) -> None:
