@@ -27,16 +27,19 @@ DEAD = 1 << 22  # no process has this number
 
 
 class Directory(Room):
-    """Full of blocks, named by numbers, and counted as when it is opened; counts looks at files."""
+    """Full of blocks, named by numbers, and counted as when it is opened; counts looks at files.
 
-    def __init__(self, path: Path, blocks: int = MANY) -> None:
+    With ``other``, the same again as a second engine has it.
+    """
+
+    def __init__(self, path: Path, blocks: int = MANY, other: Directory | None = None) -> None:
         self.path = path
         self.capacity = blocks * SIZE
         self.looks = 0
-        self.number = itertools.count()
+        self.number: Iterator[int] = itertools.count() if other is None else other.number
         self.fd = os.open(path, os.O_RDONLY)
         self.ledger = Ledger(self.fd)
-        (path / "tmp").mkdir()
+        (path / "tmp").mkdir(exist_ok=True)
         debts = Debts(self.fd, stacked=False)
         super().__init__(
             self.fd,
@@ -46,7 +49,7 @@ class Directory(Room):
             space=digest(NAMESPACE).hex(),
             debts=debts,
         )
-        for _ in range(blocks):
+        for _ in range(blocks if other is None else 0):
             self.put()
         with self.ledger.held():
             self.make(0, 0, anew=True)
@@ -106,6 +109,19 @@ def test_each_store_looks_at_some_files(directory: Directory) -> None:
     assert MANY - 64 <= len(left) <= MANY
     with directory.ledger.held():
         assert directory.ledger.used == taken(directory.path)
+
+
+def test_engines_that_evict_from_one_directory_look_at_more(directory: Directory) -> None:
+    """Each finds that what it has listed goes by the hand of all; none looks at all at once."""
+    others = [Directory(directory.path, other=directory) for _ in range(3)]
+    looks = [each.store() for _ in range(MANY // 4) for each in (directory, *others)]
+    assert max(looks) <= 2 * (16 + 256)
+    left = directory.left()
+    assert left == list(range(left[0], 2 * MANY))
+    assert MANY - 64 <= len(left) <= MANY
+    for each in others:
+        each.close()
+        os.close(each.fd)
 
 
 def test_what_is_used_meanwhile_stays(directory: Directory) -> None:

@@ -40,6 +40,7 @@ _MORE = 32  # but at a time no more files than so many that need not go yet
 _LISTED = 0.1  # of the capacity: what a search finds
 _SOON = 0.9  # of the capacity: no search before so much is taken
 _PACE = 16  # files that each job looks at for each of its stores; each store has two jobs
+_HURRY = 256  # files at most, beside those, where others evict as well
 _FEW = 1024  # files, which are counted for each store that lacks room
 
 
@@ -166,6 +167,7 @@ class Room:
         self._listed = 0  # bytes of those
         self._files = _FEW  # that there were when last counted
         self._search: _Search | None = None  # under way
+        self._behind = 0  # files that it would have looked at, had we removed what others have
         self._total: int | None = None  # bytes seen by the one that has just ended
 
     def close(self) -> None:
@@ -260,10 +262,19 @@ class Room:
         """Begin to look for what goes next, if that will soon be asked for."""
         if self._total is not None:
             self._check(self._total)
+        self._forget_gone()
         soon = self._ledger.used > self._capacity * _SOON
         short = self._listed < self._capacity * _LISTED / 2 and self._files >= _FEW
         if soon and short and self._search is None:
             self._search = self._new_search(int(self._capacity * _LISTED), None)
+            self._behind = 0
+
+    def _forget_gone(self) -> None:
+        """Others evict what goes first as well: the list lasts no longer than all of them take."""
+        with contextlib.suppress(OSError):  # whoever is to remove it will be told
+            while self._list and status(self._list[-1].place, self._root) is None:
+                self._listed -= self._list.pop().nbytes
+                self._behind += 2 * _PACE
 
     def _check(self, total: int) -> None:
         """Whether what a search has found may be relied upon. All has been counted anew if not."""
@@ -277,7 +288,9 @@ class Room:
     def look_ahead(self, stores: int) -> None:
         """Go on with that, for a job of so many stores. The ledger need not be held."""
         search = self._search
-        if search is not None and search.look(stores * _PACE):
+        hurry = min(self._behind, stores * _HURRY)
+        self._behind -= hurry
+        if search is not None and search.look(stores * _PACE + hurry):
             self._end_search(search)
             self._total = search.total
 
