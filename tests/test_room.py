@@ -29,10 +29,12 @@ DEAD = 1 << 22  # no process has this number
 class Directory(Room):
     """Full of blocks, named by numbers, and counted as when it is opened; counts looks at files.
 
-    With ``other``, the same again as a second engine has it.
+    Or empty, with room for so many (``fill``); or the same as a second engine has it (``other``).
     """
 
-    def __init__(self, path: Path, blocks: int = MANY, other: Directory | None = None) -> None:
+    def __init__(
+        self, path: Path, blocks: int = MANY, *, fill: bool = True, other: Directory | None = None
+    ) -> None:
         self.path = path
         self.capacity = blocks * SIZE
         self.looks = 0
@@ -49,7 +51,7 @@ class Directory(Room):
             space=digest(NAMESPACE).hex(),
             debts=debts,
         )
-        for _ in range(blocks if other is None else 0):
+        for _ in range(blocks if fill and other is None else 0):
             self.put()
         with self.ledger.held():
             self.make(0, 0, anew=True)
@@ -109,6 +111,18 @@ def test_each_store_looks_at_some_files(directory: Directory) -> None:
     assert MANY - 64 <= len(left) <= MANY
     with directory.ledger.held():
         assert directory.ledger.used == taken(directory.path)
+
+
+def test_a_directory_that_has_filled_is_not_looked_at_at_once(tmp_path: Path) -> None:
+    """Though there were few files, none even, when an engine opened it alone and counted them."""
+    room = Directory(tmp_path, fill=False)
+    looks = [room.store() for _ in range(MANY + 100)]
+    assert max(looks) <= 32
+    left = room.left()
+    assert left == list(range(left[0], MANY + 100))
+    assert MANY - 64 <= len(left) <= MANY
+    room.close()
+    os.close(room.fd)
 
 
 def test_engines_that_evict_from_one_directory_look_at_more(directory: Directory) -> None:

@@ -165,7 +165,7 @@ class Room:
         self._evicted: list[bytes] = []
         self._list: list[_File] = []  # what goes first comes last
         self._listed = 0  # bytes of those
-        self._files = _FEW  # that there were when last counted
+        self._files = _FEW  # that there were when last counted, nearly full; or maybe as many
         self._search: _Search | None = None  # under way
         self._behind = 0  # files that it would have looked at, had we removed what others have
         self._total: int | None = None  # bytes seen by the one that has just ended
@@ -264,6 +264,8 @@ class Room:
             self._check(self._total)
         self._forget_gone()
         soon = self._ledger.used > self._capacity * _SOON
+        if not soon:
+            self._files = _FEW  # however few there were: there may be many once it is full
         short = self._listed < self._capacity * _LISTED / 2 and self._files >= _FEW
         if soon and short and self._search is None:
             self._search = self._new_search(int(self._capacity * _LISTED), None)
