@@ -173,6 +173,16 @@ def test_what_the_dead_reserve_comes_back(directory: Directory) -> None:
         assert directory.ledger.used == taken(directory.path)
 
 
+def test_room_is_made_whatever_others_have_stored(directory: Directory) -> None:
+    """Whose capacity is larger: far more is to go than is listed."""
+    for _ in range(600):
+        directory.put()
+    with directory.ledger.held():
+        directory.ledger.add(600 * SIZE)
+    directory.store()
+    assert len(directory.left()) <= MANY
+
+
 def test_a_few_files_are_counted_each_time(tmp_path: Path) -> None:
     """So that whatever became of them is known at once."""
     room = Directory(tmp_path, 8)

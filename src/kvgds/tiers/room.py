@@ -199,7 +199,7 @@ class Room:
         known = self._ledger.sound and not anew
         freed = self._evict(need, forced) if known else 0
         if not known or not self._fits(need) or freed < forced:
-            self._count(need, forced - freed)
+            self._count(need, max(forced - freed, 0))
             freed += self._evict(need, forced - freed)
         if self._files < _FEW:
             self._list, self._listed = [], 0
