@@ -19,14 +19,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgds import EngineConfig, FileTier, Namespace
+from kvgds import EngineConfig, FileTier, Namespace, TransferTimeout
 from kvgds.engine import Engine
-from kvgds.testing import HeldTransport
+from kvgds.testing import HeldTransport, skip_time
 from kvgds.transport import NixlTransport
 from support import NAMESPACE, PAGE, content, digest, read_at, write_at
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+
+    from faults import FaultyDisk
 
 NBYTES = 15 * PAGE - 100
 IMAGE = 16 * PAGE  # what a block of NBYTES takes
@@ -97,6 +99,15 @@ async def get(engine: Engine, key: bytes, nbytes: int = NBYTES) -> bool:
     hit = await engine.load(key, memory)
     assert not hit or memory == content(key, nbytes)
     return hit
+
+
+async def is_late(disk: FaultyDisk, storing: Awaitable[bool]) -> None:
+    """Let a store's deadline pass once it has come to where the disk hangs."""
+    task = asyncio.ensure_future(storing)
+    await asyncio.to_thread(disk.wait_waiting, 1)
+    skip_time(HOUR)
+    (error,) = await asyncio.gather(task, return_exceptions=True)
+    assert isinstance(error, TransferTimeout)
 
 
 async def there(engine: Engine, keys: Sequence[bytes]) -> list[bytes]:
