@@ -296,12 +296,11 @@ def test_what_somebody_comes_to_wait_for_goes_first(tmp_path: Path, bench: Bench
             wanted = Staged(file, [bench.region], [row], write=False)
             bench.transport.submit([late, wanted], bench.desk.put)
             assert wanted.begun.wait(20)
-            in_time = disk.waiting() == 4
             wanted.urgent = True
-            if in_time:
-                bench.wait([wanted])
+            while not in_time and disk.waiting() == 4:  # five: it went with what hangs, too soon
+                in_time = "end" in wanted.calls
             disk.clear()
-            bench.wait([*flying, late] if in_time else [*flying, late, wanted])
+            bench.wait([*flying, late, wanted])
 
 
 def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:
