@@ -172,6 +172,44 @@ async def main():
 asyncio.run(main())
 """
 
+# Lets an agent have part of what another lets go of just then; prints how often that fails.
+HANDOVER = """
+import threading
+from simulator import Simulator
+from kvgds.memory import Span
+from kvgds.memory.cufile import CufileError, cufile
+from kvgds.transport.agent import Agent, NixlError
+PIECE, PIECES = 1 << 16, 256
+vram, lost = Simulator().allocate(PIECE * PIECES), 0
+class Part:
+    device = 0
+    def __init__(self, first):
+        self.spans = [Span(vram.address + i * PIECE, PIECE) for i in range(first, PIECES)]
+def take(part):
+    global lost
+    while True:
+        try:
+            return other.register(part, far=True)
+        except NixlError:  # not yet
+            continue
+        except CufileError:
+            lost += 1
+            return
+one, other = Agent("one", ("aio",)), Agent("other", ("aio",))
+one.add_gpu()
+other.add_gpu()
+for _ in range(50):
+    whole, part = Part(0), Part(PIECES - 1)
+    one.register(whole, far=True)
+    taking = threading.Thread(target=take, args=(part,))
+    taking.start()
+    one.forget(whole)
+    taking.join()
+    lost += cufile().takes(part.spans[0])
+    other.forget(part)
+print(lost)
+"""
+
 
 def run(*arguments: str, cupy: bool = True, **settings: object) -> str:
     """What a child says that runs on the simulator; its failure is ours."""
@@ -245,6 +283,11 @@ def test_pieces_are_copied_by_one_call_where_cuda_has_it(
 def test_a_stream_that_could_not_be_made_is_not_the_default_stream() -> None:
     """On which copies would wait for what others compute, and that for them."""
     assert run("-c", STREAM).strip() == "True 1"
+
+
+def test_who_gets_what_another_engine_lets_go_of_has_it() -> None:
+    """Not while cuFile still knows of the other's: that would go with the other."""
+    assert run("-c", HANDOVER).strip() == "0"
 
 
 def test_a_gpu_that_has_failed_keeps_no_engine_open() -> None:

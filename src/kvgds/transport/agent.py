@@ -404,12 +404,12 @@ class Agent:
             self._direct.discard(thing.fd)
         else:
             self._cuts.pop(thing, None)
-        _disclaim(thing, self)
         for far in (False, True):
             listed, options = self._registered.pop((thing, far), (None, None))
             if listed is not None:
                 self._nixl.call("deregister_mem", self._agent, listed, options)
                 self._nixl.call("destroy_reg_dlist", listed)
+        _disclaim(thing, self)  # last: until then cuFile knows of it
 
     def post(self, local: Descriptors, remote: Descriptors, *, write: bool, far: bool) -> Request:
         """Start moving between memory (``far``: a GPU's) and files, pair by pair."""
