@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvgds import BlockCorrupt
 from kvgds.tiers.debts import Debts
 from kvgds.tiers.ledger import Ledger, Owner
 from kvgds.tiers.room import Room
-from sharing import HOUR, leave, opened, owner, path_of, taken
+from sharing import HOUR, flip, leave, opened, owner, path_of, taken
 from support import NAMESPACE, PAGE, digest, image
 
 if TYPE_CHECKING:
@@ -219,3 +220,10 @@ async def test_an_engine_on_a_directory_that_is_full(tmp_path: Path) -> None:
         assert 130 < gone[1] < 170
         assert all(left[gone[1] :])
         assert await asyncio.to_thread(taken, root) <= CAPACITY
+        flip(path_of(root, old[-1]), PAGE)
+        with pytest.raises(BlockCorrupt):
+            await engine.load(old[-1], bytearray(PAGE))
+        assert len(os.listdir(root / "quarantine")) == 1
+        for i in range(64):  # room is made for 33 at a time
+            assert await engine.store(b"newer %d" % i, bytes(PAGE))
+        assert os.listdir(root / "quarantine") == []

@@ -205,6 +205,13 @@ class Room:
             self._list, self._listed = [], 0
         return freed
 
+    def goes_first(self, place: str, found: os.stat_result) -> None:
+        """A file has been quarantined just now: list it, for the next search may be far."""
+        if found.st_nlink == 1:  # else it was linked only just, and is counted as reserved
+            used = self.last_use(place, found)
+            self._list.append(_File(2 * _LAST, place, found.st_size, used, owed=False))
+            self._listed += found.st_size
+
     def _fits(self, need: int) -> bool:
         return self._ledger.used + need <= self._capacity
 

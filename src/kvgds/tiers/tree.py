@@ -291,10 +291,11 @@ class Tree:
             move.error = ConfigError("memory", f"{move.nbytes} bytes", rule)
         elif stamp is not None and stamp.algorithm != move.algorithm != NO_CHECKSUM:
             move.error, move.status = None, "miss"  # stored unchecked, and all must be checked
-        elif os.path.samestat(os.fstat(fd), folders.regular(move.place)):
+        elif os.path.samestat(found := os.fstat(fd), folders.regular(move.place)):
             folders.need("quarantine", make=True)
-            name = f"{move.place.replace('/', '.')}.{secrets.token_hex(4)}"
-            self._rename(move.place, f"quarantine/{name}")
+            place = f"quarantine/{move.place.replace('/', '.')}.{secrets.token_hex(4)}"
+            self._rename(move.place, place)
+            self.room.goes_first(place, found)
             self._debts.unmark(move.place)
             self.quarantined += 1
 
