@@ -768,6 +768,23 @@ async def test_a_store_that_meets_an_error(tmp_path: Path, op: Any, match: str) 
             assert ledger(root) == taken(root) == 3 * IMAGE
 
 
+async def test_a_folder_that_can_not_be_synced_fails_all_that_counted_on_it(tmp_path: Path) -> None:
+    """The system tells of it once, but two stores of one job wait for the folder."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root, durable="power") as engine:
+            await put(engine, b"sound")
+            engine.held.hold("landing")
+            blocks = [(key, content(key, NBYTES)) for key in (b"a", b"b")]
+            storing = asyncio.ensure_future(engine.store_many(blocks))
+            await engine.held.wait_held("landing", 2)
+            disk.fail("fsyncdir", errno.EIO, count=1)
+            engine.held.release()
+            outcomes = await storing
+            assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
+            await put(engine, b"c")
+
+
 @pytest.mark.parametrize(("op", "count"), [("open", 1), ("read", 2)])
 async def test_a_load_that_meets_an_error(tmp_path: Path, op: Any, count: int) -> None:
     """Is no proof against the block: it stays."""

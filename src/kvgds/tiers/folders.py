@@ -35,6 +35,7 @@ class Folders:
         self._root = root
         self._power = power
         self._sound = {""}
+        self._lost = 0  # errno of a sync that failed
 
     def need(self, path: str, *, make: bool = False) -> None:
         """Raise unless the path leads to a folder: FileNotFoundError if to nothing."""
@@ -72,11 +73,19 @@ class Folders:
             raise
 
     def sync(self) -> None:
-        """If blocks are to survive a loss of power: make changed names durable."""
+        """If blocks are to survive a loss of power: make changed names durable.
+
+        Once it has failed it fails: a system tells of what was lost but once.
+        """
+        if self._lost:
+            raise OSError(self._lost, os.strerror(self._lost))
         while self.changed and self._power:
             fd = _open_folder(next(iter(self.changed)), self._root)
             try:
                 os.fsync(fd)
+            except OSError as error:
+                self._lost = error.errno or errno.EIO
+                raise
             finally:
                 os.close(fd)
             self.changed.pop()
