@@ -467,13 +467,19 @@ async def test_a_payload_that_is_not_its_checksum_is_corrupt(
 async def test_blocks_that_begin_together_are_summed_together(
     gpu: Simulator, tmp_path: Path
 ) -> None:
+    """All have come to where they wait for the caller's stream; then that goes on."""
     vram, data = filled(gpu, 32 * PAGE, "together")
+    stream = gpu.stream()
     async with open_engine(direct(tmp_path / "kv")) as engine:
         region = engine.register(vram)
         items = [(b"%d" % i, region[i * PAGE : (i + 1) * PAGE]) for i in range(32)]
         assert all(o.ok for o in await engine.store_many(items[:1]))  # the kernels are made
-        before = gpu.counter("launches")
-        assert all(o.ok for o in await engine.store_many(items[1:]))
+        before, events = gpu.counter("launches"), gpu.counter("live_events")
+        gpu.hold(stream)
+        storing = asyncio.ensure_future(engine.store_many(items[1:], stream=stream))
+        await until(lambda: gpu.counter("live_events") == events + 31)
+        gpu.release(stream)
+        assert all(o.ok for o in await storing)
         assert gpu.counter("launches") - before <= 2 * 3  # kernels, for at most two turns
         vram.write(bytes(32 * PAGE))
         assert all(o.hit for o in await engine.load_many(items))
