@@ -31,8 +31,10 @@ venv: .venv/installed
 	@test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo 'Installing into .venv; the first time takes a minute or two.'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt \
 		--build-constraint constraints.txt --group dev --editable '.[demo]'
+	@# On all cores, where pip takes one. Some packages bring files that are for another Python.
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
 docker-tools: venv
