@@ -104,13 +104,17 @@ async def test_what_is_taken_back_was_present_for_nobody(tmp_path: Path) -> None
             assert ledger(root) == taken(root) == IMAGE
 
 
+def relink(root: Path, name: str) -> None:
+    """Give a block a temporary name again, as if its owner had linked it only just."""
+    (root / "tmp" / f"{name}.{'0' * 16}.{IMAGE}").hardlink_to(path_of(root, b"key"))
+
+
 async def test_what_was_present_is_not_taken_back(tmp_path: Path) -> None:
     """Its owner, who may have been late, finds its temporary gone."""
     root = tmp_path / "kv"
     async with opened(root) as engine:
         await put(engine, b"key")
-        name = f"{owner(os.getpid())}.{'0' * 16}.{IMAGE}"
-        (root / "tmp" / name).hardlink_to(path_of(root, b"key"))
+        relink(root, owner(os.getpid()))
         assert not await engine.store(b"key", content(b"key", NBYTES))
         assert temporaries(root) == []
         assert ledger(root) == taken(root) == IMAGE
@@ -182,8 +186,7 @@ async def test_deleting_what_has_only_just_been_linked(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     async with opened(root) as engine:
         await put(engine, b"key")
-        name = f"{owner(os.getpid())}.{'0' * 16}.{IMAGE}"
-        (root / "tmp" / name).hardlink_to(path_of(root, b"key"))
+        relink(root, owner(os.getpid()))
         assert await engine.delete(b"key")
         assert ledger(root) == taken(root) == 0
         assert temporaries(root) == []
@@ -266,8 +269,7 @@ async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:
         remote = [leave(root, owner(1, boot="0" * 32, start=1)) for _ in range(3)]
         stray = [leave(root, "stray", 0) for _ in range(2)]
         living = [leave(root, owner(os.getpid())), leave(root, owner(1))]
-        linked = root / "tmp" / f"{owner(os.getpid(), start=2)}.{'0' * 16}.{IMAGE}"
-        linked.hardlink_to(path_of(root, b"key"))  # its owner died before it could unlink it
+        relink(root, owner(os.getpid(), start=2))  # who died before it could unlink it
         write_ledger(root, 8 * IMAGE)
         for name in dead:
             make_old(root / "tmp" / name, HOUR / 2)

@@ -87,6 +87,8 @@ for _ in range(2):
 print(gpu.counter("copy_batches"), gpu.counter("async_copies"))
 """
 
+SLOW: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}  # so gathering is quicker
+
 # Prints whether a stream can be had, when the first can't be made.
 STREAM = """
 from kvgds.memory.device import CudaError, cuda
@@ -292,8 +294,7 @@ def test_who_gets_what_another_engine_lets_go_of_has_it() -> None:
 
 def test_a_gpu_that_has_failed_keeps_no_engine_open() -> None:
     """It gives nothing back, and says so each time."""
-    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
-    *told, threads = run("-c", CLOSE, devices=2, **slow).splitlines()
+    *told, threads = run("-c", CLOSE, devices=2, **SLOW).splitlines()
     assert threads == "[]"
     assert [line.rpartition(": ")[0] for line in told] == [
         "GPU 0 keeps its staging memory until this process ends: cudaFree",
@@ -304,16 +305,14 @@ def test_a_gpu_that_has_failed_keeps_no_engine_open() -> None:
 
 def test_without_a_thread_for_staging_memory_each_block_is_told() -> None:
     """At once: none waits for what nobody makes."""
-    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
     said = "store of block 6b: can't start new thread"
-    assert run("-c", NO_THREAD, **slow).splitlines() == [said, said]
+    assert run("-c", NO_THREAD, **SLOW).splitlines() == [said, said]
 
 
 @pytest.mark.parametrize("path", ["gds", "bounce"])
 def test_no_gpu_but_those_of_blocks_is_used(path: str) -> None:
     """A context takes hundreds of MiB of a GPU, which may be another process's."""
-    slow: dict[str, Any] = {"read": "delay:400", "write": "delay:400"}
-    assert run("-c", SECOND, path, devices=2, **slow).strip() == "1"
+    assert run("-c", SECOND, path, devices=2, **SLOW).strip() == "1"
 
 
 REFUSED = "GPUDirect Storage can't be had here"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import weakref
@@ -26,6 +27,7 @@ from simulator.checks_engine import (
 from support import spoil, until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from kvgds import Engine, EngineConfig
@@ -134,28 +136,38 @@ def later(gpu: Simulator, to: Vram, source: Vram, stream: int) -> None:
     gpu.call("cudaMemcpyAsync", *ends, size, kind, ctypes.c_void_p(stream))
 
 
-@pytest.mark.parametrize("path", ["gds", "bounce"])
-async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path: str) -> None:
-    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
+@contextlib.asynccontextmanager
+async def storing_behind(
+    gpu: Simulator, root: Path, path: str, stream: int
+) -> AsyncIterator[tuple[Engine, int]]:
+    """A store, and what its stream writes before it, go on behind what is done meanwhile.
+
+    The engine, and the bytes that cuFile had written before.
+    """
     vram, _ = filled(gpu, 2 * PAGE, "old")
     source, new = filled(gpu, 2 * PAGE, "new")
-    others = [filled(gpu, 2 * PAGE, i)[0] for i in range(3)]
-    stream = gpu.stream()
-    async with open_engine(settings) as engine:
+    async with open_engine(config(root, path=path, tier={"verify": "stamp"})) as engine:
         region, before = engine.register(vram), gpu.counter("bytes_written")
         gpu.hold(stream)
         later(gpu, vram, source, stream)
         storing = asyncio.create_task(engine.store(b"k", region, stream=stream))
-        for i, other in enumerate(others):  # which another stream has written
-            assert await engine.store(b"%d" % i, engine.register(other), stream=None)
+        yield engine, before
         assert not storing.done()
-        payload = 6 * PAGE if path == "gds" else 0
-        assert gpu.counter("bytes_written") - before == payload
         gpu.release(stream)
         assert await storing
         back = bytearray(2 * PAGE)
         assert await engine.load(b"k", back)
         assert back == new
+
+
+@pytest.mark.parametrize("path", ["gds", "bounce"])
+async def test_a_store_waits_for_its_stream(gpu: Simulator, tmp_path: Path, path: str) -> None:
+    others = [filled(gpu, 2 * PAGE, i)[0] for i in range(3)]
+    async with storing_behind(gpu, tmp_path / "kv", path, gpu.stream()) as (engine, before):
+        for i, other in enumerate(others):  # which another stream has written
+            assert await engine.store(b"%d" % i, engine.register(other), stream=None)
+        payload = 6 * PAGE if path == "gds" else 0
+        assert gpu.counter("bytes_written") - before == payload
 
 
 class OwnStream:
@@ -189,22 +201,9 @@ async def test_a_store_waits_for_the_default_stream_of_its_callers_thread(
     gpu: Simulator, tmp_path: Path, path: str
 ) -> None:
     """Whose handle names another stream in every thread, in those of the engine, too."""
-    settings = config(tmp_path / "kv", path=path, tier={"verify": "stamp"})
-    vram, _ = filled(gpu, 2 * PAGE, "old")
-    source, new = filled(gpu, 2 * PAGE, "new")
-    async with open_engine(settings) as engine:
-        region = engine.register(vram)
-        gpu.hold(PER_THREAD)
-        later(gpu, vram, source, PER_THREAD)
-        storing = asyncio.create_task(engine.store(b"k", region, stream=PER_THREAD))
+    async with storing_behind(gpu, tmp_path / "kv", path, PER_THREAD) as (engine, _):
         for i in range(5):
             assert await engine.store(b"%d" % i, bytes(PAGE))
-        assert not storing.done()
-        gpu.release(PER_THREAD)
-        assert await storing
-        back = bytearray(2 * PAGE)
-        assert await engine.load(b"k", back)
-        assert back == new
 
 
 @pytest.mark.parametrize("path", ["gds", "bounce"])

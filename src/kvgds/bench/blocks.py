@@ -159,9 +159,10 @@ class Blocks:
         for cache in self._caches.values():
             await self.engine.deregister(cache)
 
-    async def clear(self) -> None:
-        """Remove what is stored."""
-        await asyncio.gather(*(self.engine.delete(key) for key in self.keys))
+    async def clear(self, keys: Sequence[bytes] | None = None) -> None:
+        """Remove what is stored under these keys; None: each block's own."""
+        gone = self.keys if keys is None else keys
+        await asyncio.gather(*(self.engine.delete(key) for key in gone))
 
     def memory(self, i: int, *, store: bool) -> Memory:
         """What is given to the engine for one block."""
@@ -200,22 +201,26 @@ class Blocks:
         """Move groups of as many blocks, each under one key, so many groups at a time."""
         call = self.engine.store if store else self.engine.load
         keys = [f"{self.content.block}-{group}".encode() for group in groups]
-        if store:
-            await asyncio.gather(*(self.engine.delete(key) for key in keys))
 
         async def one(n: int) -> bool:
             return await call(keys[n], self._caches[store].block(*groups[n]))
 
-        sample = await self._run(len(groups), in_flight, one, store=store)
+        sample = await self._run(len(groups), in_flight, one, store=store, keys=keys)
         sample.asked *= len(groups[0])
         sample.succeeded *= len(groups[0])
         return self.content.judged(sample, store=store)
 
     async def _run(
-        self, calls: int, in_flight: int, operation: Callable[[int], Any], *, store: bool
+        self,
+        calls: int,
+        in_flight: int,
+        operation: Callable[[int], Any],
+        *,
+        store: bool,
+        keys: Sequence[bytes] | None = None,
     ) -> Sample:
         if store:
-            await self.clear()
+            await self.clear(keys)
         sample = Sample(nbytes=self.content.nbytes)
         async with watched(sample):
             await drive(calls, in_flight, sample, operation)

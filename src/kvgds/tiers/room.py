@@ -202,7 +202,7 @@ class Room:
             self._count(need, max(forced - freed, 0))
             freed += self._evict(need, forced - freed)
         if self._files < _FEW:
-            self._list, self._listed = [], 0
+            self._relist([])
         return freed
 
     def goes_first(self, place: str, found: os.stat_result) -> None:
@@ -241,14 +241,13 @@ class Room:
                     if used - freed <= self._low(need) or not more:
                         break
                     more -= 1
-                freed += self._remove(self._list.pop())
+                freed += self._remove(self._take())
         finally:
             self._ledger.add(-freed)
         return freed
 
     def _remove(self, file: _File) -> int:
         """Remove a file, unless it has been used since it was listed. Its bytes."""
-        self._listed -= file.nbytes
         place = file.place
         found = status(place, self._root)
         if found is None or place in self.pins or self.last_use(place, found) != file.used:
@@ -282,7 +281,7 @@ class Room:
         """Others evict what goes first as well: the list lasts no longer than all of them take."""
         with contextlib.suppress(OSError):  # whoever is to remove it will be told
             while self._list and status(self._list[-1].place, self._root) is None:
-                self._listed -= self._list.pop().nbytes
+                self._take()
                 self._behind += 2 * _PACE
 
     def _check(self, total: int) -> None:
@@ -292,7 +291,7 @@ class Room:
         self._ledger.add(-given_up)
         missing = self._ledger.used - self.reserved - total
         if self._files < _FEW or missing > self._capacity * _LISTED:
-            self._list, self._listed = [], 0
+            self._relist([])
 
     def look_ahead(self, stores: int) -> None:
         """Go on with that, for a job of so many stores. The ledger need not be held."""
@@ -310,8 +309,17 @@ class Room:
     def _end_search(self, search: _Search) -> None:
         self._search = self._total = None
         self._files = search.files
-        self._list = search.found()
-        self._listed = sum(file.nbytes for file in self._list)
+        self._relist(search.found())
+
+    def _relist(self, files: list[_File]) -> None:
+        self._list = files
+        self._listed = sum(file.nbytes for file in files)
+
+    def _take(self) -> _File:
+        """What goes first of those listed."""
+        file = self._list.pop()
+        self._listed -= file.nbytes
+        return file
 
     def walk(self) -> Generator[tuple[str, os.stat_result], None, None]:
         """Every stored file: its path and status."""

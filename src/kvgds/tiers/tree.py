@@ -192,7 +192,7 @@ class Tree:
         except BlockingIOError:
             alone = False
         with self.ledger.held():
-            if self.ledger.sound:
+            if self.ledger.sound and not alone:  # who counts anew sweeps as well
                 self.ledger.add(-self.room.sweep()[2])
             self.room.make(0, 0, anew=alone)
         locks.lock(self._openers, fcntl.LOCK_SH)
