@@ -310,6 +310,34 @@ async def test_each_arrives_as_it_ends(tmp_path: Path) -> None:
         assert memory == [content(key, SIZE) for key in keys]
 
 
+async def test_each_asks_for_all_blocks_however_long_the_caller_computes(tmp_path: Path) -> None:
+    """Whoever has one outcome, and takes the next much later, finds that all others have ended."""
+    async with opened(tmp_path / "kv") as engine:
+        keys = [b"%d" % i for i in range(100)]
+        await store(engine, *keys)
+        memory = [bytearray(SIZE) for _ in keys]
+        items = [(b"missing", bytearray(SIZE)), *zip(keys, memory, strict=True)]
+        arrivals = engine.load_each(items)
+        assert (await anext(arrivals)).status == "miss"
+        await support.until(lambda: engine.statistics().hits == 100)
+        assert {outcome.status async for outcome in arrivals} == {"hit"}
+        assert memory == [content(key, SIZE) for key in keys]
+
+
+async def test_each_of_many_that_are_missing_leaves_the_loop_to_others(tmp_path: Path) -> None:
+    """Misses are told at once: that is no reason to take in thousands in one turn of the loop."""
+    async with opened(tmp_path / "kv") as engine:
+        items = [(b"%d" % i, bytearray(1)) for i in range(1000)]
+
+        async def count() -> int:
+            return len([outcome async for outcome in engine.load_each(items)])
+
+        asking = soon(count())
+        await turns(4)
+        assert not asking.done()
+        assert await asking == 1000
+
+
 async def test_loads_that_share_wait_for_no_file(tmp_path: Path) -> None:
     """The copy from one to the others is made, though all file calls hang."""
     gate = threading.Event()

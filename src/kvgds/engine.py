@@ -477,6 +477,7 @@ class Engine:
     ) -> AsyncGenerator[Outcome, None]:
         """Load blocks; their outcomes as they end, to start computing early.
 
+        All are asked for when the first is awaited, however long the caller takes between two.
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
         """
         self._check_open()

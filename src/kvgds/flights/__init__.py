@@ -771,21 +771,32 @@ class Flights:
             len(items), priority, timeout_s, write=write, each=True, stream=stream
         )
         arrivals: Any = batch.arrivals
-        admitted = 0
+        self._take_in(batch, items)
         try:
             while batch.left or arrivals:
-                for key, memory in items[admitted : admitted + _ADMIT_AT_ONCE]:
-                    self.admit(batch, admitted, key, memory)
-                    admitted += 1
-                self.pump_soon()
                 if not arrivals:
-                    await (batch.news() if admitted == len(items) else asyncio.sleep(0))
-                while arrivals:
-                    yield arrivals.popleft()
+                    await batch.news()
+                yield arrivals.popleft()
         except (asyncio.CancelledError, GeneratorExit) as gone:
-            batch.drop(len(items) - admitted)
+            if batch.admission is not None:
+                batch.admission.cancel()
+            batch.drop(len(items) - batch.admitted)
             await self._call_off(batch, gone)
             raise
+
+    def _take_in(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
+        """Admit some of the blocks in each turn of the loop, others use it too.
+
+        Not as their outcomes are taken: between two of them the caller may compute for long, and
+        the deadline of all runs meanwhile.
+        """
+        stop = min(batch.admitted + _ADMIT_AT_ONCE, len(items))
+        for index in range(batch.admitted, stop):
+            self.admit(batch, index, *items[index])
+        self.pump_soon()
+        batch.admitted = stop
+        more = stop < len(items)
+        batch.admission = self._loop.call_soon(self._take_in, batch, items) if more else None
 
 
 def _lane(level: int, *, write: bool) -> str:

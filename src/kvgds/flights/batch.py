@@ -79,6 +79,8 @@ class Batch:
 
     __slots__ = (
         "__weakref__",
+        "admission",
+        "admitted",
         "arrivals",
         "deadlines",
         "expired",
@@ -116,6 +118,8 @@ class Batch:
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
         self.waiters: list[Waiter] = []
+        self.admitted = 0  # of those whose outcomes are taken one by one
+        self.admission: asyncio.Handle | None = None  # the next of them
         self.arrivals: deque[Outcome] | None = deque() if each else None
         self.waiter: asyncio.Future[None] | None = None
         self.expired = False
