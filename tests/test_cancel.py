@@ -836,6 +836,32 @@ async def test_left_cancelled_and_late_it_tells_of_both(tmp_path: Path) -> None:
         await error.settled
 
 
+async def test_cancelled_between_two_arrivals_and_late_it_tells_of_both(tmp_path: Path) -> None:
+    """The cancel ended what the caller did with an outcome: nobody but the iterator can tell."""
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        await store(engine, b"a")
+        engine.held.hold("landing")
+        items = [(b"none", bytearray(SIZE)), (b"a", engine.register(aligned(SIZE)))]
+        computing = asyncio.Event()
+
+        async def compute() -> None:
+            async with contextlib.aclosing(engine.load_each(items, timeout_s=LATE_S)) as arrivals:
+                async for outcome in arrivals:
+                    assert outcome.status == "miss"
+                    await engine.held.wait_held("landing")
+                    computing.set()
+                    await asyncio.Event().wait()
+
+        task = soon(compute())
+        await computing.wait()
+        task.cancel()
+        error = await late(engine, task)
+        assert isinstance(error.__cause__, asyncio.CancelledError)
+        assert error.settled is not None
+        engine.held.release()
+        await error.settled
+
+
 async def test_store_each_cancelled(tmp_path: Path) -> None:
     async with opened(tmp_path / "kv", inflight_ops=2) as engine:
         engine.held.hold("start")

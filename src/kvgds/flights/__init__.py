@@ -750,7 +750,7 @@ class Flights:
         ]
         try:
             if late:
-                raise _joined(late) from again or cancelled
+                raise _joined(late) from again or _left_for(cancelled)
             if again:  # who only left a loop has not been told yet that it is cancelled
                 raise again
         finally:
@@ -839,6 +839,17 @@ async def _cancelled(wait: Awaitable[None]) -> asyncio.CancelledError | None:
     except asyncio.CancelledError as cancelled:
         return cancelled
     return None
+
+
+def _left_for(gone: BaseException) -> BaseException:
+    """What ended the caller's loop: cancelled in there, an iterator only learns that it is left.
+
+    Nor does Python chain that cancel to what leaving raises: told of nowhere, it would be lost.
+    """
+    task = asyncio.current_task()
+    if isinstance(gone, GeneratorExit) and task is not None and task.cancelling():
+        return asyncio.CancelledError()
+    return gone
 
 
 def _joined(late: list[TransferTimeout]) -> TransferTimeout:
