@@ -463,7 +463,7 @@ class Engine:
         timeout_s: float | None = None,
         stream: object = None,
     ) -> AsyncGenerator[Outcome, None]:
-        """Store blocks; their outcomes as they end."""
+        """Store blocks; their outcomes as they end, in any order: see :meth:`load_each`."""
         self._check_open()
         return self._flights.each(items, priority, timeout_s, write=True, stream=stream)
 
@@ -478,6 +478,9 @@ class Engine:
         """Load blocks; their outcomes as they end, to start computing early.
 
         All are asked for when the first is awaited, however long the caller takes between two.
+        They come in any order. Only the key tells which block it was: of a key that is given twice,
+        the one that came first in the call may well be the one that ends last.
+
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
         """
         self._check_open()
