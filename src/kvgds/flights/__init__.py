@@ -201,21 +201,27 @@ class Flights:
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
         """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
-        admitted = 0
+        self._take_in(batch, items)
         try:
-            for key, memory in items:
-                self.admit(batch, admitted, key, memory)
-                admitted += 1
-                if not admitted % _ADMIT_AT_ONCE:
-                    self.pump_soon()
-                    await asyncio.sleep(0)  # others use this loop too
-            self.pump_soon()
             while batch.left:
                 await batch.news()
         except asyncio.CancelledError as cancelled:
-            batch.drop(len(items) - admitted)
             await self._call_off(batch, cancelled)
             raise
+
+    def _take_in(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
+        """Admit some of the blocks in each turn of the loop: others use it too.
+
+        Not as outcomes are taken one by one: between two of them the caller may compute for long,
+        and the deadline of all runs meanwhile.
+        """
+        stop = min(batch.admitted + _ADMIT_AT_ONCE, len(items))
+        for index in range(batch.admitted, stop):
+            self.admit(batch, index, *items[index])
+        self.pump_soon()
+        batch.admitted = stop
+        more = stop < len(items)
+        batch.admission = self._loop.call_soon(self._take_in, batch, items) if more else None
 
     def admit(self, batch: Batch, index: int, key: BlockKey, memory: Memory) -> None:
         """Take one block in; what is wrong with it becomes its outcome."""
@@ -733,6 +739,7 @@ class Flights:
     async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
         """Drop what is queued and wait for the rest, however often the wait is cancelled."""
         again: asyncio.CancelledError | None = None
+        batch.admit_no_more()
         for number, waiter in enumerate(batch.waiters, 1):
             flight = waiter.flight
             if flight is not None and self._leave_queue(waiter, flight):
@@ -778,25 +785,8 @@ class Flights:
                     await batch.news()
                 yield arrivals.popleft()
         except (asyncio.CancelledError, GeneratorExit) as gone:
-            if batch.admission is not None:
-                batch.admission.cancel()
-            batch.drop(len(items) - batch.admitted)
             await self._call_off(batch, gone)
             raise
-
-    def _take_in(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
-        """Admit some of the blocks in each turn of the loop, others use it too.
-
-        Not as their outcomes are taken: between two of them the caller may compute for long, and
-        the deadline of all runs meanwhile.
-        """
-        stop = min(batch.admitted + _ADMIT_AT_ONCE, len(items))
-        for index in range(batch.admitted, stop):
-            self.admit(batch, index, *items[index])
-        self.pump_soon()
-        batch.admitted = stop
-        more = stop < len(items)
-        batch.admission = self._loop.call_soon(self._take_in, batch, items) if more else None
 
 
 def _lane(level: int, *, write: bool) -> str:

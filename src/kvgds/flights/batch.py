@@ -118,8 +118,8 @@ class Batch:
         self.outcomes = [_PENDING] * blocks  # complete once nothing is left
         self.left = blocks
         self.waiters: list[Waiter] = []
-        self.admitted = 0  # of those whose outcomes are taken one by one
-        self.admission: asyncio.Handle | None = None  # the next of them
+        self.admitted = 0  # blocks so far
+        self.admission: asyncio.Handle | None = None  # of the next; None: there are no more
         self.arrivals: deque[Outcome] | None = deque() if each else None
         self.waiter: asyncio.Future[None] | None = None
         self.expired = False
@@ -137,10 +137,14 @@ class Batch:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def drop(self, blocks: int) -> None:
-        """So many will never be admitted."""
-        self.left -= blocks
-        if blocks and not self.left:
+    def admit_no_more(self) -> None:
+        """Those that were not admitted never will be."""
+        if self.admission is None:
+            return
+        self.admission.cancel()
+        self.admission = None
+        self.left -= len(self.outcomes) - self.admitted
+        if not self.left:
             self._over()
 
     def _over(self) -> None:
