@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvgds.tiers.maps import KeyMap, Links, Order, column
+from kvgds.tiers.maps import KeyMap, KeyQueue, Links, Order, column
 from kvgds.tiers.slots import Block, Slab, Slots
 from kvgds.tiers.space import SLOT_BITS, slab_name
 from kvgds.transport import File
@@ -71,6 +72,39 @@ def test_a_map_of_keys_is_a_dict(steps: list[tuple[bytes, bool]]) -> None:
         assert keys.get(key) == model.get(key)
         assert len(keys) == len(model)
     assert {key: keys[key] for key in model} == model
+
+
+@given(st.lists(st.tuples(st.binary(max_size=2), st.booleans())))
+def test_a_queue_of_keys_is_an_ordered_dict(steps: list[tuple[bytes, bool]]) -> None:
+    queue, model = KeyQueue(), dict[bytes, int]()
+    for number, (key, adds) in enumerate(steps):
+        if adds:
+            queue.append(key, number)
+            model.pop(key, None)
+            model[key] = number
+        elif key in model:
+            assert queue.pop(key) == model.pop(key)
+        assert (key in queue) == (key in model)
+        assert (list(queue), len(queue)) == (list(model), len(model))
+    assert [queue.pop(key) for key in model] == list(model.values())
+    assert (list(queue), len(queue)) == ([], 0)
+
+
+def test_a_long_queue_of_keys_moves_few_at_once() -> None:
+    """Whatever comes or leaves: a single dict would now and then copy itself whole."""
+    queue, most = KeyQueue(), 0
+    keys = [b"%d" % number for number in range(30_000)]
+    tracemalloc.start()
+    try:
+        for key in (*keys, *reversed(keys)):  # the second time each is there
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            queue.append(key, 1)
+            most = max(most, tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert most < 100_000  # of 30,000 keys in one dict: some 2,000,000
+    assert list(queue) == keys[::-1]
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")

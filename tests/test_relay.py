@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ from faults import FaultyDisk
 from kvgds import TransferError, TransferTimeout
 from kvgds.testing import skip_time
 from support import PAGE, content, turns, until
+from test_maps import followed
 from test_stack import SIZE, SLOT, Place, fill, load, relay
 from wire import Wire
 from wirefaults import s3_error
@@ -561,6 +563,17 @@ async def test_a_block_that_another_has_replaced_is_not_tried_for_ever(place: Pl
 
 
 # --- what nobody can read -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")
+async def test_the_collector_follows_nothing_that_is_owed(place: Place) -> None:
+    """A full run of it takes as long with a million blocks as with none."""
+    async with place.opened("demote", tier={"capacity_bytes": 1 << 30}) as engine:
+        await fill(engine, b"first")  # its slab has room for all
+        before = followed()
+        await fill(engine, *(b"%d" % n for n in range(400)))
+        assert relay(engine)[0] == 401
+        assert followed() < before + 400
 
 
 async def test_what_is_owed_stays_bounded_without_the_bucket(place: Place) -> None:

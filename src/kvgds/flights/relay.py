@@ -22,6 +22,7 @@ from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
 from kvgds.paths import RELAY, Move
 from kvgds.schedule import Priority
+from kvgds.tiers.maps import KeyQueue
 
 if TYPE_CHECKING:
     import asyncio
@@ -98,7 +99,7 @@ class Relay:
         self._mode = settings.write
         self._most = settings.connections
         self._most_bytes = bounce_bytes
-        self._owed: OrderedDict[BlockKey, int] = OrderedDict()  # its bytes; oldest first
+        self._owed = KeyQueue()  # and their bytes
         self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
         self._early: set[BlockKey] = set()  # asked for before they were heard of
         self._hopeless: set[BlockKey] = set()  # too large for the bounce region
@@ -118,7 +119,7 @@ class Relay:
         """
         for key, nbytes in self.near.owed():
             if image_bytes(nbytes) <= self._most_bytes:
-                self._owed[key] = nbytes
+                self._owed.append(key, nbytes)
             else:
                 self._hopeless.add(key)
 
@@ -174,19 +175,24 @@ class Relay:
         key = move.key
         if len(self._owed) > self.near.statistics().blocks:
             self._forget_evicted()
-        self._owed[key] = move.nbytes
-        self._owed.move_to_end(key)
+        self._owed.append(key, move.nbytes)
         if key in self._early:
             self._early.discard(key)
             self._urgent[key] = None
         self._go_on()
 
+    def _owe(self, key: BlockKey, nbytes: int) -> None:
+        """What the next tier still lacks; what was stored meanwhile counts instead."""
+        if key not in self._owed:
+            self._owed.append(key, nbytes)
+
     def _forget_evicted(self) -> None:
         """A few at a time, because there may be very many: two for each that comes will do."""
         for _ in range(min(2, len(self._owed))):
-            key, nbytes = self._owed.popitem(last=False)
+            key = next(iter(self._owed))
+            nbytes = self._owed.pop(key)
             if self.near.contains(key):
-                self._owed[key] = nbytes
+                self._owed.append(key, nbytes)
             else:
                 self._give_up(key, None)
 
@@ -217,7 +223,7 @@ class Relay:
         if flight not in waiting:
             return
         if not there:
-            self._owed.setdefault(key, flight.leader.view.nbytes)
+            self._owe(key, flight.leader.view.nbytes)
             self._expect(key)
             return
         waiting.remove(flight)
@@ -259,7 +265,7 @@ class Relay:
             error = OSError(errno.EHOSTDOWN, self._out_text())
             self._loop.call_soon(self._deleted, key, False, error)  # noqa: FBT003 - as above
             return
-        owed = self._owed.pop(key, None)
+        owed = self._owed.pop(key) if key in self._owed else None
         self._refuse(key, TransferError("it was deleted meanwhile", direction="store", key=key))
 
         def gone(there: bool, error: Exception | None) -> None:  # noqa: FBT001 - the tier's contract
@@ -267,7 +273,7 @@ class Relay:
                 far.delete(key, lambda also, error: self._deleted(key, there or also, error))
                 return
             if owed is not None:
-                self._owed.setdefault(key, owed)
+                self._owe(key, owed)
             self._deleted(key, there, error)
 
         near.delete(key, gone)
@@ -416,7 +422,7 @@ class Relay:
         number = error.errno if isinstance(error, TransferError) else None
         why = str(getattr(error, "reason", error))
         self._refuse(upload.key, self._kept(upload.key, why, number))
-        self._owed.setdefault(upload.key, upload.nbytes)
+        self._owe(upload.key, upload.nbytes)
         if self._pause is None:
             pause = _PAUSE_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
             self._pause = self._loop.call_later(pause, self._paused)

@@ -9,6 +9,7 @@ Slots are numbered as ``space`` says: the slab's id, then the place in the slab.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvgds.blocks import BlockKey
 
 _MASK = 0x3FF  # of a key's hash
+_CHUNK = 1024  # keys of a queue that follow each other
 _END = (1 << 64) - 1
 
 
@@ -63,6 +65,51 @@ class KeyMap:
         """Take a key's slot from it."""
         del self._parts[hash(key) & _MASK][key]
         self._count -= 1
+
+
+class KeyQueue:
+    """Keys in the order in which they came, each with a number; any of them may leave."""
+
+    __slots__ = ("_chunks", "_count", "_newest", "_parts")
+
+    def __init__(self) -> None:
+        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_MASK + 1))
+        self._chunks: OrderedDict[int, dict[BlockKey, int]] = OrderedDict()  # oldest first
+        self._newest = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._parts[hash(key) & _MASK]
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        """From the oldest on; nothing may come or leave meanwhile."""
+        for chunk in self._chunks.values():
+            yield from chunk
+
+    def append(self, key: BlockKey, number: int) -> None:
+        """Make a key the newest, whether it was there or not."""
+        if key in self:
+            self.pop(key)
+        chunk = self._chunks.get(self._newest)
+        if chunk is None or len(chunk) == _CHUNK:
+            self._newest += 1
+            chunk = self._chunks[self._newest] = {}
+        chunk[key] = number
+        self._parts[hash(key) & _MASK][key] = self._newest
+        self._count += 1
+
+    def pop(self, key: BlockKey) -> int:
+        """Let a key leave that is there: its number."""
+        place = self._parts[hash(key) & _MASK].pop(key)
+        chunk = self._chunks[place]
+        number = chunk.pop(key)
+        if not chunk:
+            del self._chunks[place]
+        self._count -= 1
+        return number
 
 
 def column(length: int) -> memoryview[int]:
