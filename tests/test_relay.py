@@ -16,6 +16,7 @@ from buckets import name_of
 from faults import FaultyDisk
 from kvgds import TransferError, TransferTimeout
 from kvgds.testing import skip_time
+from sharing import locked
 from support import PAGE, content, turns, until
 from test_maps import followed
 from test_stack import SIZE, SLOT, Place, fill, load, relay
@@ -354,6 +355,36 @@ async def test_what_hangs_leaves_the_directory_its_memory(place: Place, tmp_path
                 assert await load(engine, b"%d" % n) == content(b"%d" % n, SIZE)
         engine.held_objects.release()
         assert await loading == content(b"far", SIZE)
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 15 * PAGE])
+async def test_loads_go_on_while_promotions_hang(place: Place, tmp_path: Path, nbytes: int) -> None:
+    """The directory takes nothing any more: what the bucket has is loaded all the same."""
+    blocks = [(b"%d" % n, content(b"%d" % n, nbytes)) for n in range(40)]
+    async with place.opened() as engine:
+        await engine.store_many(blocks)
+        await until(lambda: relay(engine)[0] == 0)
+    async with place.opened(root=tmp_path / "other", timeout_s=10.0) as engine:
+        engine.held.hold("start", lambda transfer: transfer.write)
+        for key, payload in blocks:
+            memory = bytearray(nbytes)
+            assert await engine.load(key, memory)
+            assert memory == payload
+
+
+async def test_loads_go_on_while_another_process_has_the_ledger(
+    place: Place, tmp_path: Path
+) -> None:
+    """One that is stopped, perhaps: promotions wait for it, and loads don't."""
+    keys = [b"%d" % n for n in range(40)]
+    async with place.opened() as engine:
+        await fill(engine, *keys)
+        await until(lambda: relay(engine)[0] == 0)
+    other = tmp_path / "other"
+    async with place.opened(root=other, tier={"layout": "files"}, timeout_s=10.0) as engine:
+        with locked(other):
+            for key in keys:
+                assert await load(engine, key) == content(key, SIZE)
 
 
 # --- blocks of other sizes ----------------------------------------------------------------------

@@ -37,7 +37,15 @@ from kvgds.schedule import Lane, Priority, Scheduler, Ticket
 from kvgds.waits import until_done
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from concurrent.futures import Future as ThreadFuture
 
     from kvgds.blocks import BlockKey
@@ -98,8 +106,9 @@ class Flights:
         self._run = run
         self._handover = handover
         self._digest = config.namespace.digest
-        self.scheduler: Scheduler[Any] = Scheduler(_lanes(config), bounce_bytes=config.bounce_bytes)
-        self.relay = self._relay(config)
+        lanes = _lanes(config)
+        self.scheduler: Scheduler[Any] = Scheduler(lanes, bounce_bytes=config.bounce_bytes)
+        self.relay = self._relay(config, lanes)
         self._flights: dict[tuple[BlockKey, bool], Flight] = {}
         self.running: set[Flight] = set()
         self.observers: list[Observer] = []
@@ -138,7 +147,7 @@ class Flights:
         if self.relay is not None:
             self.relay.stop()
 
-    def _relay(self, config: EngineConfig) -> Relay | None:
+    def _relay(self, config: EngineConfig, lanes: Mapping[str, Lane]) -> Relay | None:
         last = config.tiers[-1]
         if len(config.tiers) == 1 or not isinstance(last, ObjectTier):
             return None
@@ -148,6 +157,7 @@ class Flights:
             self._digest,
             self._loop,
             lane=_lane(1, write=True),
+            loads=lanes[_lane(1, write=False)],
             bounce_bytes=config.bounce_bytes // 2,
         )
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvgds.config import ObjectTier
     from kvgds.flights import Flights
     from kvgds.flights.batch import Flight
-    from kvgds.schedule import Ticket
+    from kvgds.schedule import Lane, Ticket
     from kvgds.tiers import Tier
 
 _REFUSALS = 3  # uploads that fail in a row: then the first tier waits for none
@@ -77,7 +77,8 @@ class Relay:
     Args:
         flights: whom it works for.
         lane: of the scheduler, for what goes to the next tier.
-        bounce_bytes: the next tier's part of the bounce region; half may be lent to promotions.
+        loads: the limits of the lane whose leases promotions go on with.
+        bounce_bytes: the next tier's part of the bounce region; half may be lent to a promotion.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Relay:
         loop: asyncio.AbstractEventLoop,
         *,
         lane: str,
+        loads: Lane,
         bounce_bytes: int,
     ) -> None:
         self.near: Tier
@@ -99,6 +101,8 @@ class Relay:
         self._mode = settings.write
         self._most = settings.connections
         self._most_bytes = bounce_bytes
+        # Of several promotions: they may hang with the first tier, and loads must go on.
+        self._most_promoting = (loads.ops // 2, loads.bytes // 2)
         self._owed = KeyQueue()  # and their bytes
         self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
         self._early: set[BlockKey] = set()  # asked for before they were heard of
@@ -440,12 +444,17 @@ class Relay:
         """Store what was loaded into the first tier, too. Whether that now owns the lease."""
         key, nbytes = loaded.key, ticket.bounce_bytes
         known = key in self._promoting or key in self._deleting or self.near.contains(key)
-        lent = sum(self._promoting.values())
-        if self._closing or known or lent + nbytes > self._most_bytes // 2:
+        if self._closing or known or not self._may_promote(nbytes):
             return False
         self._promoting[key] = nbytes
         _Promotion(self, key, loaded.nbytes).start(ticket)
         return True
+
+    def _may_promote(self, nbytes: int) -> bool:
+        if not self._promoting:
+            return nbytes <= self._most_bytes // 2
+        ops, most = self._most_promoting
+        return len(self._promoting) < ops and sum(self._promoting.values()) + nbytes <= most
 
     def promoted(self, key: BlockKey, ticket: Ticket[Any], *, well: bool) -> None:
         """A promotion has ended."""
