@@ -387,6 +387,45 @@ async def test_loads_go_on_while_another_process_has_the_ledger(
                 assert await load(engine, key) == content(key, SIZE)
 
 
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_no_promotion_drops_what_only_the_directory_has(place: Place, layout: str) -> None:
+    """A bucket that can be read, but takes nothing: stores don't wait for it, and evict."""
+    await asyncio.to_thread(place.put, b"far", b"farther")
+    tier = {"layout": layout, "capacity_bytes": 4 * SLOT}
+    keys = [b"%d" % n for n in range(4)]
+    async with place.opened("back", tier=tier) as engine:
+        place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+        await fill(engine, *keys)
+        await until(lambda: relay(engine)[2] >= 3)
+        for key in (b"far", b"farther"):
+            assert await load_once_it_answers(engine, key) == content(key, SIZE)
+        await until(lambda: not engine._flights.relay._promoting)  # noqa: SLF001
+        for key in keys:
+            assert await load(engine, key) == content(key, SIZE)
+        assert relay(engine)[3] == engine.statistics().tiers[0].dropped == 0
+        await fill(engine, b"new")
+        assert engine.statistics().tiers[0].dropped == 1
+        place.wire.ok()
+
+
+async def test_what_the_bucket_has_gives_way_to_promotions(place: Place) -> None:
+    """In a directory that is else full of what the bucket does not take."""
+    keys = [b"%d" % n for n in range(3)]
+    await asyncio.to_thread(place.put, b"far", b"farther")
+    for layout in ("slabs", "files"):
+        tier = {"layout": layout, "capacity_bytes": 4 * SLOT}
+        async with place.opened("back", place.root.with_name(layout), tier=tier) as engine:
+            place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+            await fill(engine, *keys)
+            await until(lambda: relay(engine)[2] >= 3)
+            for count, key in enumerate((b"far", b"farther", b"far"), 1):
+                assert await load_once_it_answers(engine, key) == content(key, SIZE)
+                await until(lambda: relay(engine)[3] == count)  # noqa: B023
+            near = engine.statistics().tiers[0]
+            assert (near.evictions, near.dropped) == (2, 0)
+            place.wire.ok()
+
+
 # --- blocks of other sizes ----------------------------------------------------------------------
 
 
@@ -615,6 +654,14 @@ async def test_what_is_owed_stays_bounded_without_the_bucket(place: Place) -> No
         await fill(engine, *(b"more %d" % n for n in range(60)))
         assert relay(engine)[0] <= 10
         place.wire.ok()
+
+
+async def load_once_it_answers(engine: support.Watched, key: bytes) -> bytes:
+    """Load what only the bucket has, which is a miss while that is left alone."""
+    async with asyncio.timeout(20):
+        while (found := await load(engine, key)) is None:
+            await turns(1)
+    return found
 
 
 async def until_out(engine: support.Watched) -> None:

@@ -69,6 +69,11 @@ class Place:
         given = {"timeout_s": 20.0, "drain_timeout_s": 20.0, **changes}
         return opened(root or self.root, objects=far, **given)
 
+    def put(self, *keys: bytes) -> None:
+        """Put blocks into the bucket as another machine would have."""
+        for key in keys:
+            buckets.put(self.server, self.bucket, key, content(key, SIZE))
+
     def there(self) -> dict[str, bytes]:
         """Payloads in the bucket, by name."""
         found = blocks(self.server, self.bucket)

@@ -41,6 +41,7 @@ _LISTED = 0.1  # of the capacity: what a search finds
 _SOON = 0.9  # of the capacity: no search before so much is taken
 _PACE = 16  # files that each job looks at for each of its stores; each store has two jobs
 _HURRY = 256  # files at most, beside those, where others evict as well
+_OWED_S = 1.0  # before it is looked again whether nothing may go that is to be spared
 _FEW = 1024  # files, which are counted for each store that lacks room
 
 
@@ -168,6 +169,7 @@ class Room:
         self._files = _FEW  # that there were when last counted, nearly full; or maybe as many
         self._search: _Search | None = None  # under way
         self._behind = 0  # files that it would have looked at, had we removed what others have
+        self._owed_until = 0.0  # by time.monotonic: all that might go is owed
         self._total: int | None = None  # bytes seen by the one that has just ended
 
     def close(self) -> None:
@@ -191,16 +193,21 @@ class Room:
         """When a block was last used, as far as this engine knows; nanoseconds."""
         return max(found.st_mtime_ns, self._recent.get(place, 0))
 
-    def make(self, need: int, forced: int, *, anew: bool = False) -> int:
+    def make(self, need: int, forced: int, *, anew: bool = False, spare: bool = False) -> int:
         """Evict until ``need`` fits, and ``forced`` in any case. Bytes evicted.
 
-        Counts anew if what is listed does not do, or in any case (``anew``).
+        Counts anew if what is listed does not do, or in any case (``anew``). To spare means that
+        nothing goes which the next tier lacks, so that less may be evicted.
         """
         known = self._ledger.sound and not anew
-        freed = self._evict(need, forced) if known else 0
-        if not known or not self._fits(need) or freed < forced:
+        freed = self._evict(need, forced, spare=spare) if known else 0
+        # What is left in a list is owed, and so is all else.
+        spared = known and spare and (self._list or time.monotonic() < self._owed_until)
+        if not spared and (not known or not self._fits(need) or freed < forced):
             self._count(need, max(forced - freed, 0))
-            freed += self._evict(need, forced - freed)
+            freed += self._evict(need, forced - freed, spare=spare)
+            if spare and not self._fits(need):
+                self._owed_until = time.monotonic() + _OWED_S
         if self._files < _FEW:
             self._relist([])
         return freed
@@ -231,13 +238,16 @@ class Room:
                 break
         self._end_search(search)
 
-    def _evict(self, need: int, forced: int) -> int:
+    def _evict(self, need: int, forced: int, *, spare: bool) -> int:
         """Evict what is listed until ``need`` fits, and then some."""
         capacity, used, freed = self._capacity, self._ledger.used, 0
         more = 0 if self._fits(need) else _MORE
         try:
             while self._list:
-                if used - freed + need <= capacity and freed >= forced:
+                fits = used - freed + need <= capacity and freed >= forced
+                if spare and self._is_owed(self._list[-1]):
+                    break
+                if fits:
                     if used - freed <= self._low(need) or not more:
                         break
                     more -= 1
@@ -245,6 +255,10 @@ class Room:
         finally:
             self._ledger.add(-freed)
         return freed
+
+    def _is_owed(self, file: _File) -> bool:
+        """Whether the next tier still lacks it."""
+        return file.owed and self.debts.owes(file.place)
 
     def _remove(self, file: _File) -> int:
         """Remove a file, unless it has been used since it was listed. Its bytes."""

@@ -5,7 +5,7 @@ whose block goes is free once its removal is committed; what the index can't tak
 before. A store ends refused only when nothing under way can give it a slot any more.
 
 In a stack, blocks that the next tier lacks are spared: stores wait until it has them, or doesn't
-answer.
+answer. Promotions never wait for that, and no such block goes for them.
 
 Belongs to the event loop's thread; files are made and removed in the executor.
 """
@@ -164,6 +164,7 @@ class Supply:
         if self._leaving is None and self._change_slabs(size):
             return
         slots = self._slots
+        self._keep_owed(size)
         needed = len(size.waiting) - size.going
         evicted = self._evict(size, needed, _ahead(size))
         wait = evicted or size.pending or size.used or slots.orphans or self._leaving
@@ -178,7 +179,7 @@ class Supply:
         if room >= size.slot_bytes and not (full and size.used):
             self._grow(size, room)
             return True
-        slots, spare = self._slots, self._spares()
+        slots, spare = self._slots, self._spares() or _promotes(size)
         if not size.waiting:
             return False
         slab = slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
@@ -205,6 +206,16 @@ class Supply:
             backlog.hasten(keys)
             if not size.pending:
                 self._turn_away(size)
+
+    def _keep_owed(self, size: SizeClass) -> None:
+        """Turn promotions away before blocks go for them that only this tier has.
+
+        While the next tier is out stores don't wait for it. It has what a promotion brings.
+        """
+        backlog, slots = self._services.backlog, self._slots
+        needed = len(size.waiting) - size.going
+        if backlog is not None and backlog.out and needed > len(size.clean) - len(slots.holds):
+            self._turn_away(size)
 
     def _turn_away(self, size: SizeClass) -> None:
         """Promotions don't wait for the next tier: it may lack what they keep meanwhile."""
@@ -383,6 +394,7 @@ class Supply:
         self._slab_on_its_way = False
         self._full_until = time.monotonic() + _FULL_S
         for size in tuple(self._slots.sizes.values()):
+            self._keep_owed(size)
             if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
                 continue
             if size.used or self._slab_on_its_way or self._steal(size):
@@ -394,6 +406,11 @@ class Supply:
 def _ahead(size: SizeClass) -> int:
     """How many blocks to evict at once, though fewer are needed."""
     return min(_EVICT, size.slots // 16)
+
+
+def _promotes(size: SizeClass) -> bool:
+    """Whether nothing waits but promotions."""
+    return all(move.mirrored for move in size.waiting)
 
 
 def _low(size: SizeClass) -> bool:

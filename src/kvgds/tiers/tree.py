@@ -571,17 +571,26 @@ class Tree:
         """Give stores their bytes and a temporary file each, as far as the capacity goes."""
         if not wanted:
             return
-        capacity = self._settings.capacity_bytes
         self.room.foresee()
+        folders.need("tmp", make=True)
+        self._reserve_all([store for store in wanted if not store.move.mirrored], folders)
+        promotions = [store for store in wanted if store.move.mirrored]
+        self._reserve_all(promotions, folders, spare=True)
+        for store in promotions:
+            if store.state == "waits":  # the next tier may lack what it would have to wait for
+                store.move.error = StorageFull("there is no room yet for a promotion")
+                store.state = "ended"
+
+    def _reserve_all(self, wanted: list[Store], folders: Folders, *, spare: bool = False) -> None:
+        capacity = self._settings.capacity_bytes
         need = min(sum(store.nbytes for store in wanted), capacity)
         forced = sum(store.nbytes for store in wanted if store.forced)
         if forced or self.ledger.used + need > capacity:
-            freed = self.room.make(need, forced)
+            freed = self.room.make(need, forced, spare=spare)
             for store in wanted:
                 if store.forced and not freed:
                     store.move.error = _disk_full("there is nothing to evict")
                     store.state = "ended"
-        folders.need("tmp", make=True)
         for store in wanted:
             if store.state == "wanted":
                 if self.ledger.used + store.nbytes > capacity:
