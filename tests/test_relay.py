@@ -426,6 +426,18 @@ async def test_what_the_bucket_has_gives_way_to_promotions(place: Place) -> None
             place.wire.ok()
 
 
+async def test_a_shared_directory_evicts_ahead_of_need_only_what_the_bucket_has(
+    place: Place,
+) -> None:
+    """What it lacks may have come there before its room is needed."""
+    tier = {"layout": "files", "capacity_bytes": 60 * SLOT}
+    async with place.opened("back", tier=tier) as engine:
+        place.wire.hold(method="PUT")
+        await fill(engine, *(b"%d" % n for n in range(61)))
+        assert engine.statistics().tiers[0].dropped == 1
+        place.wire.ok()
+
+
 # --- blocks of other sizes ----------------------------------------------------------------------
 
 

@@ -239,13 +239,13 @@ class Room:
         self._end_search(search)
 
     def _evict(self, need: int, forced: int, *, spare: bool) -> int:
-        """Evict what is listed until ``need`` fits, and then some."""
+        """Evict what is listed until ``need`` fits, and then some that the next tier has."""
         capacity, used, freed = self._capacity, self._ledger.used, 0
         more = 0 if self._fits(need) else _MORE
         try:
             while self._list:
                 fits = used - freed + need <= capacity and freed >= forced
-                if spare and self._is_owed(self._list[-1]):
+                if (fits or spare) and self._is_owed(self._list[-1]):
                     break
                 if fits:
                     if used - freed <= self._low(need) or not more:
