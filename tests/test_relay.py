@@ -14,7 +14,7 @@ import pytest
 import support
 from buckets import name_of
 from faults import FaultyDisk
-from kvgds import TransferError, TransferTimeout
+from kvgds import Event, TransferError, TransferTimeout
 from kvgds.testing import skip_time
 from sharing import locked
 from support import PAGE, content, turns, until
@@ -645,6 +645,33 @@ async def test_a_block_that_another_has_replaced_is_not_tried_for_ever(place: Pl
 
 
 # --- what nobody can read -----------------------------------------------------------------------
+
+
+async def test_a_bucket_that_goes_out_ends_a_few_stores_each_turn(place: Place) -> None:
+    """Thousands may wait for it, and others use the loop too."""
+    blocks = [(b"%d" % n, bytes(PAGE)) for n in range(400)]
+    ended = [0]
+
+    class Observer:
+        def settled(self, event: Event) -> None:
+            ended[-1] += event.direction == "store"
+
+    async with place.opened("through") as engine:
+        place.wire.hold(method="PUT")
+        storing = asyncio.ensure_future(engine.store_many(blocks))
+        await until(lambda: len(engine._flights.relay._waiting) == len(blocks))  # noqa: SLF001
+        engine.observe(Observer())
+        place.wire.refuse()
+        outing = asyncio.ensure_future(until_out(engine))
+        while not storing.done():
+            await asyncio.sleep(0)
+            ended.append(0)
+        await outing
+        waited = [outcome for outcome in await storing if "left alone" in str(outcome.error)]
+        assert len(waited) > 300  # of the others the upload was under way
+        assert sum(ended) == len(blocks)
+        assert max(ended) < 100
+        place.wire.ok()
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")

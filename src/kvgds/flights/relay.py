@@ -16,6 +16,7 @@ import logging
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kvgds.blocks import PAGE, image_bytes
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from kvgds.tiers import Tier
 
 _REFUSALS = 3  # uploads that fail in a row: then the first tier waits for none
+_REFUSE_AT_ONCE = 32  # stores that wait for the next tier
 _PAUSE_S = 1.0  # after a failure, before anything is carried on
 _log = logging.getLogger("kvgds")
 
@@ -295,11 +297,17 @@ class Relay:
         """The next tier has gone out, or come back."""
         if not self._opened:
             return
-        if self.far.out:
-            for key in list(self._waiting):
-                self._refuse(key, self._out_error(key))
+        self._refuse_some()
         self.near.look_again()
         self._go_on()
+
+    def _refuse_some(self) -> None:
+        """While the next tier is out nobody waits for it. A few a turn: there may be thousands."""
+        if not (self.far.out and self._waiting):
+            return
+        for key in list(islice(self._waiting, _REFUSE_AT_ONCE)):
+            self._refuse(key, self._out_error(key))
+        self._loop.call_soon(self._refuse_some)
 
     def _out_text(self) -> str:
         return f"{self.far.name} is left alone until it answers again: {self.far.out}"
