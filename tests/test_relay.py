@@ -518,6 +518,22 @@ async def test_through_sees_to_what_others_have_stored(place: Place) -> None:
         assert place.wire.requests == puts
 
 
+async def test_through_sees_to_what_could_not_be_read_once(place: Place, tmp_path: Path) -> None:
+    """That a slab has it says nothing of the bucket, which has never got it."""
+    with FaultyDisk(tmp_path) as disk:
+        async with place.opened("through", disk.root / "kv") as engine:
+            disk.fail("read", match="slab-*")
+            for _ in range(2):
+                with pytest.raises(TransferError, match="can't give it any more"):
+                    await engine.store(b"key", content(b"key", SIZE))
+            disk.clear()
+            assert not await engine.store(b"key", content(b"key", SIZE))
+            assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"key", SIZE)}
+            puts = place.wire.requests
+            assert not await engine.store(b"key", content(b"key", SIZE))
+            assert place.wire.requests == puts
+
+
 # --- prefixes -----------------------------------------------------------------------------------
 
 

@@ -210,9 +210,9 @@ class Relay:
         if key in self._owed or key in self._carrying:
             self._waiting.setdefault(key, []).append(flight)
             self._expect(key)
-        elif self.near.authoritative or self.far.contains(key):
+        elif self.near.is_mirrored(key) or self.far.contains(key):
             return False
-        else:  # others may have stored it there, and not have taken it on
+        else:  # others may have stored it there, and not have taken it on; or it was given up
             self._waiting.setdefault(key, []).append(flight)
             self.far.prefix([key], lambda there: self._looked(flight, there), lambda: True)
         return True

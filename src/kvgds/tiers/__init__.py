@@ -140,6 +140,9 @@ class Tier(Protocol):
         a crash may forget it, so that they are owed again.
         """
 
+    def is_mirrored(self, key: BlockKey) -> bool:
+        """Whether the next tier has the block, as far as is known without looking."""
+
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """Those who wait for room look again: the backlog's ``out`` has changed, perhaps.
 

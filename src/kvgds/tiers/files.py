@@ -266,6 +266,10 @@ class Files:
         self._errands.mirrored += [move.place for move in moves]
         self._do_errands()
 
+    def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - a marker would have to be looked for
+        """See ``Tier.is_mirrored``."""
+        return False
+
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """Nobody waits for the next tier: what that lacks goes last, but it goes."""
 

@@ -641,6 +641,10 @@ class Objects:
     def mirrored(self, moves: Sequence[Move]) -> None:
         """See ``Tier.mirrored``."""
 
+    def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - nothing is behind it
+        """See ``Tier.is_mirrored``."""
+        return False
+
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """See ``Tier.look_again``."""
 

@@ -368,6 +368,10 @@ class Slabs:
         self._supply.serve()
         self._supply.stock()
 
+    def is_mirrored(self, key: BlockKey) -> bool:
+        """See ``Tier.is_mirrored``."""
+        return self._slots.is_mirrored(key)
+
     def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
         """See ``Tier.look_again``."""
         for key in given_up:

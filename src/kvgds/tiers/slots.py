@@ -422,6 +422,13 @@ class Slots:
         slab.states[place] = state
         return True
 
+    def is_mirrored(self, key: BlockKey) -> bool:
+        """Whether the next tier has a block, and has not only given it up."""
+        slot = self.keys.get(key)
+        return slot is not None and (
+            self.slabs[slot >> SLOT_BITS].states[slot & SLOT_MASK] == _MIRRORED
+        )
+
     def count_evicted(self, gone: Sequence[Forgotten], step: int = 1) -> None:
         """Blocks were evicted (1), or are back after all (-1)."""
         self.evictions += step * len(gone)
