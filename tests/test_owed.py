@@ -419,6 +419,26 @@ async def test_an_index_that_takes_nothing_changes_nothing(
         assert engine.evicted == (1, 0)
 
 
+async def test_an_eviction_that_fails_leaves_given_up_what_was(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The next tier will not take it, so nobody may wait for that."""
+    root = tmp_path / "kv"
+    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
+    async with stacked(root, 2) as engine:
+        await engine.fill(A, B)
+        engine.tier.look_again([A, B])
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            outcomes = await engine.store_many([(k, content(k, SIZE)) for k in (C, D)])
+            assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
+            database.rollback()
+        assert await engine.there(A, B) == [A, B]
+        assert await engine.store(C, content(C, SIZE), timeout_s=10)
+        assert engine.backlog.hastened == []
+        assert engine.evicted == (1, 1)
+
+
 # --- anything at all --------------------------------------------------------------------------
 
 

@@ -53,7 +53,12 @@ class Forgotten(NamedTuple):
     slot: int
     key: BlockKey | None = None
     block: Block = Block(0, 0, 0, 0)
-    mirrored: bool = True  # as far as there is a next tier
+    state: int = _MIRRORED  # as far as there is a next tier
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the next tier has it."""
+        return self.state == _MIRRORED
 
 
 class SizeClass:
@@ -457,19 +462,18 @@ class Slots:
         slab.states[place], slab.keys[place] = _UNUSED, None
         self.bytes_used -= slab.size.slot_bytes
         self.touched.pop(slot, None)
-        mirrored = state == _MIRRORED
         if key is None:
-            return Forgotten(slot, mirrored=mirrored)
+            return Forgotten(slot, state=state)
         self.keys.remove(key)
-        return Forgotten(slot, key, self.block(slot), mirrored)
+        return Forgotten(slot, key, self.block(slot), state)
 
     def remember(self, gone: Forgotten) -> None:
         """The index still names a block, so its slot is not free: go on with it, used long ago."""
-        slot, key, block, mirrored = gone
+        slot, key, block, state = gone
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         if key in self.keys:  # stored again meanwhile
             key = None
-        self._use(slab, place, block.used_at, _MIRRORED if mirrored or key is None else _OWED)
+        self._use(slab, place, block.used_at, _MIRRORED if key is None else state)
         self._order(slab, place).prepend(slot)
         if key is not None:
             slab.keys[place] = key
