@@ -485,6 +485,29 @@ async def test_a_promotion_replaces_nothing(place: Place, tmp_path: Path, layout
         assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
 
 
+async def test_a_block_that_replaces_another_stays_owed(place: Place, tmp_path: Path) -> None:
+    """Though the bucket gets that one just then. Killed now, the engine uploads it later."""
+    with FaultyDisk(tmp_path) as disk:
+        async with place.opened("back", disk.root / "kv", tier={"layout": "files"}) as engine:
+            place.wire.hold(method="PUT")
+            await fill(engine, b"key")
+            await asyncio.to_thread(place.wire.wait_held, 1)
+            disk.hang("write", match="ledger", skip=1)  # with the new one in its place
+            storing = asyncio.ensure_future(engine.store(b"key", content(b"new", 2 * SIZE)))
+            await asyncio.to_thread(disk.wait_waiting, 1)
+            place.wire.hold(method="PUT")  # lets go of the first
+            await until(lambda: relay(engine)[1] == 1)
+            disk.release()
+            assert await storing
+            await asyncio.to_thread(place.wire.wait_held, 1)
+            await until(engine.tier_idle)
+            owed = disk.backing / "kv" / "owed"
+            assert await asyncio.to_thread(lambda: len(list(owed.iterdir()))) == 1
+            place.wire.ok()
+            await until(lambda: relay(engine)[:2] == (0, 2) and engine.tier_idle())
+            assert await asyncio.to_thread(lambda: len(list(owed.iterdir()))) == 0
+
+
 async def test_through_says_what_was_evicted_before_its_upload(place: Place) -> None:
     """At once, and closing does not wait for it: a shared directory waits for no upload."""
     tier = {"layout": "files", "capacity_bytes": 4 * SLOT}

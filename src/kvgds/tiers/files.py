@@ -263,7 +263,7 @@ class Files:
     def mirrored(self, moves: Sequence[Move]) -> None:
         """See ``Tier.mirrored``."""
         self._under_way += len(moves)
-        self._errands.mirrored += [move.place for move in moves]
+        self._errands.mirrored += moves
         self._do_errands()
 
     def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - a marker would have to be looked for

@@ -118,7 +118,7 @@ class Errands:
     stores: list[Store] = field(default_factory=list)
     corrupt: list[Opened] = field(default_factory=list)
     deletes: list[Delete] = field(default_factory=list)
-    mirrored: list[str] = field(default_factory=list)  # places of blocks that are not owed now
+    mirrored: list[Move] = field(default_factory=list)  # loads of blocks that are not owed now
     looks: list[Look] = field(default_factory=list)
     sights: list[Sight] = field(default_factory=list)
     pause_s: float = 0.0
@@ -308,9 +308,9 @@ class Tree:
         try:
             with contextlib.suppress(OSError):  # no longer, or not just now: that can wait
                 errands.sights = [self._look_into(fan, before) for fan, before in errands.looks]
-            for place in errands.mirrored:
+            for move in errands.mirrored:
                 with contextlib.suppress(OSError):  # it stays owed
-                    self._debts.unmark(place)
+                    self._unmark(move)
             for store in errands.stores:
                 step = self._publish if store.state == "moved" else self._look
                 self._try(store, step, folders)
@@ -326,6 +326,12 @@ class Tree:
                 self.room.look_ahead(len(errands.stores))
         finally:
             close_files(errands.corrupt)
+
+    def _unmark(self, move: Move) -> None:
+        """The next tier has a block that was loaded for it; perhaps another has replaced it."""
+        found = status(move.place, self._root)
+        if found is None or found.st_size == image_bytes(move.nbytes):
+            self._debts.unmark(move.place)
 
     def _look_into(self, number: int, before: set[bytes]) -> Sight:
         """What has gone from a folder, and come. Who reads it while it changes may miss a name."""
