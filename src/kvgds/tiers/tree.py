@@ -588,6 +588,8 @@ class Tree:
                 store.state = "ended"
 
     def _reserve_all(self, wanted: list[Store], folders: Folders, *, spare: bool = False) -> None:
+        if not wanted:
+            return
         capacity = self._settings.capacity_bytes
         need = min(sum(store.nbytes for store in wanted), capacity)
         forced = sum(store.nbytes for store in wanted if store.forced)
