@@ -573,14 +573,24 @@ async def test_a_cancelled_call_says_when_all_of_its_memory_is_free(tmp_path: Pa
         error = await late(engine, task)
         assert "3 blocks" in str(error)
         assert error.settled is not None
-        settled = soon(error.settled)
+        told: list[object] = []
+        error.settled.add_done_callback(told.append)
+        settled, gone = soon(error.settled), soon(error.settled)
+        await turns()
+        gone.cancel()  # is told no more, unlike who is called back
         for left in (2, 1, 0):
             assert not settled.done()
+            assert not told
             engine.held.step("landing", 1)
             await until(lambda: sum(each.uses for each in memory) == left)  # noqa: B023 - used at once
         await settled
+        assert gone.cancelled()
+        assert told == [error.settled]
         for each in memory:
             await engine.deregister(each)
+        error.settled.add_done_callback(told.append)  # it has ended already
+        await turns()
+        assert told == [error.settled] * 2
 
 
 # --- many who want one block ----------------------------------------------------------------------

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import os
 from errno import EHOSTDOWN
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Callable, Generator
 
 E = TypeVar("E", bound=BaseException)
 
@@ -145,6 +145,16 @@ class TransferError(KvgdsError, OSError):
         self.errno = errno
 
 
+class Settled(Protocol):
+    """The end of a use of memory. However many may await it, or be called back."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Return once the memory is the caller's again. A cancel ends the wait, not the use."""
+
+    def add_done_callback(self, callback: Callable[[Settled], object]) -> None:
+        """Have a function called then, by the event loop: no cancel reaches that."""
+
+
 class TransferTimeout(TransferError, TimeoutError):
     """The operation passed its deadline. What becomes visible later is a delete at most.
 
@@ -154,11 +164,11 @@ class TransferTimeout(TransferError, TimeoutError):
         settled: ``None`` where the caller's memory is free already (the transfer was
             queued, waited for a GPU's stream, or ran through the bounce region). On a
             direct transfer and on a GPU's copy, which nothing can stop, something to
-            await: it returns when the memory is the caller's again. Until then operations
+            await, or to be called back by: see :class:`Settled`. Until then operations
             on that memory raise :class:`BusyError`.
     """
 
-    settled: Awaitable[None] | None = None
+    settled: Settled | None = None
 
 
 class BlockCorrupt(KvgdsError):

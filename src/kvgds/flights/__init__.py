@@ -28,7 +28,7 @@ from kvgds.errors import (
     TransferTimeout,
     untraced,
 )
-from kvgds.flights.batch import Batch, Flight, Settled, Waiter, listed, pairs
+from kvgds.flights.batch import Batch, Flight, Overdue, Waiter, listed, pairs
 from kvgds.flights.relay import Errand, Relay
 from kvgds.memory import Cache, Region, Territory, View, copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
@@ -672,7 +672,7 @@ class Flights:
             if move.abandon():
                 self._quarantine(flight, move)
             elif move.path.holds or waiter.view.region.device is not None:
-                waiter.overdue = Settled(self._loop.create_future())
+                waiter.overdue = Overdue(self._loop.create_future())
             else:
                 return False
         del flight.waiters[waiter]
@@ -687,7 +687,7 @@ class Flights:
         self.quarantined += len(move.lease)
         self._close_boarding(flight)
 
-    def _time_out(self, waiter: Waiter, flight: Flight, settled: Settled | None) -> None:
+    def _time_out(self, waiter: Waiter, flight: Flight, settled: Overdue | None) -> None:
         path = flight.move.path.name if flight.move else ""
         kept_in = self.tiers[0].name if flight.mirroring else ""
         more = ""
@@ -868,7 +868,7 @@ def _joined(late: list[TransferTimeout]) -> TransferTimeout:
         errno=first.errno,
     )
     waits: list[Any] = [each.settled for each in late]
-    error.settled = Settled(*(block for wait in waits for block in wait.blocks))
+    error.settled = Overdue(*(block for wait in waits for block in wait.blocks))
     return error
 
 

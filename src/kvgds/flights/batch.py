@@ -19,10 +19,11 @@ from kvgds.memory.device import stream_of
 from kvgds.schedule import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from kvgds.blocks import BlockKey
     from kvgds.deadlines import Deadlines
+    from kvgds.errors import Settled
     from kvgds.memory import View
     from kvgds.paths import Move, Path
     from kvgds.schedule import Ticket
@@ -58,15 +59,28 @@ def pairs(items: Iterable[tuple[BlockKey, Any]]) -> list[tuple[BlockKey, Any]]:
     return found
 
 
-class Settled:
-    """Returns, to however many await it, once the memory is the caller's again."""
+class Overdue:
+    """Memory that is in use past a deadline; an ``errors.Settled``."""
 
     def __init__(self, *blocks: asyncio.Future[None]) -> None:
         self.blocks = blocks
 
     def __await__(self) -> Generator[Any, None, None]:
+        """See ``Settled``."""
         for block in self.blocks:
             yield from asyncio.shield(block).__await__()
+
+    def add_done_callback(self, callback: Callable[[Settled], object]) -> None:
+        """See ``Settled``."""
+        left = list(self.blocks)
+
+        def ended(block: asyncio.Future[None]) -> None:
+            left.remove(block)
+            if not left:
+                callback(self)
+
+        for block in self.blocks:
+            block.add_done_callback(ended)
 
     def set(self) -> None:
         """The memory is free."""
@@ -172,7 +186,7 @@ class Waiter:
         self.index = index
         self.view = view
         self.flight: Flight | None = None  # None once it has its outcome
-        self.overdue: Settled | None = None  # told of its deadline, memory still in use
+        self.overdue: Overdue | None = None  # told of its deadline, memory still in use
 
 
 class Flight:
