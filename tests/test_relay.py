@@ -713,6 +713,23 @@ async def test_a_bucket_that_goes_out_ends_a_few_stores_each_turn(place: Place) 
         place.wire.ok()
 
 
+async def test_closing_waits_for_no_trial_of_a_bucket_that_went_out(place: Place) -> None:
+    """Once the last of those who waited for it has been told, nothing is under way."""
+    blocks = [(b"%d" % n, bytes(PAGE)) for n in range(2000)]
+    async with place.opened("through", tier={"capacity_bytes": 64 << 20}) as engine:
+        place.wire.hold(method="PUT")
+        storing = asyncio.ensure_future(engine.store_many(blocks))
+        await until(lambda: len(engine._flights.relay._waiting) == len(blocks))  # noqa: SLF001
+        closing = asyncio.ensure_future(engine.aclose())
+        place.wire.refuse()
+        await storing
+        await until(lambda: not engine.busy())
+        await turns()
+        assert engine._flights._idle.done()  # noqa: SLF001
+        await closing
+        place.wire.ok()
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")
 async def test_the_collector_follows_nothing_that_is_owed(place: Place) -> None:
     """A full run of it takes as long with a million blocks as with none."""

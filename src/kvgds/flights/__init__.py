@@ -539,6 +539,7 @@ class Flights:
         if error is not None:
             flight.move.error = error
         self._conclude(flight, flight.move)
+        self.wake_closer()
 
     def wake_closer(self) -> None:
         """Something has ended: whoever waits for the end of everything may look again."""
