@@ -107,6 +107,27 @@ def test_a_long_queue_of_keys_moves_few_at_once() -> None:
     assert list(queue) == keys[::-1]
 
 
+def test_a_queue_of_keys_that_few_are_left_of_is_small() -> None:
+    """Those that nobody takes, from among very many that came and went."""
+    queue = KeyQueue()
+    keys = [b"%d" % number for number in range(65 * 1024)]
+    tracemalloc.start()
+    try:
+        for key in keys:
+            queue.append(key, 1)
+        for number in range(64 * 1024):
+            if number % 1024:
+                queue.pop(keys[number])
+        assert list(queue) == [*keys[: 64 * 1024 : 1024], *keys[64 * 1024 :]]
+        before = tracemalloc.get_traced_memory()[0]
+        for key in keys[: 64 * 1024 : 1024]:
+            queue.pop(key)
+        assert before - tracemalloc.get_traced_memory()[0] < 64 * 1000  # else 64 * 37,000
+    finally:
+        tracemalloc.stop()
+    assert list(queue) == keys[64 * 1024 :]
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="there each dict is followed")
 def test_the_collector_follows_no_block(tmp_path: Path) -> None:
     """A full run of it takes as long with a million blocks as with none."""

@@ -108,6 +108,8 @@ class KeyQueue:
         number = chunk.pop(key)
         if not chunk:
             del self._chunks[place]
+        elif place != self._newest and not len(chunk) & (len(chunk) - 1):  # a power of two
+            self._chunks[place] = dict(chunk)  # that has become small keeps its memory, this not
         self._count -= 1
         return number
 
