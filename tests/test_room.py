@@ -12,6 +12,7 @@ import pytest
 
 from kvgds import BlockCorrupt
 from kvgds.tiers.debts import Debts
+from kvgds.tiers.folders import Folders
 from kvgds.tiers.ledger import Ledger, Owner
 from kvgds.tiers.room import Room
 from sharing import HOUR, flip, leave, opened, owner, path_of, taken
@@ -34,7 +35,13 @@ class Directory(Room):
     """
 
     def __init__(
-        self, path: Path, blocks: int = MANY, *, fill: bool = True, other: Directory | None = None
+        self,
+        path: Path,
+        blocks: int = MANY,
+        *,
+        fill: bool = True,
+        other: Directory | None = None,
+        owed: bool = False,
     ) -> None:
         self.path = path
         self.capacity = blocks * SIZE
@@ -43,7 +50,7 @@ class Directory(Room):
         self.fd = os.open(path, os.O_RDONLY)
         self.ledger = Ledger(self.fd)
         (path / "tmp").mkdir(exist_ok=True)
-        debts = Debts(self.fd, stacked=False)
+        debts = Debts(self.fd, stacked=owed)
         super().__init__(
             self.fd,
             self.ledger,
@@ -52,8 +59,10 @@ class Directory(Room):
             space=digest(NAMESPACE).hex(),
             debts=debts,
         )
-        for _ in range(blocks if fill and other is None else 0):
+        for number in range(blocks if fill and other is None else 0):
             self.put()
+            if owed:
+                debts.mark(self.place(number), Folders(self.fd))
         with self.ledger.held():
             self.make(0, 0, anew=True)
 
@@ -75,9 +84,23 @@ class Directory(Room):
     def at(self, number: int) -> Path:
         return path_of(self.path, b"%d" % number)
 
+    def place(self, number: int) -> str:
+        return str(self.at(number).relative_to(self.path))
+
     def left(self) -> list[int]:
         """Numbers of the blocks that are there."""
         return [number for number in range(next(self.number)) if self.at(number).exists()]
+
+    def promote(self) -> bool:
+        """What a promotion of one block does in its first job; whether there is room for it."""
+        before = self.looks
+        with self.ledger.held():
+            self.foresee()
+            self.make(SIZE, 0, spare=True)
+            there = self.ledger.used + SIZE <= self.capacity
+        self.look_ahead(1)
+        assert self.looks - before <= 16
+        return there
 
     def store(self) -> int:
         """What a store of one block does in its two jobs; how many files it has looked at."""
@@ -182,6 +205,19 @@ def test_room_is_made_whatever_others_have_stored(directory: Directory) -> None:
         directory.ledger.add(600 * SIZE)
     directory.store()
     assert len(directory.left()) <= MANY
+
+
+def test_one_block_that_stays_owed_keeps_no_promotion_out(tmp_path: Path) -> None:
+    """Though it goes before those that the next tier has taken since they were listed."""
+    room = Directory(tmp_path, owed=True)
+    assert not any(room.promote() for _ in range(MANY // 8))
+    for number in range(1, MANY):
+        room.debts.unmark(room.place(number))
+    assert any(room.promote() for _ in range(MANY // 4))
+    assert room.at(0).exists()
+    assert room.dropped == 0
+    room.close()
+    os.close(room.fd)
 
 
 def test_a_few_files_are_counted_each_time(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ class Room:
         self._search: _Search | None = None  # under way
         self._behind = 0  # files that it would have looked at, had we removed what others have
         self._owed_until = 0.0  # by time.monotonic: all that might go is owed
+        self._doubted = False  # the list: the next tier may have taken other blocks since
         self._total: int | None = None  # bytes seen by the one that has just ended
 
     def close(self) -> None:
@@ -201,7 +202,7 @@ class Room:
         """
         known = self._ledger.sound and not anew
         freed = self._evict(need, forced, spare=spare) if known else 0
-        # What is left in a list is owed, and so is all else.
+        # What is left in a list was owed when it was made, and so was all else.
         spared = known and spare and (self._list or time.monotonic() < self._owed_until)
         if not spared and (not known or not self._fits(need) or freed < forced):
             self._count(need, max(forced - freed, 0))
@@ -246,6 +247,7 @@ class Room:
             while self._list:
                 fits = used - freed + need <= capacity and freed >= forced
                 if (fits or spare) and self._is_owed(self._list[-1]):
+                    self._doubted |= not fits
                     break
                 if fits:
                     if used - freed <= self._low(need) or not more:
@@ -286,10 +288,11 @@ class Room:
         soon = self._ledger.used > self._capacity * _SOON
         if not soon:
             self._files = _FEW  # however few there were: there may be many once it is full
-        short = self._listed < self._capacity * _LISTED / 2 and self._files >= _FEW
-        if soon and short and self._search is None:
+        short = self._listed < self._capacity * _LISTED / 2 or self._doubted
+        if soon and short and self._files >= _FEW and self._search is None:
             self._search = self._new_search(int(self._capacity * _LISTED), None)
             self._behind = 0
+            self._doubted = False
 
     def _forget_gone(self) -> None:
         """Others evict what goes first as well: the list lasts no longer than all of them take."""
