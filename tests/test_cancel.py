@@ -864,9 +864,10 @@ async def test_cancelled_between_two_arrivals_and_late_it_tells_of_both(tmp_path
 
         task = soon(compute())
         await computing.wait()
-        task.cancel()
+        task.cancel("whose it is")
         error = await late(engine, task)
         assert isinstance(error.__cause__, asyncio.CancelledError)
+        assert error.__cause__.args == ("whose it is",)
         assert error.settled is not None
         engine.held.release()
         await error.settled

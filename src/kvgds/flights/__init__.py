@@ -747,7 +747,7 @@ class Flights:
         if self.scheduler.queued:
             self.pump_soon()
 
-    async def _call_off(self, batch: Batch, cancelled: BaseException) -> None:
+    async def _call_off(self, batch: Batch, cancelled: asyncio.CancelledError | None) -> None:
         """Drop what is queued and wait for the rest, however often the wait is cancelled."""
         again: asyncio.CancelledError | None = None
         batch.admit_no_more()
@@ -768,7 +768,7 @@ class Flights:
         ]
         try:
             if late:
-                raise _joined(late) from again or _left_for(cancelled)
+                raise _joined(late) from again or cancelled
             if again:  # who only left a loop has not been told yet that it is cancelled
                 raise again
         finally:
@@ -795,9 +795,14 @@ class Flights:
                 if not arrivals:
                     await batch.news()
                 yield arrivals.popleft()
-        except (asyncio.CancelledError, GeneratorExit) as gone:
-            await self._call_off(batch, gone)
+        except asyncio.CancelledError as cancelled:
+            await self._call_off(batch, cancelled)
             raise
+        except GeneratorExit:
+            pass  # and not here: while it is handled it hides what the caller handles
+        else:
+            return
+        await self._call_off(batch, _left_for())
 
 
 def _lane(level: int, *, write: bool) -> str:
@@ -842,15 +847,14 @@ async def _cancelled(wait: Awaitable[None]) -> asyncio.CancelledError | None:
     return None
 
 
-def _left_for(gone: BaseException) -> BaseException:
-    """What ended the caller's loop: cancelled in there, an iterator only learns that it is left.
+def _left_for() -> asyncio.CancelledError | None:
+    """The cancel that ended the caller's loop, if one did: an iterator only learns that it is left.
 
     Nor does Python chain that cancel to what leaving raises: told of nowhere, it would be lost.
+    Its message says whose it is.
     """
-    task = asyncio.current_task()
-    if isinstance(gone, GeneratorExit) and task is not None and task.cancelling():
-        return asyncio.CancelledError()
-    return gone
+    handled = sys.exception()
+    return handled if isinstance(handled, asyncio.CancelledError) else None
 
 
 def _joined(late: list[TransferTimeout]) -> TransferTimeout:
