@@ -357,7 +357,7 @@ async def test_what_hangs_leaves_the_directory_its_memory(place: Place, tmp_path
         assert await loading == content(b"far", SIZE)
 
 
-@pytest.mark.parametrize("nbytes", [PAGE, 15 * PAGE])
+@pytest.mark.parametrize("nbytes", [PAGE, 15 * PAGE, 90 * PAGE])
 async def test_loads_go_on_while_promotions_hang(place: Place, tmp_path: Path, nbytes: int) -> None:
     """The directory takes nothing any more: what the bucket has is loaded all the same."""
     blocks = [(b"%d" % n, content(b"%d" % n, nbytes)) for n in range(40)]

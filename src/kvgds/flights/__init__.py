@@ -815,6 +815,7 @@ def _lanes(config: EngineConfig) -> dict[str, Lane]:
     In a stack each tier has half of the bounce region. Stores that wait for room in the first can
     then keep no upload, which makes that room, from its lease; and a server that hangs leaves the
     first tier all that it needs. Nor may a direction fill a half with blocks that it can share.
+    But of loads from the second two may: one of them may hang with the first, as a promotion.
     Elsewhere a few are under way even if they are large: two that storage has, and two staged.
     """
     lanes: dict[str, Lane] = {}
@@ -825,7 +826,7 @@ def _lanes(config: EngineConfig) -> dict[str, Lane]:
         for write in (False, True):
             least = min(_FEW, ops)
             if len(config.tiers) > 1 and (level or write):
-                most, least = min(most, config.bounce_bytes // 4), 1
+                most, least = min(most, config.bounce_bytes // 4), 1 if write else min(2, ops)
             lanes[_lane(level, write=write)] = Lane(ops, max(most, 1), part=level, least=least)
     return lanes
 
