@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import buckets
 import support
 from buckets import name_of
 from faults import FaultyDisk
@@ -424,6 +425,28 @@ async def test_what_the_bucket_has_gives_way_to_promotions(place: Place) -> None
             near = engine.statistics().tiers[0]
             assert (near.evictions, near.dropped) == (2, 0)
             place.wire.ok()
+
+
+async def test_slabs_of_what_the_bucket_has_give_way_to_promotions(place: Place) -> None:
+    """Of blocks of another size, of which there are none yet; while the bucket takes nothing."""
+    large = content(b"large", 2 * SIZE)
+    for number in range(8):
+        await asyncio.to_thread(place.put, b"%d" % number)
+    await asyncio.to_thread(buckets.put, place.server, place.bucket, b"large", large)
+    async with place.opened("back", tier={"capacity_bytes": 8 * SLOT}) as engine:
+        place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+        await fill(engine, b"owed")
+        await until(lambda: relay(engine)[2] >= 3)
+        for count in range(1, 8):
+            assert await load_once_it_answers(engine, b"%d" % count)
+            await until(lambda: relay(engine)[3] == count)  # noqa: B023
+        memory = bytearray(2 * SIZE)
+        assert await engine.load(b"large", memory)
+        await until(lambda: not engine._flights.relay._promoting)  # noqa: SLF001
+        assert (bytes(memory), relay(engine)[3]) == (large, 8)
+        assert engine.near(b"owed")
+        assert engine.statistics().tiers[0].dropped == 0
+        place.wire.ok()
 
 
 async def test_a_shared_directory_evicts_ahead_of_need_only_what_the_bucket_has(

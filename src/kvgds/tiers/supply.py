@@ -214,7 +214,9 @@ class Supply:
         """
         backlog, slots = self._services.backlog, self._slots
         needed = len(size.waiting) - size.going
-        if backlog is not None and backlog.out and needed > len(size.clean) - len(slots.holds):
+        if backlog is None or not backlog.out or needed <= len(size.clean) - len(slots.holds):
+            return
+        if size.used or slots.least_wanted_slab(size, spare=True) is None:
             self._turn_away(size)
 
     def _turn_away(self, size: SizeClass) -> None:
@@ -273,7 +275,7 @@ class Supply:
 
     def _steal(self, size: SizeClass) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
-        spare = self._spares()
+        spare = self._spares() or _promotes(size)
         slab = self._slots.least_wanted_slab(size, spare=spare)
         if slab is None:
             slabs = self._slots.slabs.values()
