@@ -439,6 +439,21 @@ async def test_an_eviction_that_fails_leaves_given_up_what_was(
         assert engine.evicted == (1, 1)
 
 
+async def test_a_load_of_another_block_keeps_no_promotion_out(tmp_path: Path) -> None:
+    """Of one that is owed, say, while the next tier takes nothing: another may go."""
+    async with stacked(tmp_path / "kv", 2) as engine:
+        await engine.fill(A)
+        await engine.promote(B)
+        engine.backlog.out = True
+        engine.held.hold("landing", lambda transfer: not transfer.write)
+        loading = asyncio.ensure_future(engine.bring(A))
+        await engine.held.wait_held("landing")
+        await engine.promote(C)
+        engine.held.release()
+        await loading
+        assert await engine.there(A, B, C) == [A, C]
+
+
 # --- anything at all --------------------------------------------------------------------------
 
 

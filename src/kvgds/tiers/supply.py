@@ -214,7 +214,9 @@ class Supply:
         """
         backlog, slots = self._services.backlog, self._slots
         needed = len(size.waiting) - size.going
-        if backlog is None or not backlog.out or needed <= len(size.clean) - len(slots.holds):
+        if backlog is None or not backlog.out or needed <= 0:
+            return
+        if len(slots.victims(size, needed, 0)) == needed:
             return
         if size.used or slots.least_wanted_slab(size, spare=True) is None:
             self._turn_away(size)
