@@ -439,6 +439,16 @@ async def test_an_eviction_that_fails_leaves_given_up_what_was(
         assert engine.evicted == (1, 1)
 
 
+async def test_no_promotion_takes_a_slab_of_what_the_next_tier_lacks(tmp_path: Path) -> None:
+    """Though that is older than all of its size, and nobody waits for the next tier."""
+    async with stacked(tmp_path / "kv", 3) as engine:
+        await engine.fill(A, nbytes=SIZE + PAGE)
+        await engine.promote(B)
+        engine.backlog.out = True
+        await engine.promote(C)
+        assert await engine.there(A, B, C) == [A, C]
+
+
 async def test_a_load_of_another_block_keeps_no_promotion_out(tmp_path: Path) -> None:
     """Of one that is owed, say, while the next tier takes nothing: another may go."""
     async with stacked(tmp_path / "kv", 2) as engine:

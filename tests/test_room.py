@@ -207,6 +207,16 @@ def test_room_is_made_whatever_others_have_stored(directory: Directory) -> None:
     assert len(directory.left()) <= MANY
 
 
+def test_what_the_next_tier_has_taken_since_it_was_listed_goes(tmp_path: Path) -> None:
+    room = Directory(tmp_path, owed=True)
+    assert not room.promote()
+    room.debts.unmark(room.place(0))
+    assert room.promote()
+    assert room.left() == list(range(1, MANY))
+    room.close()
+    os.close(room.fd)
+
+
 def test_one_block_that_stays_owed_keeps_no_promotion_out(tmp_path: Path) -> None:
     """Though it goes before those that the next tier has taken since they were listed."""
     room = Directory(tmp_path, owed=True)
