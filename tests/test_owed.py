@@ -439,6 +439,25 @@ async def test_an_eviction_that_fails_leaves_given_up_what_was(
         assert engine.evicted == (1, 1)
 
 
+async def test_an_eviction_that_fails_leaves_what_another_namespace_owes(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """It is not spared, but counted once it has gone."""
+    root = tmp_path / "kv"
+    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
+    async with stacked(root, 2) as engine:
+        await engine.fill(A, B)
+    async with stacked(root, 2, namespace=kvgds.Namespace(model="other", revision="1")) as engine:
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            with pytest.raises(TransferError):
+                await engine.store(C, content(C, SIZE))
+            database.rollback()
+        assert engine.evicted == (0, 0)
+        await engine.fill(C)
+        assert engine.evicted == (1, 1)
+
+
 async def test_no_promotion_takes_a_slab_of_what_the_next_tier_lacks(tmp_path: Path) -> None:
     """Though that is older than all of its size, and nobody waits for the next tier."""
     async with stacked(tmp_path / "kv", 3) as engine:

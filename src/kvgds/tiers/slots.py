@@ -472,8 +472,8 @@ class Slots:
         slot, key, block, state = gone
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         if key in self.keys:  # stored again meanwhile
-            key = None
-        self._use(slab, place, block.used_at, _MIRRORED if key is None else state)
+            key, state = None, _MIRRORED
+        self._use(slab, place, block.used_at, state)
         self._order(slab, place).prepend(slot)
         if key is not None:
             slab.keys[place] = key
