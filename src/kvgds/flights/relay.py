@@ -294,20 +294,20 @@ class Relay:
         self.flights.wake_closer()
 
     def changed(self) -> None:
-        """The next tier has gone out, or come back."""
+        """The next tier has gone out, or come back.
+
+        While it is out nobody waits for it. Told are a few a turn: there may be thousands.
+        """
         if not self._opened:
             return
-        self._refuse_some()
+        if self.far.out:
+            for key in list(islice(self._waiting, _REFUSE_AT_ONCE)):
+                self._refuse(key, self._out_error(key))
+            if self._waiting:
+                self._loop.call_soon(self.changed)
+                return
         self.near.look_again()
         self._go_on()
-
-    def _refuse_some(self) -> None:
-        """While the next tier is out nobody waits for it. A few a turn: there may be thousands."""
-        if not (self.far.out and self._waiting):
-            return
-        for key in list(islice(self._waiting, _REFUSE_AT_ONCE)):
-            self._refuse(key, self._out_error(key))
-        self._loop.call_soon(self._refuse_some)
 
     def _out_text(self) -> str:
         return f"{self.far.name} is left alone until it answers again: {self.far.out}"
