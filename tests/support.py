@@ -29,7 +29,7 @@ from kvgds.transport import NixlTransport
 from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 PAGE = 4096
@@ -194,6 +194,15 @@ async def turns(count: int = 10) -> None:
     """Let the event loop take some turns, so that whatever can go on does."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def index_held(root: Path) -> Iterator[None]:
+    """A slab directory's index that another program has locked meanwhile."""
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+        database.rollback()
 
 
 # --- memory ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from kvgds import StorageFull, TransferError, TransferTimeout
 from kvgds.tiers.index import Changes, Index
 from kvgds.upkeep import fsck, listing
 from stacks import SIZE, SLOT, Stacked, marks, stacked
-from support import MIB, PAGE, config, content, opened, spoil, turns, until
+from support import MIB, PAGE, config, content, index_held, opened, spoil, turns, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -404,14 +404,12 @@ async def test_an_index_that_takes_nothing_changes_nothing(
         await engine.fill(A, B)
         await engine.upload(B)
         await until(lambda: marks(root)[B] == 1)
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")
+        with index_held(root):
             engine.backlog.out = True
             outcomes = await engine.store_many([(k, content(k, SIZE)) for k in (C, D)])
             assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
             with pytest.raises(TransferError):  # a slab that stays
                 await engine.store(C, bytes(SIZE + PAGE))
-            database.rollback()
         engine.backlog.out = False
         assert engine.evicted == (0, 0)
         await engine.fill(C)
@@ -428,11 +426,9 @@ async def test_an_eviction_that_fails_leaves_given_up_what_was(
     async with stacked(root, 2) as engine:
         await engine.fill(A, B)
         engine.tier.look_again([A, B])
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")
+        with index_held(root):
             outcomes = await engine.store_many([(k, content(k, SIZE)) for k in (C, D)])
             assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
-            database.rollback()
         assert await engine.there(A, B) == [A, B]
         assert await engine.store(C, content(C, SIZE), timeout_s=10)
         assert engine.backlog.hastened == []
@@ -448,11 +444,8 @@ async def test_an_eviction_that_fails_leaves_what_another_namespace_owes(
     async with stacked(root, 2) as engine:
         await engine.fill(A, B)
     async with stacked(root, 2, namespace=kvgds.Namespace(model="other", revision="1")) as engine:
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")
-            with pytest.raises(TransferError):
-                await engine.store(C, content(C, SIZE))
-            database.rollback()
+        with index_held(root), pytest.raises(TransferError):
+            await engine.store(C, content(C, SIZE))
         assert engine.evicted == (0, 0)
         await engine.fill(C)
         assert engine.evicted == (1, 1)

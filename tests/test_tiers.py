@@ -37,6 +37,7 @@ from support import (
     aligned,
     config,
     content,
+    index_held,
     opened,
     places,
     read_at,
@@ -660,11 +661,8 @@ async def test_a_delete_that_fails_in_a_slab_that_goes(tmp_path: Path, monkeypat
         last = b"%d" % (ROWS - 1)
         storing = asyncio.create_task(engine.store(b"big", bytes(MIB)))
         await some_gone(engine)
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")
-            with pytest.raises(TransferError, match="locked"):
-                await engine.delete(last)
-            database.rollback()
+        with index_held(root), pytest.raises(TransferError, match="locked"):
+            await engine.delete(last)
         assert await engine.prefix([last]) == 0
         with contextlib.suppress(TransferError):  # its slab could not be made meanwhile
             await storing
@@ -725,11 +723,9 @@ async def test_many_deletes_are_told_in_many_turns(tmp_path: Path) -> None:
     async with opened(root) as engine:
         keys = [b"%d" % i for i in range(1000)]
         await engine.store_many([(key, bytes(PAGE)) for key in keys])
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")  # until all have asked
+        with index_held(root):  # until all have asked
             deletes = [asyncio.ensure_future(engine.delete(key)) for key in keys]
             await until(lambda: not blocks(engine))
-            database.rollback()
         told = [0]
         while told[-1] < 1000:
             await asyncio.sleep(0)
@@ -803,11 +799,9 @@ async def test_an_index_that_another_holds(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     async with opened(root, tier={"capacity_bytes": 4 * MIB}) as engine:
         await engine.store(b"k", bytes(PAGE))
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-            database.execute("BEGIN IMMEDIATE")
+        with index_held(root):
             for i in range(4):
                 with pytest.raises(TransferError, match="locked"):
                     await engine.store(b"%d" % i, bytes(MIB // 2 + i * 5 * PAGE))
-            database.rollback()
         await until(lambda: len(list(root.glob("slab-*"))) == 1)
         assert await engine.store(b"after", bytes(MIB // 2))
