@@ -97,3 +97,33 @@ async def test_behind_a_directory(
             assert await engine.load(b"key", region)
             assert vram.read() == data
             await until(lambda: engine.statistics().relay == RelayStatistics(0, 0, 0, 1))
+
+
+@pytest.mark.parametrize("backend", ["nixl", "obstore"])
+@pytest.mark.parametrize("direction", ["store", "load"])
+async def test_a_gpu_that_fails_says_nothing_of_the_bucket(
+    gpu: Simulator, server: JuiceServer, bucket: str, direction: str, backend: str
+) -> None:
+    """However often: what lies in other memory goes there and back as before."""
+    vram, data = filled(gpu, 5 * PAGE, direction)
+    async with open_engine(config(buckets.settings(server, bucket, backend=backend))) as engine:
+        region, back = engine.register(vram), bytearray(PAGE)
+        parts = [slice(i * PAGE, (i + 1) * PAGE) for i in range(5)]
+        there = [(b"%d" % i, data[part]) for i, part in enumerate(parts)]
+        assert await engine.store(b"other", data[:PAGE])
+        for key, _ in there:  # so that no store asks whether it is there: that would be answered
+            assert not await engine.load(key, bytearray(PAGE))
+        act = engine.store_many
+        if direction == "load":
+            assert all(outcome.ok for outcome in await engine.store_many(there))
+            act = engine.load_many
+        items = [(key, region[part]) for (key, _), part in zip(there, parts, strict=True)]
+        gpu.refuse("cudaEventCreateWithFlags", count=-1)
+        outcomes = await act(items)
+        assert all("cudaEventCreateWithFlags" in str(outcome.error) for outcome in outcomes)
+        assert engine.statistics().tiers[0].out == ""
+        assert await engine.load(b"other", back)
+        assert back == data[:PAGE]
+        gpu.clear()
+        assert all(outcome.ok for outcome in await act(items))
+        assert vram.read() == data

@@ -360,11 +360,13 @@ class Objects:
 
     def _count(self, move: Move) -> None:
         """What an ended transfer says of the server; it has answered, if only too late."""
-        error = move.error
+        error, since = move.error, self._since.pop(move)
         answers = (errno.ENOENT, errno.ERANGE)  # there is none, or it is empty
         told = isinstance(error, TransferError) and error.errno in answers
-        well = told or isinstance(error, TransferTimeout | BlockCorrupt)
-        self._heard(None if well else error, self._since.pop(move))
+        if told or error is None or isinstance(error, TransferTimeout | BlockCorrupt):
+            self._heard(None, since)
+        elif isinstance(error.__cause__, NotMoved):  # else it failed here: a GPU's copies do
+            self._heard(error, since)
 
     def _heard(self, error: BaseException | None, since: float) -> None:
         """Count an answer or a failure, whoever waited. One that got no answer in time is enough.
