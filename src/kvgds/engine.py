@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future as ThreadFuture
@@ -42,6 +43,7 @@ from kvgds.tiers.files import Files
 from kvgds.tiers.objects import Objects
 from kvgds.tiers.slabs import Slabs
 from kvgds.transport import NixlTransport, Transport
+from kvgds.transport.inbox import fulfil
 from kvgds.transport.objects import ObjectTransport
 from kvgds.waits import outlast, to_the_end, until_done
 
@@ -256,9 +258,32 @@ class Engine:
         finally:
             for transport in self._transports:
                 await self._to_its_end(asyncio.wrap_future(transport.close()))
-            await self._to_its_end(self._in_thread(self._flights.ways.close))
+            await self._let_go_of_gpus(deadline)
             del self._flights.ways  # and the bounce region with it, whoever keeps the engine
             self._end_threads()
+
+    async def _let_go_of_gpus(self, deadline: float) -> None:
+        """Free what the engine has of GPUs: page-locked and staging memory.
+
+        CUDA waits then for all that they were given, by whomever, and that may never end. So it is
+        done on a thread that no process waits for at its end.
+        """
+        ended = ThreadFuture[None]()
+        let_go = partial(fulfil, self._flights.ways.close, ended)
+        try:
+            threading.Thread(target=let_go, name="kvgds-closing", daemon=True).start()
+        except RuntimeError:  # the system allows no more of them
+            self._executor.submit(let_go)
+        step = asyncio.wrap_future(ended)
+        if await until_done(step, deadline):
+            step.result()
+            return
+        step.cancel()  # nobody is told any more
+        _log.warning(
+            "a GPU has not ended what it was given %g s after closing: until it has, staging and "
+            "page-locked memory stay",
+            self.config.drain_timeout_s,
+        )
 
     def _end_threads(self) -> None:
         for executor in (self._executor, self._copier):

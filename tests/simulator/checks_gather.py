@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvgds import BlockCorrupt, BusyError, TransferError, TransferTimeout, open_engine
+from kvgds.engine import Engine
 from kvgds.memory.device import cuda
 from simulator.checks_direct import later
 from simulator.checks_engine import NAMESPACE, PAGE, Rows, config, filled, gpu, looked_at, simulator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kvgds import Engine, EngineConfig
+    from kvgds import EngineConfig
     from kvgds.memory import Cache
     from simulator import Simulator
 
@@ -501,3 +502,28 @@ async def test_blocks_of_a_gpu_leave_nothing(clean: Simulator, tmp_path: Path, w
                 await until(lambda: not engine.statistics().in_flight)
         await engine.deregister(cache)
     assert not found
+
+
+async def test_a_gpu_that_never_ends_keeps_no_engine_open(
+    clean: Simulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing moves any more, but to free memory CUDA waits for all streams, the callers' too."""
+    paged, stream = Paged(clean, "busy", 1), clean.stream()
+    settings = config(tmp_path / "kv", path="gds", gather_bytes=64 * PAGE, drain_timeout_s=0.5)
+    engine, freed = Engine(settings), clean.counter("live_bytes")
+    await engine.open()
+    assert await engine.store(b"k", paged.register(engine).block(0))
+    clean.hold(stream)
+    computing = cuda().reached(0, stream)
+    try:
+        async with asyncio.timeout(10):
+            await engine.aclose()
+        assert "a GPU has not ended what it was given" in caplog.text
+        async with open_engine(config(tmp_path / "kv")) as other:  # the directory is free
+            host = bytearray(BLOCK)
+            assert await other.load(b"k", host)
+            assert host == paged.block(0)
+        assert not computing.done
+    finally:
+        clean.release(stream)
+    await until(lambda: clean.counter("live_bytes") == freed)
