@@ -922,6 +922,15 @@ async def test_an_engine_says_which_it_is(tmp_path: Path) -> None:
     assert repr(engine).startswith("<Engine closed ")
 
 
+async def test_closing_that_has_no_time_to_wait_says_nothing_of_gpus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There are none, and nothing was under way."""
+    async with open_engine(config(tmp_path / "kv", drain_timeout_s=1e-9)) as engine:
+        assert await engine.store(b"a", bytes(SIZE))
+    assert not caplog.records
+
+
 async def test_another_loop_closes_nothing(tmp_path: Path) -> None:
     """It is refused at once, the engine goes on, and its own loop closes it whole."""
     root = tmp_path / "kv"

@@ -65,6 +65,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("kvgds")
 _FILE_THREADS = 2
+_LET_GO_S = 1.0  # for GPUs at least, where all else has taken its time
 _LAYOUTS: dict[str, Callable[[FileTier, Namespace, Services], Tier]] = {
     "slabs": Slabs,
     "files": Files,
@@ -275,7 +276,7 @@ class Engine:
         except RuntimeError:  # the system allows no more of them
             self._executor.submit(let_go)
         step = asyncio.wrap_future(ended)
-        if await until_done(step, deadline):
+        if await until_done(step, max(deadline, self._loop.time() + _LET_GO_S)):
             step.result()
             return
         step.cancel()  # nobody is told any more
