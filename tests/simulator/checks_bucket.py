@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from blockbuster import blockbuster_ctx
 
 import buckets
-from kvgds import EngineConfig, FileTier, Namespace, RelayStatistics, open_engine
+from kvgds import (
+    EngineConfig,
+    FileTier,
+    Namespace,
+    RelayStatistics,
+    TransferError,
+    TransferTimeout,
+    open_engine,
+)
 from s3 import JuiceServer
 from simulator import Simulator
 from simulator.checks_engine import SIZES, filled
 from support import until
+from wire import Wire
+from wirefaults import s3_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +41,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JuiceServer]:
 @pytest.fixture
 def bucket(server: JuiceServer) -> str:
     return server.make_bucket()
+
+
+@pytest.fixture
+def wire(server: JuiceServer) -> Iterator[Wire]:
+    with Wire(server.host, server.port) as wire:
+        yield wire
 
 
 @pytest.fixture
@@ -127,3 +144,29 @@ async def test_a_gpu_that_fails_says_nothing_of_the_bucket(
         gpu.clear()
         assert all(outcome.ok for outcome in await act(items))
         assert vram.read() == data
+
+
+async def test_a_store_that_was_never_sent_is_no_answer(
+    gpu: Simulator, server: JuiceServer, bucket: str, wire: Wire
+) -> None:
+    """Else a server that fails would be asked on and on while streams keep stores waiting."""
+    vram, data = filled(gpu, PAGE, "never sent")
+    stream = gpu.stream()
+    settings = buckets.settings(server, bucket, endpoint=wire.endpoint, retries=0)
+    async with open_engine(config(settings)) as engine:
+        region, keys = engine.register(vram), (b"0", b"1")
+        assert await engine.store(b"there", data)
+        for key in keys:  # so that no store asks whether it is there
+            assert not await engine.load(key, bytearray(PAGE))
+        gpu.hold(stream)
+        await asyncio.to_thread(wire.answer, s3_error(500, "InternalError"))
+        for key in keys:
+            with pytest.raises(TransferError, match="500"):
+                await engine.load(b"there", bytearray(PAGE))
+            with pytest.raises(TransferTimeout):
+                await engine.store(key, region, stream=stream, timeout_s=0.05)
+            await until(lambda: not engine.statistics().in_flight)
+        assert engine.statistics().tiers[0].out == ""
+        with pytest.raises(TransferError, match="500"):
+            await engine.load(b"there", bytearray(PAGE))
+        assert "500" in engine.statistics().tiers[0].out

@@ -428,7 +428,7 @@ class ObjectTransport:
                     self._copying.append(member)
                     return
                 if not rows:
-                    self._ended.append(member)
+                    self._give_up(member, _unwanted())
                     return
                 ((member.address, _, member.nbytes),) = coalesce(rows, _LARGEST)
             if not transfer.write:  # a short answer must leave no older stamp there, nor older end
@@ -489,7 +489,7 @@ class ObjectTransport:
             self._pausing = [entry for entry in self._pausing if entry not in late]
             heapq.heapify(self._pausing)
             for member in (*gone, *(entry[2] for entry in late)):
-                self._give_up(member, NotMoved(errno.ECANCELED, "nobody waits for it any more"))
+                self._give_up(member, _unwanted())
 
     def _end(self, member: _Member) -> None:
         try:
@@ -547,6 +547,11 @@ class ObjectTransport:
             groups.setdefault(member.deliver, []).append(member.transfer)
         for deliver, transfers in groups.items():
             deliver(transfers)
+
+
+def _unwanted() -> NotMoved:
+    """Why something was not sent: so it says nothing of the server."""
+    return NotMoved(errno.ECANCELED, "nobody waits for it any more")
 
 
 def _nothing() -> None:
