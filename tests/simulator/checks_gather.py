@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvgds import BlockCorrupt, BusyError, TransferError, TransferTimeout, open_engine
-from kvgds.engine import Engine
+from kvgds import (
+    BlockCorrupt,
+    BusyError,
+    Engine,
+    TransferError,
+    TransferTimeout,
+    open_engine,
+)
 from kvgds.memory.device import cuda
 from simulator.checks_direct import later
 from simulator.checks_engine import NAMESPACE, PAGE, Rows, config, filled, gpu, looked_at, simulator

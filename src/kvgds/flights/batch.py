@@ -72,15 +72,7 @@ class Overdue:
 
     def add_done_callback(self, callback: Callable[[Settled], object]) -> None:
         """See ``Settled``."""
-        left = list(self.blocks)
-
-        def ended(block: asyncio.Future[None]) -> None:
-            left.remove(block)
-            if not left:
-                callback(self)
-
-        for block in self.blocks:
-            block.add_done_callback(ended)
+        asyncio.gather(*self.blocks).add_done_callback(lambda _: callback(self))
 
     def set(self) -> None:
         """The memory is free."""

@@ -27,7 +27,7 @@ _END = (1 << 64) - 1
 
 
 class KeyMap:
-    """Which slot has which key."""
+    """Which slot has which key; or any other number."""
 
     __slots__ = ("_count", "_parts")
 
@@ -70,19 +70,18 @@ class KeyMap:
 class KeyQueue:
     """Keys in the order in which they came, each with a number; any of them may leave."""
 
-    __slots__ = ("_chunks", "_count", "_newest", "_parts")
+    __slots__ = ("_chunk_of", "_chunks", "_newest")
 
     def __init__(self) -> None:
-        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_MASK + 1))
+        self._chunk_of = KeyMap()
         self._chunks: OrderedDict[int, dict[BlockKey, int]] = OrderedDict()  # oldest first
         self._newest = 0
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._chunk_of)
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key in self._parts[hash(key) & _MASK]
+        return key in self._chunk_of
 
     def __iter__(self) -> Iterator[BlockKey]:
         """From the oldest on; nothing may come or leave meanwhile."""
@@ -98,19 +97,18 @@ class KeyQueue:
             self._newest += 1
             chunk = self._chunks[self._newest] = {}
         chunk[key] = number
-        self._parts[hash(key) & _MASK][key] = self._newest
-        self._count += 1
+        self._chunk_of.add(key, self._newest)
 
     def pop(self, key: BlockKey) -> int:
         """Let a key leave that is there: its number."""
-        place = self._parts[hash(key) & _MASK].pop(key)
+        place = self._chunk_of[key]
+        self._chunk_of.remove(key)
         chunk = self._chunks[place]
         number = chunk.pop(key)
         if not chunk:
             del self._chunks[place]
         elif place != self._newest and not len(chunk) & (len(chunk) - 1):  # a power of two
             self._chunks[place] = dict(chunk)  # that has become small keeps its memory, this not
-        self._count -= 1
         return number
 
 

@@ -179,7 +179,7 @@ class Supply:
         if room >= size.slot_bytes and not (full and size.used):
             self._grow(size, room)
             return True
-        slots, spare = self._slots, self._spares() or _promotes(size)
+        slots, spare = self._slots, self._spares(size)
         if not size.waiting:
             return False
         slab = slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
@@ -188,10 +188,10 @@ class Supply:
         self._give_up(slab)
         return True
 
-    def _spares(self) -> bool:
-        """Whether blocks that the next tier lacks must stay until it has them."""
+    def _spares(self, size: SizeClass) -> bool:
+        """Whether blocks that the next tier lacks stay: until it has them, or for promotions."""
         backlog = self._services.backlog
-        return backlog is not None and not backlog.out
+        return backlog is not None and (not backlog.out or _promotes(size))
 
     def _hasten(self, size: SizeClass) -> None:
         """Have the next tier take what is to be evicted next, for those who wait and some more."""
@@ -228,7 +228,7 @@ class Supply:
 
     def _evict(self, size: SizeClass, needed: int, ahead: int = 0) -> int:
         """Drop the least recently used blocks that nobody is loading; how many."""
-        forced = 0 if self._spares() else needed
+        forced = 0 if self._spares(size) else needed
         victims = self._slots.victims(size, max(needed, ahead), forced)
         gone = [self._slots.forget(slot) for slot in victims]
         self._slots.count_evicted(gone)
@@ -277,7 +277,7 @@ class Supply:
 
     def _steal(self, size: SizeClass) -> bool:
         """Give up another class's slab for this one. False: none can be had, ever."""
-        spare = self._spares() or _promotes(size)
+        spare = self._spares(size)
         slab = self._slots.least_wanted_slab(size, spare=spare)
         if slab is None:
             slabs = self._slots.slabs.values()
