@@ -78,6 +78,12 @@ def never_block_the_loop(loop_guard: BlockBuster) -> Iterator[None]:
         loop_guard.deactivate()
 
 
+@pytest.fixture
+def hasty_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that others have locked is given up soon."""
+    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JuiceServer]:
     """A server of S3 that checks signatures."""

@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -394,20 +394,22 @@ async def test_an_index_that_lies_about_it_is_damaged(tmp_path: Path) -> None:
             pass
 
 
-async def test_an_index_that_takes_nothing_changes_nothing(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+async def none_is_stored(engine: Stacked, *keys: bytes) -> None:
+    outcomes = await engine.store_many([(key, content(key, SIZE)) for key in keys])
+    assert [type(outcome.error) for outcome in outcomes] == [TransferError] * len(keys)
+
+
+@pytest.mark.usefixtures("hasty_index")
+async def test_an_index_that_takes_nothing_changes_nothing(tmp_path: Path) -> None:
     """An eviction that fails leaves blocks as they were: those that may go, and those that not."""
     root = tmp_path / "kv"
-    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     async with stacked(root, 2) as engine:
         await engine.fill(A, B)
         await engine.upload(B)
         await until(lambda: marks(root)[B] == 1)
         with index_held(root):
             engine.backlog.out = True
-            outcomes = await engine.store_many([(k, content(k, SIZE)) for k in (C, D)])
-            assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
+            await none_is_stored(engine, C, D)
             with pytest.raises(TransferError):  # a slab that stays
                 await engine.store(C, bytes(SIZE + PAGE))
         engine.backlog.out = False
@@ -417,30 +419,25 @@ async def test_an_index_that_takes_nothing_changes_nothing(
         assert engine.evicted == (1, 0)
 
 
-async def test_an_eviction_that_fails_leaves_given_up_what_was(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+@pytest.mark.usefixtures("hasty_index")
+async def test_an_eviction_that_fails_leaves_given_up_what_was(tmp_path: Path) -> None:
     """The next tier will not take it, so nobody may wait for that."""
     root = tmp_path / "kv"
-    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     async with stacked(root, 2) as engine:
         await engine.fill(A, B)
         engine.tier.look_again([A, B])
         with index_held(root):
-            outcomes = await engine.store_many([(k, content(k, SIZE)) for k in (C, D)])
-            assert [type(outcome.error) for outcome in outcomes] == [TransferError] * 2
+            await none_is_stored(engine, C, D)
         assert await engine.there(A, B) == [A, B]
         assert await engine.store(C, content(C, SIZE), timeout_s=10)
         assert engine.backlog.hastened == []
         assert engine.evicted == (1, 1)
 
 
-async def test_an_eviction_that_fails_leaves_what_another_namespace_owes(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+@pytest.mark.usefixtures("hasty_index")
+async def test_an_eviction_that_fails_leaves_what_another_namespace_owes(tmp_path: Path) -> None:
     """It is not spared, but counted once it has gone."""
     root = tmp_path / "kv"
-    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     async with stacked(root, 2) as engine:
         await engine.fill(A, B)
     async with stacked(root, 2, namespace=kvgds.Namespace(model="other", revision="1")) as engine:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +15,7 @@ import buckets
 import support
 from buckets import name_of
 from faults import FaultyDisk
-from kvgds import Event, TransferError, TransferTimeout
+from kvgds import Event, Outcome, TransferError, TransferTimeout
 from kvgds.testing import skip_time
 from sharing import locked
 from support import PAGE, content, turns, until
@@ -395,9 +395,7 @@ async def test_no_promotion_drops_what_only_the_directory_has(place: Place, layo
     tier = {"layout": layout, "capacity_bytes": 4 * SLOT}
     keys = [b"%d" % n for n in range(4)]
     async with place.opened("back", tier=tier) as engine:
-        place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
-        await fill(engine, *keys)
-        await until(lambda: relay(engine)[2] >= 3)
+        await fill_untaken(place, engine, *keys)
         for key in (b"far", b"farther"):
             assert await load_once_it_answers(engine, key) == content(key, SIZE)
         await until(lambda: not engine._flights.relay._promoting)  # noqa: SLF001
@@ -416,9 +414,7 @@ async def test_what_the_bucket_has_gives_way_to_promotions(place: Place) -> None
     for layout in ("slabs", "files"):
         tier = {"layout": layout, "capacity_bytes": 4 * SLOT}
         async with place.opened("back", place.root.with_name(layout), tier=tier) as engine:
-            place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
-            await fill(engine, *keys)
-            await until(lambda: relay(engine)[2] >= 3)
+            await fill_untaken(place, engine, *keys)
             for count, key in enumerate((b"far", b"farther", b"far"), 1):
                 assert await load_once_it_answers(engine, key) == content(key, SIZE)
                 await until(lambda: relay(engine)[3] == count)  # noqa: B023
@@ -434,9 +430,7 @@ async def test_slabs_of_what_the_bucket_has_give_way_to_promotions(place: Place)
         await asyncio.to_thread(place.put, b"%d" % number)
     await asyncio.to_thread(buckets.put, place.server, place.bucket, b"large", large)
     async with place.opened("back", tier={"capacity_bytes": 8 * SLOT}) as engine:
-        place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
-        await fill(engine, b"owed")
-        await until(lambda: relay(engine)[2] >= 3)
+        await fill_untaken(place, engine, b"owed")
         for count in range(1, 8):
             assert await load_once_it_answers(engine, b"%d" % count)
             await until(lambda: relay(engine)[3] == count)  # noqa: B023
@@ -711,7 +705,6 @@ async def test_a_block_that_another_has_replaced_is_not_tried_for_ever(place: Pl
 
 async def test_a_bucket_that_goes_out_ends_a_few_stores_each_turn(place: Place) -> None:
     """Thousands may wait for it, and others use the loop too."""
-    blocks = [(b"%d" % n, bytes(PAGE)) for n in range(400)]
     ended = [0]
 
     class Observer:
@@ -719,9 +712,7 @@ async def test_a_bucket_that_goes_out_ends_a_few_stores_each_turn(place: Place) 
             ended[-1] += event.direction == "store"
 
     async with place.opened("through") as engine:
-        place.wire.hold(method="PUT")
-        storing = asyncio.ensure_future(engine.store_many(blocks))
-        await until(lambda: len(engine._flights.relay._waiting) == len(blocks))  # noqa: SLF001
+        storing = await storing_through(place, engine, 400)
         engine.observe(Observer())
         place.wire.refuse()
         outing = asyncio.ensure_future(until_out(engine))
@@ -731,18 +722,15 @@ async def test_a_bucket_that_goes_out_ends_a_few_stores_each_turn(place: Place) 
         await outing
         waited = [outcome for outcome in await storing if "left alone" in str(outcome.error)]
         assert len(waited) > 300  # of the others the upload was under way
-        assert sum(ended) == len(blocks)
+        assert sum(ended) == 400
         assert max(ended) < 100
         place.wire.ok()
 
 
 async def test_closing_waits_for_no_trial_of_a_bucket_that_went_out(place: Place) -> None:
     """Once the last of those who waited for it has been told, nothing is under way."""
-    blocks = [(b"%d" % n, bytes(PAGE)) for n in range(2000)]
     async with place.opened("through", tier={"capacity_bytes": 64 << 20}) as engine:
-        place.wire.hold(method="PUT")
-        storing = asyncio.ensure_future(engine.store_many(blocks))
-        await until(lambda: len(engine._flights.relay._waiting) == len(blocks))  # noqa: SLF001
+        storing = await storing_through(place, engine, 2000)
         closing = asyncio.ensure_future(engine.aclose())
         place.wire.refuse()
         await storing
@@ -772,6 +760,22 @@ async def test_what_is_owed_stays_bounded_without_the_bucket(place: Place) -> No
         await fill(engine, *(b"more %d" % n for n in range(60)))
         assert relay(engine)[0] <= 10
         place.wire.ok()
+
+
+async def fill_untaken(place: Place, engine: support.Watched, *keys: bytes) -> None:
+    """Store what a bucket that can be read does not take, until stores don't wait for it."""
+    place.wire.answer(s3_error(403, "AccessDenied"), method="PUT")
+    await fill(engine, *keys)
+    await until(lambda: relay(engine)[2] >= 3)
+
+
+async def storing_through(place: Place, engine: Any, count: int) -> asyncio.Future[list[Outcome]]:
+    """So many stores, all of which wait for the bucket, which answers none."""
+    place.wire.hold(method="PUT")
+    blocks = [(b"%d" % n, bytes(PAGE)) for n in range(count)]
+    storing: asyncio.Future[Any] = asyncio.ensure_future(engine.store_many(blocks))
+    await until(lambda: len(engine._flights.relay._waiting) == count)  # noqa: SLF001
+    return storing
 
 
 async def load_once_it_answers(engine: support.Watched, key: bytes) -> bytes:

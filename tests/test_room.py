@@ -71,6 +71,10 @@ class Directory(Room):
             self.looks += 1
             yield each
 
+    def close(self) -> None:
+        super().close()
+        os.close(self.fd)
+
     def put(self) -> Path:
         """A new block, used later than all before it."""
         number = next(self.number)
@@ -122,7 +126,6 @@ def directory(tmp_path: Path) -> Iterator[Directory]:
     room = Directory(tmp_path)
     yield room
     room.close()
-    os.close(room.fd)
 
 
 def test_each_store_looks_at_some_files(directory: Directory) -> None:
@@ -146,7 +149,6 @@ def test_a_directory_that_has_filled_is_not_looked_at_at_once(tmp_path: Path) ->
     assert left == list(range(left[0], MANY + 100))
     assert MANY - 64 <= len(left) <= MANY
     room.close()
-    os.close(room.fd)
 
 
 def test_engines_that_evict_from_one_directory_look_at_more(directory: Directory) -> None:
@@ -159,7 +161,6 @@ def test_engines_that_evict_from_one_directory_look_at_more(directory: Directory
     assert MANY - 64 <= len(left) <= MANY
     for each in others:
         each.close()
-        os.close(each.fd)
 
 
 def test_what_is_used_meanwhile_stays(directory: Directory) -> None:
@@ -214,7 +215,6 @@ def test_what_the_next_tier_has_taken_since_it_was_listed_goes(tmp_path: Path) -
     assert room.promote()
     assert room.left() == list(range(1, MANY))
     room.close()
-    os.close(room.fd)
 
 
 def test_one_block_that_stays_owed_keeps_no_promotion_out(tmp_path: Path) -> None:
@@ -227,7 +227,6 @@ def test_one_block_that_stays_owed_keeps_no_promotion_out(tmp_path: Path) -> Non
     assert room.at(0).exists()
     assert room.dropped == 0
     room.close()
-    os.close(room.fd)
 
 
 def test_a_few_files_are_counted_each_time(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_few_files_are_counted_each_time(tmp_path: Path) -> None:
     room.at(7).unlink()
     assert room.store() == 7
     assert room.left() == [0, 1, 2, 3, 4, 5, 6, 8]
-    os.close(room.fd)
+    room.close()
 
 
 async def test_an_engine_on_a_directory_that_is_full(tmp_path: Path) -> None:

@@ -652,10 +652,10 @@ async def test_stores_go_on_while_a_slab_waits_for_a_load(tmp_path: Path) -> Non
     engine.check()
 
 
-async def test_a_delete_that_fails_in_a_slab_that_goes(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.usefixtures("hasty_index")
+async def test_a_delete_that_fails_in_a_slab_that_goes(tmp_path: Path) -> None:
     """It fails, and its block goes with the slab all the same."""
     root = tmp_path / "kv"
-    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     engine = await large_slabs(root)
     try:
         last = b"%d" % (ROWS - 1)
@@ -793,10 +793,10 @@ async def test_an_index_that_takes_nothing_loses_nothing(tmp_path: Path) -> None
             assert await engine.store(b"again", bytes(SIZE))
 
 
-async def test_an_index_that_another_holds(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.usefixtures("hasty_index")
+async def test_an_index_that_another_holds(tmp_path: Path) -> None:
     """Something reads it with a lock: stores fail with that reason, and slabs don't pile up."""
     root = tmp_path / "kv"
-    monkeypatch.setattr("kvgds.tiers.index.WAIT_S", 0.05)
     async with opened(root, tier={"capacity_bytes": 4 * MIB}) as engine:
         await engine.store(b"k", bytes(PAGE))
         with index_held(root):
