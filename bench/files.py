@@ -518,6 +518,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "kvgds, page cache": {"direct_io": "never"},
     "kvgds, page cache, no checksum": {"direct_io": "never", "verify": "stamp"},
 }
+BATCHED = ("kvgds", "kvgds, no checksum")
+"""These are called for several blocks at once, too, as by a server that wants a whole prompt."""
 DISK = (
     (True, "O_DIRECT"),
     (True, "page cache"),
@@ -559,6 +561,7 @@ async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, k
     async with AsyncExitStack() as stack:
         ours = {name: Blocks(each, content) for name, each in engines.items()}
         entrants = [_own(blocks, name) for name, blocks in ours.items()]
+        entrants += [_own(ours[name], name, in_a_call=8) for name in BATCHED]
         folder = setup.root / "limit"
         folder.mkdir()
         disk = limits.Disk(folder / "file", content, direct=place.direct)
@@ -576,10 +579,17 @@ async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, k
             await blocks.close()
 
 
-def _own(blocks: Blocks, name: str) -> Entrant:
-    tier = blocks.tier
-    contender = partial(blocks.contender, name, 16)
-    return Entrant(tier.root, contender, cached=tier.direct_io == "never")
+def _own(blocks: Blocks, name: str, in_a_call: int = 1) -> Entrant:
+    """An engine, 16 blocks at a time: each by a call of its own, or two calls of several."""
+
+    def contender(*, store: bool) -> Contender:
+        one_by_one = blocks.contender(name, 16, store=store)
+        if in_a_call == 1:
+            return one_by_one
+        run = partial(blocks.move_batches, in_a_call, store=store)
+        return replace(one_by_one, name=f"{name}, {in_a_call} in a call", run=run)
+
+    return Entrant(blocks.tier.root, contender, cached=blocks.tier.direct_io == "never")
 
 
 def pythons(folder: Path) -> dict[str, Path]:
