@@ -19,6 +19,7 @@ from kvgds.transport import File
 if TYPE_CHECKING:
     from pathlib import Path
 
+MOST = 8  # keys of a queue
 SLABS, PLACES = 3, 4
 SLOTS = [slab << SLOT_BITS | place for slab in range(SLABS) for place in range(PLACES)]
 
@@ -60,7 +61,7 @@ def test_an_order_is_a_list(steps: list[tuple[str, int]]) -> None:
 
 @given(st.lists(st.tuples(st.binary(max_size=2), st.booleans())))
 def test_a_map_of_keys_is_a_dict(steps: list[tuple[bytes, bool]]) -> None:
-    keys, model = KeyMap(), dict[bytes, int]()
+    keys, model = KeyMap[bytes](), dict[bytes, int]()
     for number, (key, adds) in enumerate(steps):
         if key in model and not adds:
             keys.remove(key)
@@ -76,7 +77,7 @@ def test_a_map_of_keys_is_a_dict(steps: list[tuple[bytes, bool]]) -> None:
 
 @given(st.lists(st.tuples(st.binary(max_size=2), st.booleans())))
 def test_a_queue_of_keys_is_an_ordered_dict(steps: list[tuple[bytes, bool]]) -> None:
-    queue, model = KeyQueue(), dict[bytes, int]()
+    queue, model = KeyQueue[bytes, int](), dict[bytes, int]()
     for number, (key, adds) in enumerate(steps):
         if adds:
             queue.append(key, number)
@@ -84,7 +85,10 @@ def test_a_queue_of_keys_is_an_ordered_dict(steps: list[tuple[bytes, bool]]) -> 
             model[key] = number
         elif key in model:
             assert queue.pop(key) == model.pop(key)
+        gone = [model.pop(oldest) for oldest in list(model)[:-MOST]]
+        assert queue.keep(MOST) == gone
         assert (key in queue) == (key in model)
+        assert queue.get(key) == model.get(key)
         assert (list(queue), len(queue)) == (list(model), len(model))
     assert [queue.pop(key) for key in model] == list(model.values())
     assert (list(queue), len(queue)) == ([], 0)
@@ -92,7 +96,7 @@ def test_a_queue_of_keys_is_an_ordered_dict(steps: list[tuple[bytes, bool]]) -> 
 
 def test_a_long_queue_of_keys_moves_few_at_once() -> None:
     """Whatever comes or leaves: a single dict would now and then copy itself whole."""
-    queue, most = KeyQueue(), 0
+    queue, most = KeyQueue[bytes, int](), 0
     keys = [b"%d" % number for number in range(30_000)]
     tracemalloc.start()
     try:
@@ -109,7 +113,7 @@ def test_a_long_queue_of_keys_moves_few_at_once() -> None:
 
 def test_a_queue_of_keys_that_few_are_left_of_is_small() -> None:
     """Those that nobody takes, from among very many that came and went."""
-    queue = KeyQueue()
+    queue = KeyQueue[bytes, int]()
     keys = [b"%d" % number for number in range(65 * 1024)]
     tracemalloc.start()
     try:

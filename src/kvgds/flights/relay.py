@@ -105,7 +105,7 @@ class Relay:
         self._most_bytes = bounce_bytes
         # Of several promotions: they may hang with the first tier, and loads must go on.
         self._most_promoting = (loads.ops // 2, loads.bytes // 2)
-        self._owed = KeyQueue()  # and their bytes
+        self._owed: KeyQueue[BlockKey, int] = KeyQueue()  # and their bytes
         self._urgent: OrderedDict[BlockKey, None] = OrderedDict()
         self._early: set[BlockKey] = set()  # asked for before they were heard of
         self._hopeless: set[BlockKey] = set()  # too large for the bounce region

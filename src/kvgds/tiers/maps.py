@@ -10,7 +10,7 @@ Slots are numbered as ``space`` says: the slab's id, then the place in the slab.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,36 +19,36 @@ from kvgds.tiers.space import SLOT_BITS, SLOT_MASK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvgds.blocks import BlockKey
-
+K = TypeVar("K")
+V = TypeVar("V")
 _MASK = 0x3FF  # of a key's hash
 _CHUNK = 1024  # keys of a queue that follow each other
 _END = (1 << 64) - 1
 
 
-class KeyMap:
+class KeyMap(Generic[K]):
     """Which slot has which key; or any other number."""
 
     __slots__ = ("_count", "_parts")
 
     def __init__(self) -> None:
-        self._parts: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(_MASK + 1))
+        self._parts: tuple[dict[K, int], ...] = tuple({} for _ in range(_MASK + 1))
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __contains__(self, key: BlockKey | None) -> bool:
+    def __contains__(self, key: K | None) -> bool:
         return key in self._parts[hash(key) & _MASK]
 
-    def __getitem__(self, key: BlockKey) -> int:
+    def __getitem__(self, key: K) -> int:
         return self._parts[hash(key) & _MASK][key]
 
-    def get(self, key: BlockKey) -> int | None:
+    def get(self, key: K) -> int | None:
         """The slot of a key, if it has one."""
         return self._parts[hash(key) & _MASK].get(key)
 
-    def leading(self, keys: Sequence[BlockKey]) -> int:
+    def leading(self, keys: Sequence[K]) -> int:
         """How many of the first keys have slots."""
         parts = self._parts
         for number, key in enumerate(keys):
@@ -56,39 +56,45 @@ class KeyMap:
                 return number
         return len(keys)
 
-    def add(self, key: BlockKey, slot: int) -> None:
+    def add(self, key: K, slot: int) -> None:
         """Give a slot to a key that has none."""
         self._parts[hash(key) & _MASK][key] = slot
         self._count += 1
 
-    def remove(self, key: BlockKey) -> None:
+    def remove(self, key: K) -> None:
         """Take a key's slot from it."""
         del self._parts[hash(key) & _MASK][key]
         self._count -= 1
 
 
-class KeyQueue:
-    """Keys in the order in which they came, each with a number; any of them may leave."""
+class KeyQueue(Generic[K, V]):
+    """Keys in the order in which they came, each with a value; any of them may leave."""
 
     __slots__ = ("_chunk_of", "_chunks", "_newest")
 
     def __init__(self) -> None:
-        self._chunk_of = KeyMap()
-        self._chunks: OrderedDict[int, dict[BlockKey, int]] = OrderedDict()  # oldest first
+        self._chunk_of: KeyMap[K] = KeyMap()
+        self._chunks: OrderedDict[int, dict[K, V]] = OrderedDict()  # oldest first
         self._newest = 0
 
     def __len__(self) -> int:
         return len(self._chunk_of)
 
-    def __contains__(self, key: BlockKey) -> bool:
+    def __contains__(self, key: K) -> bool:
         return key in self._chunk_of
 
-    def __iter__(self) -> Iterator[BlockKey]:
+    def __iter__(self) -> Iterator[K]:
         """From the oldest on; nothing may come or leave meanwhile."""
         for chunk in self._chunks.values():
             yield from chunk
 
-    def append(self, key: BlockKey, number: int) -> None:
+    def get(self, key: K) -> V | None:
+        """The value of a key. Others than who owns the queue may miss one that is just renewed."""
+        place = self._chunk_of.get(key)
+        chunk = self._chunks.get(place) if place is not None else None
+        return chunk.get(key) if chunk is not None else None
+
+    def append(self, key: K, value: V) -> None:
         """Make a key the newest, whether it was there or not."""
         if key in self:
             self.pop(key)
@@ -96,20 +102,24 @@ class KeyQueue:
         if chunk is None or len(chunk) == _CHUNK:
             self._newest += 1
             chunk = self._chunks[self._newest] = {}
-        chunk[key] = number
+        chunk[key] = value
         self._chunk_of.add(key, self._newest)
 
-    def pop(self, key: BlockKey) -> int:
-        """Let a key leave that is there: its number."""
+    def keep(self, most: int) -> list[V]:
+        """Let the oldest leave while there are more than so many: their values."""
+        return [self.pop(next(iter(self))) for _ in range(len(self) - most)]
+
+    def pop(self, key: K) -> V:
+        """Let a key leave that is there: its value."""
         place = self._chunk_of[key]
         self._chunk_of.remove(key)
         chunk = self._chunks[place]
-        number = chunk.pop(key)
+        value = chunk.pop(key)
         if not chunk:
             del self._chunks[place]
         elif place != self._newest and not len(chunk) & (len(chunk) - 1):  # a power of two
             self._chunks[place] = dict(chunk)  # that has become small keeps its memory, this not
-        return number
+        return value
 
 
 def column(length: int) -> memoryview[int]:

@@ -18,7 +18,7 @@ import errno
 import logging
 import secrets
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +37,7 @@ from kvgds.memory import Arena, region_of
 from kvgds.paths import PathPlan
 from kvgds.tiers import Services, TierStatistics
 from kvgds.tiers.breaker import Breaker
+from kvgds.tiers.maps import KeyQueue
 from kvgds.transport import File, NotMoved
 from kvgds.transport.bucket import fix_of
 
@@ -100,12 +101,12 @@ class Objects:
         self._transport = transport
         self._changed = changed
         self._breaker = Breaker()
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()  # oldest first
+        self._seen: KeyQueue[str, _Seen] = KeyQueue()
         self._seen_bytes = 0
         self._asking: Counter[str] = Counter()  # names about which an answer is on its way
         self._doubtful: set[str] = set()  # of those: changed here meanwhile
         self._turns: dict[str, deque[_Turn]] = {}  # names that something changes, and what waits
-        self._missed: OrderedDict[str, float] = OrderedDict()  # when; oldest first
+        self._missed: KeyQueue[str, float] = KeyQueue()  # when
         self._under_way = 0
         self._quarantined = 0
         self._described = False
@@ -311,25 +312,20 @@ class Objects:
     def _miss(self, place: str) -> None:
         """It was not there just now, so a store that follows soon need not look again."""
         self._forget(place)
-        self._missed[place] = _now()
-        self._missed.move_to_end(place)
-        if len(self._missed) > _REMEMBERED:
-            self._missed.popitem(last=False)
+        self._missed.append(place, _now())
+        self._missed.keep(_REMEMBERED)
 
     def _missed_lately(self, place: str) -> bool:
-        return _now() - self._missed.pop(place, -_LATELY_S) < _LATELY_S
+        return place in self._missed and _now() - self._missed.pop(place) < _LATELY_S
 
     def _note(self, place: str, nbytes: int) -> None:
         self._forget(place)
-        self._seen[place] = _Seen(nbytes, _now())
-        self._seen_bytes += nbytes
-        if len(self._seen) > _REMEMBERED:
-            self._forget(next(iter(self._seen)))
+        self._seen.append(place, _Seen(nbytes, _now()))
+        self._seen_bytes += nbytes - sum(seen.nbytes for seen in self._seen.keep(_REMEMBERED))
 
     def _forget(self, place: str) -> None:
-        found = self._seen.pop(place, None)
-        if found is not None:
-            self._seen_bytes -= found.nbytes
+        if place in self._seen:
+            self._seen_bytes -= self._seen.pop(place).nbytes
 
     def _seen_there(self, place: str) -> int | None:
         """Bytes of an object that was seen there lately; None: it was not, or others had time."""

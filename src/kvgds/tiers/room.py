@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvgds.tiers.folders import files_in, status, subfolders
 from kvgds.tiers.known import known_as
 from kvgds.tiers.ledger import reserved_by
+from kvgds.tiers.maps import KeyQueue
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -162,7 +163,7 @@ class Room:
         self._owner = owner
         self._capacity = capacity_bytes
         self._space = space
-        self._recent: dict[str, int] = {}  # uses since a block's modification time; oldest first
+        self._recent: KeyQueue[str, int] = KeyQueue()  # uses since a block's modification time
         self._evicted: list[bytes] = []
         self._list: list[_File] = []  # what goes first comes last
         self._listed = 0  # bytes of those
@@ -180,10 +181,8 @@ class Room:
 
     def note_use(self, place: str) -> None:
         """The loop's: remember a use that the file's modification time may not tell."""
-        self._recent.pop(place, None)
-        self._recent[place] = time.time_ns()
-        if len(self._recent) > _RECENT:
-            del self._recent[next(iter(self._recent))]
+        self._recent.append(place, time.time_ns())
+        self._recent.keep(_RECENT)
 
     def take_evicted(self) -> list[bytes]:
         """The loop's: blocks of this namespace that were evicted since the last call."""
@@ -192,7 +191,7 @@ class Room:
 
     def last_use(self, place: str, found: os.stat_result) -> int:
         """When a block was last used, as far as this engine knows; nanoseconds."""
-        return max(found.st_mtime_ns, self._recent.get(place, 0))
+        return max(found.st_mtime_ns, self._recent.get(place) or 0)
 
     def make(self, need: int, forced: int, *, anew: bool = False, spare: bool = False) -> int:
         """Evict until ``need`` fits, and ``forced`` in any case. Bytes evicted.

@@ -159,7 +159,7 @@ class Slots:
 
     def __init__(self, *, stacked: bool) -> None:
         self._stacked = stacked
-        self.keys = KeyMap()
+        self.keys: KeyMap[BlockKey] = KeyMap()
         self.slabs: dict[int, Slab] = {}
         self._links: dict[int, Links] = {}
         self.sizes: dict[int, SizeClass] = {}
