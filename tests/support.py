@@ -15,6 +15,7 @@ import mmap
 import os
 import sqlite3
 import struct
+import time
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -24,19 +25,40 @@ import xxhash
 
 from kvgds import Cache, EngineConfig, FileTier, Namespace, ObjectTier, Region
 from kvgds.engine import Engine
-from kvgds.testing import HeldTransport
-from kvgds.transport import NixlTransport
+from kvgds.testing import HeldTransport, PlainTransfer
+from kvgds.transport import LATER, NixlTransport
 from kvgds.transport.objects import ObjectTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
+    from kvgds.transport import Later
+    from kvgds.transport.contract import Rows
+
 PAGE = 4096
 MIB = 1 << 20
 NAMESPACE = Namespace(model="test", revision="1")
 SLOT_BITS = 32
 _TURNS, _PAUSE_S = 100, 1e-3
+
+
+# --- transports -----------------------------------------------------------------------------
+
+
+class Copying(PlainTransfer):
+    """A transfer that a GPU's stream keeps from beginning for 0.2 s."""
+
+    def begin(self) -> Rows | Later | None:
+        rows = super().begin()
+        self.due = getattr(self, "due", time.monotonic() + 0.2)
+        return rows if time.monotonic() > self.due else LATER
+
+    def check(self) -> None:
+        """It has moved, and was looked at ever less often: every 0.1 ms would be 1,000 times."""
+        looks = self.calls.count("begin")
+        assert self.calls == ["begin"] * looks + ["end"]
+        assert looks < 400
 
 
 # --- engines --------------------------------------------------------------------------------

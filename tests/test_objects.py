@@ -31,7 +31,7 @@ from kvgds import (
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TierContract, skip_time
 from kvgds.transport import File, NixlTransport
 from kvgds.transport.objects import ObjectTransport
-from support import MIB, NAMESPACE, PAGE, Watched, content, image, turns, until
+from support import MIB, NAMESPACE, PAGE, Copying, Watched, content, image, turns, until
 from wire import Wire
 from wirefaults import response, s3_error
 
@@ -159,6 +159,14 @@ def test_rows_that_do_not_join_are_refused(bench: ObjectBench) -> None:
     bench.run(scattered, sound)
     assert (scattered.calls, sound.calls) == (["begin", "fail"], ["begin", "end"])
     assert bench.get("scattered") is None
+
+
+def test_a_busy_stream_is_looked_at_ever_less_often(bench: ObjectBench) -> None:
+    """As a transport of files does."""
+    row = (bench.base, 0, PAGE)
+    transfer = Copying(File(-1), [bench.region], [row], write=True, place="copied")
+    bench.run(transfer)
+    transfer.check()
 
 
 def test_memory_detached_and_used_again(bench: ObjectBench) -> None:

@@ -24,13 +24,14 @@ from kvgds.memory import Arena, region_of
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
 from kvgds.transport import File, NixlTransport
 from kvgds.transport.inbox import Inbox
+from support import Copying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from types import FrameType
 
-    from kvgds.transport import Transport
+    from kvgds.transport import Later, Transport
     from kvgds.transport.contract import Rows
 
 PAGE = 4096
@@ -251,7 +252,7 @@ class Noted(PlainTransfer):
         super().__init__(*what, write=write)
         self._begun = begun
 
-    def begin(self) -> Rows | None:
+    def begin(self) -> Rows | Later | None:
         self._begun.append(self)
         return super().begin()
 
@@ -276,7 +277,7 @@ class Staged(PlainTransfer):
         super().__init__(*what, write=write)
         self.begun = threading.Event()
 
-    def begin(self) -> Rows | None:
+    def begin(self) -> Rows | Later | None:
         self.begun.set()
         return super().begin()
 
@@ -301,6 +302,16 @@ def test_what_somebody_comes_to_wait_for_goes_first(tmp_path: Path, bench: Bench
                 in_time = "end" in wanted.calls
             disk.clear()
             bench.wait([*flying, late, wanted])
+
+
+def test_a_busy_stream_is_looked_at_ever_less_often(tmp_path: Path, bench: Bench) -> None:
+    """Each look costs CPU, which others want."""
+    with (tmp_path / "file").open("wb") as opened:
+        row = (bench.base, 0, PAGE)
+        transfer = Copying(File(opened.fileno()), [bench.region], [row], write=True)
+        bench.run(transfer)
+        transfer.check()
+        bench.transport.detach(transfer.file).result(20)
 
 
 def test_a_wedged_transport_can_be_left_behind(tmp_path: Path) -> None:

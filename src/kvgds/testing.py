@@ -310,7 +310,7 @@ class PlainTransfer:
         self.calls.append(call)
         self.threads.add(threading.get_ident())
 
-    def begin(self) -> Rows | None:
+    def begin(self) -> Rows | Later | None:
         """See ``transport.Transfer``."""
         self._note("begin")
         return self._rows
@@ -326,13 +326,12 @@ class PlainTransfer:
 
 
 class _Unwanted(PlainTransfer):
-    def begin(self) -> Rows | None:
+    def begin(self) -> None:
         super().begin()
-        return None
 
 
 class _BadBeginning(PlainTransfer):
-    def begin(self) -> Rows | None:
+    def begin(self) -> None:
         super().begin()
         raise LookupError("no beginning")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
+_COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
 
 
 class _Bell:
@@ -73,6 +74,15 @@ class Inbox:
     def close(self) -> None:
         """Reader: wait no more. What is put from now on is left there."""
         self._bell = None
+
+
+def copy_pause(since: float, count: int) -> float:
+    """Seconds until the next look at so many copies of GPUs; the last began or ended at ``since``.
+
+    Their streams may be busy for long: ever fewer looks, and those at many cost more.
+    """
+    least, most = _COPY_S
+    return min(max((time.monotonic() - since) / 8, least), max(most, least * count))
 
 
 def fulfil(function: Callable[[], None], future: Future[None]) -> None:

@@ -32,7 +32,7 @@ from kvgds.threads import fill, starting
 from kvgds.transport.agent import NixlError, new_agent, new_backend, nixl
 from kvgds.transport.bucket import Bucket
 from kvgds.transport.contract import LATER, NotMoved
-from kvgds.transport.inbox import Inbox, all_of, fulfil
+from kvgds.transport.inbox import Inbox, all_of, copy_pause, fulfil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +48,6 @@ _DRAM, _OBJ = 0, 3
 _READ, _WRITE = 0, 1
 _PAUSE_S = (0.2e-3, 1e-3)  # between two looks at requests that tell nothing, younger and older
 _YOUNG_S = 10e-3
-_COPY_S = 100e-6  # between two looks at what GPUs do
 _SWEEP_S = 50e-3  # between two looks for transfers that nobody waits for
 _RETRY_S = 0.1
 _LASTING = (errno.EACCES, errno.ENOENT, errno.ENODEV, errno.ERANGE)  # another try would end alike
@@ -274,6 +273,7 @@ class ObjectTransport:
         self._pausing: list[tuple[float, int, _Member]] = []
         self._landing: deque[_Member] = deque()
         self._ended: list[_Member] = []
+        self._copied_at = 0.0
         self._swept_at = 0.0
         self._closing = self._closed = False
         self._ready: Future[None] = Future()
@@ -397,10 +397,10 @@ class ObjectTransport:
 
     def _pause(self) -> float | None:
         """How long to wait for news, in seconds; None: until there are some."""
-        if self._landing or self._copying:
-            return _COPY_S
         now = time.monotonic()
         pauses = [max(self._pausing[0][0] - now, 0.0)] if self._pausing else []
+        if self._landing or self._copying:
+            pauses.append(copy_pause(self._copied_at, len(self._landing) + len(self._copying)))
         if self._flying and self.name == _Nixl.name:
             young = now - self._flying[-1].since < _YOUNG_S
             pauses.append(_PAUSE_S[0] if young else _PAUSE_S[1])
@@ -414,10 +414,13 @@ class ObjectTransport:
         now = time.monotonic()
         while self._pausing and self._pausing[0][0] <= now:
             self._waiting.appendleft(heapq.heappop(self._pausing)[2])
-        for _ in range(len(self._copying)):
+        copying = len(self._copying)
+        for _ in range(copying):
             self._begin(self._copying.popleft())
         while self._waiting and len(self._flying) < self._settings.connections:
             self._begin(self._waiting.popleft())
+        if len(self._copying) != copying:
+            self._copied_at = now
 
     def _begin(self, member: _Member) -> None:
         transfer = member.transfer
@@ -468,6 +471,8 @@ class ObjectTransport:
             else:
                 self._end(member)
         now = time.monotonic()
+        if len(self._landing) != len(landing):
+            self._copied_at = now
         if now - self._swept_at > _SWEEP_S:
             self._swept_at = now
             self._sweep(now)

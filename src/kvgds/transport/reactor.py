@@ -32,7 +32,7 @@ from kvgds.schedule import coalesce
 from kvgds.threads import starting
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import LATER, NotMoved
-from kvgds.transport.inbox import Inbox, fulfil
+from kvgds.transport.inbox import Inbox, copy_pause, fulfil
 from kvgds.transport.sides import BLOCK_ROWS, GROUP_ROWS, Flight, Member
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _MERGED_BYTES = 1 << 20
 _ROW_BYTES = 1 << 30  # Linux moves 2 GiB less a page at a time
-_COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
 _SPIN_S = 100e-6
 _SPIN_BYTES = 256 << 10
 _SWEEP_S = 10e-3
@@ -185,9 +184,7 @@ class Lane:
         if self._alone and self._alone[0].side.has_rows():
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
-            least, most = _COPY_S  # a stream may be busy for long: ever fewer looks
-            most = max(most, least * sum(len(side.copying) for side in self._sides))
-            return min(max((time.monotonic() - self._copied_at) / 8, least), most)
+            return copy_pause(self._copied_at, sum(len(side.copying) for side in self._sides))
         nbytes = sum(side.flying_bytes for side in self._sides)
         if not nbytes:
             stuck = any(side.stuck for side in self._sides)
