@@ -120,7 +120,7 @@ class RawNixl:
     def __init__(self, disk: Disk, queue: str) -> None:
         self.disk, self.queue = disk, queue
         self._pool = ThreadPoolExecutor(1, f"raw-{queue}")  # an agent keeps to one thread
-        self._file = File(disk.fd)
+        self._file = File(disk.fd, direct=disk.direct)
         self._regions = {
             store: region_of(memory)
             for store, memory in ((True, disk.content.source), (False, disk.content.target))
@@ -158,7 +158,9 @@ class RawNixl:
                 while waiting and len(flying) < in_flight:
                     at, started = waiting.pop() * block, time.perf_counter()
                     local, remote = (span.address + at, block, 0), (at, block, self.disk.fd)
-                    request = agent.post([local], [remote], write=store, far=False)
+                    request = agent.post(
+                        [local], [remote], write=store, far=False, direct=self.disk.direct
+                    )
                     flying.append((started, request))
                 ended = [each for each in flying if agent.check(each[1])]
                 for started, request in ended:

@@ -102,7 +102,7 @@ class Recovery:
                 raise ConfigError("root", str(path), rule)
             fd, whole = open_slab(path, slot_bytes * slots, direct=self._direct)
             size = self._slots.size_class(slot_bytes)
-            self._slots.add_slab(Slab(slab_id, slots, path, File(fd), size))
+            self._slots.add_slab(Slab(slab_id, slots, path, File(fd, direct=self._direct), size))
             self._usable[slab_id] = whole // slot_bytes
 
     def _look_at_later(self, there: dict[int, str], last: int) -> None:

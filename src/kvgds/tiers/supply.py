@@ -378,7 +378,7 @@ class Supply:
             (self._grown_full if _is_full(error) else self._not_grown)(error)
             return
         fd, slots = future.result()
-        slab = Slab(slab_id, slots, path, File(fd), size)
+        slab = Slab(slab_id, slots, path, File(fd, direct=self._direct), size)
         row = (slab_id, size.slot_bytes, slots)
         self._index.commit(Changes(add_slab=[row]), partial(self._indexed, slab))
 

@@ -268,7 +268,7 @@ class Tree:
 
     def _open_block(self, move: Move, folders: Folders) -> None:
         fd, found = folders.open(move.place, self.direct)
-        move.file = File(fd)
+        move.file = File(fd, direct=bool(self.direct))
         wanted = image_bytes(move.nbytes)
         if found.st_size != wanted:
             move.error = move.corrupt(f"the file has {found.st_size:,} bytes, not {wanted:,}")
@@ -617,7 +617,7 @@ class Tree:
             self.ledger.add(-store.nbytes)
             raise
         store.temporary, store.state = path, "open"
-        store.move.file, store.move.offset = File(store.fd), 0
+        store.move.file, store.move.offset = File(store.fd, direct=bool(self.direct)), 0
 
 
 def _whole_stamp(fd: int, move: Move) -> Stamp | None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ from kvgds.transport.sides import GROUP_ROWS, sides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
 
     from kvgds.memory import Region
 
 __all__ = ["LATER", "File", "Later", "NixlTransport", "NotMoved", "Transfer", "Transport"]
 
 _ids = itertools.count(1)
+_DETACHED: Future[None] = Future()
+_DETACHED.set_result(None)
 
 
 class NixlTransport:
@@ -81,6 +83,8 @@ class NixlTransport:
 
     def detach(self, thing: File | Region) -> Future[None]:
         """See :class:`Transport`."""
+        if isinstance(thing, File) and not thing.attached:
+            return _DETACHED
         if self._closed:  # a lane that ends forgets everything
             return all_of([lane.stopped for lane in self._lanes])
         return all_of([lane.call(partial(lane.forget, thing)) for lane in self._lanes])

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-import fcntl
 import functools
 import itertools
 import os
@@ -46,6 +45,10 @@ some of it has begun then, and goes on in memory that is taken to be free."""
 _LIBRARY = "libnixl_capi.so"
 _LEVEL = "NIXL_LOG_LEVEL"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
+# The POSIX plugin only keeps a note of memory, so one does for all. NIXL looks no further than the
+# range that begins last before an address: with one for each region, those that overlap, or whose
+# memory is gone, would hide others.
+_ALL_MEMORY = (1 << 12, (1 << 56) - (1 << 12), 0)
 _LEAST_PIECE = 16 << 20  # of GPU memory; what cuFile moves at a time
 GPU_PLUGIN, _GPU_SETTINGS = "GDS_MT", {"thread_count": "8"}
 _DRAM, _VRAM, _FILE = 0, 1, 4
@@ -174,22 +177,18 @@ _claims: dict[Span, Agent] = {}  # who has told cuFile of memory: it is told onc
 _claiming = threading.Lock()
 
 
-def _spans(thing: Memory | File) -> Sequence[Span]:
-    return () if isinstance(thing, File) else thing.spans
-
-
-def _claim(thing: Memory | File, agent: Agent) -> None:
+def _claim(memory: Memory, agent: Agent) -> None:
     with _claiming:
         others = [span for span, owner in _claims.items() if owner is not agent]
-        if any(meets(span, others) for span in _spans(thing)):
+        if any(meets(span, others) for span in memory.spans):
             text = "another engine of this process has this GPU memory; let one have it at a time"
             raise NixlError(f"register_mem: {text}", -3)
-        _claims.update(dict.fromkeys(_spans(thing), agent))
+        _claims.update(dict.fromkeys(memory.spans, agent))
 
 
-def _disclaim(thing: Memory | File, agent: Agent) -> None:
+def _disclaim(memory: Memory, agent: Agent) -> None:
     with _claiming:
-        for span in _spans(thing):
+        for span in memory.spans:
             if _claims.get(span) is agent:
                 del _claims[span]
 
@@ -265,18 +264,6 @@ class Request:
         self.error: Exception | None = None
 
 
-class _Everything:
-    """All host memory. Of that NIXL's POSIX plugin only keeps a note, so one note does for all.
-
-    NIXL looks no further than the range that begins last before an address: with one for each
-    region, those that overlap, or whose memory is gone, would hide others.
-    """
-
-    spans = (Span(1 << 12, (1 << 56) - (1 << 12)),)
-    device = None
-    closed = False
-
-
 class _Lists:
     """The descriptor lists of one kind of memory and of files, used again for each request."""
 
@@ -301,13 +288,13 @@ class Agent:
         self._name = name.encode()
         self._nixl = nixl()
         self.ring: int | None = None
-        self._registered: dict[tuple[Memory | File, bool], tuple[Any, Any]] = {}
-        self._direct: set[int] = set()  # descriptors with O_DIRECT
+        self._numbers: dict[int, ctypes.c_void_p] = {}  # of files, told to the POSIX plugin
+        self._far: dict[Memory | File, ctypes.c_void_p] = {}  # told to the one for GPU memory
         self._cuts: dict[Memory, list[int]] = {}  # where GPU memory was cut to be registered
         self._agent, posix, self.backend = self._make(queues)
         self._posix = _Lists(self._nixl, _DRAM, posix)
         self._gpu: _Lists | None = None
-        self._tell(_Everything(), _DRAM, [(*_Everything.spans[0], 0)], far=False)
+        self._memory = self._tell(self._posix, _DRAM, [_ALL_MEMORY])
 
     def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
@@ -345,22 +332,31 @@ class Agent:
     def register(self, thing: Memory | File, *, far: bool) -> None:
         """Tell NIXL's plugin for host memory (``far``: for GPU memory) of GPU memory or a file.
 
+        That for host memory keeps a file's number alone, and uses whatever has the number when a
+        transfer is posted. So it is told of each number once; of files and numbers that come and
+        go a transfer would else wait for more calls than it takes itself.
+
         Raises:
             NixlError: it won't have it. CufileError: NIXL took it, but cuFile has refused it.
         """
-        if (thing, far) in self._registered:
+        if not far:
+            if isinstance(thing, File) and thing.fd not in self._numbers:
+                self._numbers[thing.fd] = self._tell(
+                    self._posix, _FILE, [(0, _FILE_BYTES, thing.fd)]
+                )
+        elif thing in self._far:
             return
-        if isinstance(thing, File):
-            if fcntl.fcntl(thing.fd, fcntl.F_GETFL) & os.O_DIRECT:
-                self._direct.add(thing.fd)
-            self._tell(thing, _FILE, [(0, _FILE_BYTES, thing.fd)], far=far)
-        elif far:
+        elif isinstance(thing, File):
+            self._far[thing] = self._tell(self._gpu, _FILE, [(0, _FILE_BYTES, thing.fd)])
+            thing.attached = True
+        else:
             self._register_gpu(thing)
 
-    def _tell(self, thing: Memory | File, kind: int, entries: Descriptors, *, far: bool) -> None:
-        lists, library = self._gpu if far else self._posix, self._nixl
+    def _tell(self, lists: _Lists | None, kind: int, entries: Descriptors) -> ctypes.c_void_p:
+        """The list by which ``_untell`` takes it back."""
         if lists is None:
             raise NixlError("register_mem: no backend for GPU memory", -6)
+        library = self._nixl
         listed = library.make("reg_dlist", kind)
         for entry in entries:
             library.call("reg_dlist_add_desc", listed, *entry, None, 0)
@@ -369,7 +365,12 @@ class Agent:
         except NixlError:
             library.call("destroy_reg_dlist", listed)
             raise
-        self._registered[thing, far] = listed, lists.options
+        return listed
+
+    def _untell(self, lists: _Lists | None, listed: ctypes.c_void_p) -> None:
+        if lists is not None:  # or nothing could be told
+            self._nixl.call("deregister_mem", self._agent, listed, lists.options)
+            self._nixl.call("destroy_reg_dlist", listed)
 
     def _register_gpu(self, memory: Memory) -> None:
         """Whole if cuFile takes it so, else in pieces."""
@@ -394,29 +395,39 @@ class Agent:
     def _insist(self, memory: Memory, pieces: Sequence[Span]) -> None:
         """NIXL goes on when cuFile refuses memory, and its transfers then take another path."""
         device = memory.device or 0
-        self._tell(memory, _VRAM, [(*piece, device) for piece in pieces], far=True)
+        entries = [(*piece, device) for piece in pieces]
+        self._far[memory] = self._tell(self._gpu, _VRAM, entries)
         for piece in pieces:
             cufile().registered(piece)
 
     def forget(self, thing: Memory | File) -> None:
-        """Deregister, if it was ever registered."""
+        """Take back what the plugin for GPU memory was told of it, if it ever was."""
+        listed = self._far.pop(thing, None)
+        if listed is not None:
+            self._untell(self._gpu, listed)
         if isinstance(thing, File):
-            self._direct.discard(thing.fd)
+            thing.attached = False
         else:
             self._cuts.pop(thing, None)
-        for far in (False, True):
-            listed, options = self._registered.pop((thing, far), (None, None))
-            if listed is not None:
-                self._nixl.call("deregister_mem", self._agent, listed, options)
-                self._nixl.call("destroy_reg_dlist", listed)
-        _disclaim(thing, self)  # last: until then cuFile knows of it
+            _disclaim(thing, self)  # last: until then cuFile knows of it
 
-    def post(self, local: Descriptors, remote: Descriptors, *, write: bool, far: bool) -> Request:
-        """Start moving between memory (``far``: a GPU's) and files, pair by pair."""
+    def post(
+        self,
+        local: Descriptors,
+        remote: Descriptors,
+        *,
+        write: bool,
+        far: bool,
+        direct: bool = False,
+    ) -> Request:
+        """Start moving between memory (``far``: a GPU's) and files, pair by pair.
+
+        ``direct``: all of those are open with O_DIRECT.
+        """
         lists = self._gpu if far else self._posix
         if far and self._cuts:
             local, remote = _split(local, remote, sorted(itertools.chain(*self._cuts.values())))
-        request = Request(direct=not far and all(fd in self._direct for _, _, fd in remote))
+        request = Request(direct=direct and not far)
         held = self._nixl.held
         try:
             if lists is None:
@@ -474,6 +485,8 @@ class Agent:
 
     def close(self) -> None:
         """Forget everything; nothing is under way."""
-        for thing, _ in list(self._registered):
+        for thing in list(self._far):
             self.forget(thing)
+        for listed in (self._memory, *self._numbers.values()):
+            self._untell(self._posix, listed)
         self._nixl.call("destroy_agent", self._agent)

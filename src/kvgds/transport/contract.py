@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 
 class File:
-    """An open file that transfers may name. Detach it before closing the descriptor."""
+    """An open file that transfers may name. Detach it before closing the descriptor.
 
-    __slots__ = ("fd",)
+    Attributes:
+        direct: whether it was opened with O_DIRECT.
+        attached: whether NIXL keeps more of it than its number, until it is detached.
+    """
 
-    def __init__(self, fd: int) -> None:
+    __slots__ = ("attached", "direct", "fd")
+
+    def __init__(self, fd: int, *, direct: bool = False) -> None:
         self.fd = fd
+        self.direct = direct
+        self.attached = False
 
 
 class Memory(Protocol):

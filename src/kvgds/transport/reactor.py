@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from kvgds.schedule import Row
     from kvgds.transport.agent import Descriptors
-    from kvgds.transport.contract import Rows, Transfer
+    from kvgds.transport.contract import File, Rows, Transfer
     from kvgds.transport.sides import Deliver, Side, Sides
 
 _MERGED_BYTES = 1 << 20
@@ -257,10 +257,12 @@ class Lane:
         write = flight.members[0].transfer.write
         local: Descriptors = []
         remote: Descriptors = []
-        for fd, rows in _rows_by_file(flight):
+        direct = True
+        for file, rows in _rows_by_file(flight):
             local += [(address, nbytes, 0) for address, _, nbytes in rows]
-            remote += [(offset, nbytes, fd) for _, offset, nbytes in rows]
-        flight.requests = [self._agent.post(local, remote, write=write, far=False)]
+            remote += [(offset, nbytes, file.fd) for _, offset, nbytes in rows]
+            direct = direct and file.direct
+        flight.requests = [self._agent.post(local, remote, write=write, far=False, direct=direct)]
         local, remote = _far_rows(flight)
         if local:
             flight.requests.append(self._agent.post(local, remote, write=write, far=True))
@@ -380,12 +382,12 @@ def _cut(rows: Rows) -> Iterator[Row]:
             yield address + at, offset + at, min(nbytes - at, _ROW_BYTES)
 
 
-def _rows_by_file(flight: Flight) -> Iterator[tuple[int, Rows]]:
+def _rows_by_file(flight: Flight) -> Iterator[tuple[File, Rows]]:
     """The rows of each run of members that share a file; bounced neighbours become one row."""
-    for fd, group in itertools.groupby(flight.members, lambda member: member.transfer.file.fd):
+    for file, group in itertools.groupby(flight.members, lambda member: member.transfer.file):
         parts = [member.rows for member in group]
         rows = list(itertools.chain.from_iterable(parts))
-        yield fd, coalesce(rows, _MERGED_BYTES) if 1 < len(parts) == len(rows) else rows
+        yield file, coalesce(rows, _MERGED_BYTES) if 1 < len(parts) == len(rows) else rows
 
 
 def _far_rows(flight: Flight) -> tuple[Descriptors, Descriptors]:
