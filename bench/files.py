@@ -515,6 +515,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "kvgds": {},
     "kvgds, no checksum": {"verify": "stamp"},
     "kvgds, no checksum, 2 threads": {"verify": "stamp", "transport_threads": 2},
+    "kvgds, shared directory": {"layout": "files"},
     "kvgds, page cache": {"direct_io": "never"},
     "kvgds, page cache, no checksum": {"direct_io": "never", "verify": "stamp"},
 }

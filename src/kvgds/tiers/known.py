@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     Sight: TypeAlias = tuple[set[bytes], set[bytes]]  # what has gone from a folder, and has come
 
 _FOLDERS = 256
-_PACE = 16  # names that are looked at again for each that is added
-_FOLDER_COST = 4  # of looking into a folder, in names
-_LEAST = 1024  # names: looks worth a job
+_ROUND = (128, 0.25)  # names added while all are looked at again: so many, or a share of them
+_FOLDER_COST = 8  # of looking into a folder, in names
+_LEAST = 256  # names: looks worth a job
 _MOST = 4096  # in one job, but for the last folder
 
 
@@ -35,7 +35,7 @@ class Known:
     def __init__(self) -> None:
         self._parts: tuple[set[bytes], ...] = tuple(set() for _ in range(_FOLDERS))
         self._count = 0
-        self._due = 0  # names to be looked at again
+        self._due = 0.0  # names to be looked at again
         self._next = 0  # the folder whose turn it is
 
     def __len__(self) -> int:
@@ -51,7 +51,8 @@ class Known:
             if digest not in part:
                 part.add(digest)
                 self._count += 1
-                self._due += _PACE
+                least, share = _ROUND
+                self._due += self._whole / max(least, self._count * share)
 
     def discard(self, digests: Iterable[bytes]) -> None:
         """These are not there."""
@@ -62,14 +63,18 @@ class Known:
                 self._count -= 1
 
     @property
+    def _whole(self) -> int:
+        """What it costs to look at all, in names."""
+        return self._count + _FOLDERS * _FOLDER_COST
+
+    @property
     def due(self) -> bool:
         """Whether there is something to look at again."""
         return self._due >= _LEAST
 
     def take_due(self) -> list[Look]:
         """Folders to be looked into now, if it is time, and what is known of them."""
-        once_round = self._count + _FOLDERS * _FOLDER_COST
-        self._due = min(self._due, once_round)
+        self._due = min(self._due, self._whole)
         looks: list[Look] = []
         names = 0
         while self._due >= (_FOLDER_COST if looks else _LEAST) and names < _MOST:
