@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import itertools
 import mmap
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support
 from kvgds import BlockCorrupt, BusyError, Cache, ClosedError, ConfigError
-from kvgds.memory import Arena, Claims, bytes_at, cache_of, copy_pieces
+from kvgds.memory import Arena, Claims, bytes_at, cache_of, copy_pieces, region_of
 from support import PAGE, Watched, aligned, content, opened, unaligned
 
 if TYPE_CHECKING:
@@ -137,6 +138,12 @@ async def test_memory_of_any_format(tmp_path: Path, memory: Any) -> None:
             assert whole == expected
 
 
+def nested() -> torch.Tensor:
+    """A tensor of tensors that differ in length, of the kind that says it is strided."""
+    with warnings.catch_warnings(action="ignore"):
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
 USELESS: dict[str, Any] = {
     "ctypes, every other": memoryview((ctypes.c_void_p * 8)())[::2],
     "ctypes, objects": (ctypes.py_object * 8)(),
@@ -160,6 +167,7 @@ USELESS: dict[str, Any] = {
     "torch, expanded": torch.zeros(1).expand(5),
     "torch, without memory": torch.zeros(8, device="meta"),
     "torch, sparse": torch.zeros(8).to_sparse(),
+    "torch, nested": nested(),
     "torch, conjugated": torch.zeros(4, dtype=torch.complex64).conj(),
     "torch, negated": torch.zeros(1, dtype=torch.complex64).conj().imag,
     "list": [1, 2, 3],
@@ -425,6 +433,65 @@ async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:
                 with pytest.raises(ConfigError, match=r"^memory=.*freed or moved"):
                     await act(b"a", view)
         assert engine.held.submitted == before
+
+
+class Counted:
+    """A tensor that counts how often it is asked where its memory is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    def data_ptr(self) -> int:
+        self.asked += 1
+        return self.tensor.data_ptr()
+
+
+async def test_a_cache_of_many_tensors_is_asked_once_for_many_blocks(tmp_path: Path) -> None:
+    """Each is asked where its memory is: 160 of them for each block would keep the loop."""
+    async with opened(tmp_path / "kv") as engine:
+        tensor = Counted(torch.zeros(64, PAGE, dtype=torch.uint8))
+        cache = engine.register_cache([tensor])
+        tensor.asked = 0
+        outcomes = await engine.load_many([(b"%d" % i, cache.block(i)) for i in range(64)])
+        assert {outcome.status for outcome in outcomes} == {"miss"}
+        assert tensor.asked == 2  # in each turn of the loop
+        assert await engine.store(b"a", bytes(PAGE))
+        assert not await engine.load_nowait(b"b", bytearray(PAGE))
+        assert tensor.asked == 2  # other memory, which does not meet it
+        for expected in (3, 4):
+            assert not await engine.load_nowait(b"c", cache.block(0))
+            assert tensor.asked == expected
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(ConfigError, match="freed or moved"):
+            await engine.load_nowait(b"c", cache.block(0))
+
+
+RANGES = st.sets(st.integers(0, 40), min_size=2, max_size=9).map(
+    lambda ends: list(zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False))
+)
+
+
+@given(RANGES, RANGES)
+def test_regions_meet_where_their_bytes_do(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    """Each of several ranges."""
+    memory = np.zeros((1, 41), np.uint8)
+    a, b = (cache_of([memory[:, i:j] for i, j in each], 0).region for each in (one, other))
+    shared = {i for each in one for i in range(*each)} & {i for each in other for i in range(*each)}
+    assert a.meets(b) == b.meets(a) == bool(shared)
+
+
+def test_regions_meet_between_the_elements_of_layers() -> None:
+    """Layers side by side, block by block, are one range, and so is what lies between."""
+    memory = np.zeros((3, 4, PAGE), np.uint8)
+    cache = cache_of([memory[:, 1], memory[:, 0]], 0)
+    assert cache.region.meets(region_of(memory[1, 3]))
+    assert not cache.region.meets(region_of(memory[2, 2]))
 
 
 async def test_memory_of_another_size_is_told_by_the_name_of_the_argument(tmp_path: Path) -> None:

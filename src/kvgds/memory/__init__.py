@@ -18,7 +18,7 @@ import mmap
 import operator
 import re
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -120,6 +120,13 @@ class _Strided:
     readonly: bool
     owner: Any  # keeps the memory alive, unless it is torch's
     device: int | None = None  # the GPU that it is on
+    nbytes: int = field(init=False)  # from the first to behind the last element
+
+    def __post_init__(self) -> None:
+        reach = sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+        object.__setattr__(self, "nbytes", self.itemsize + reach)
 
     @property
     def movable(self) -> bool:
@@ -130,16 +137,10 @@ class _Strided:
     def moved(self) -> bool:
         """Whether torch has freed, moved or cut the memory."""
         tensor = self.owner
-        needed = tensor.storage_offset() * self.itemsize + self.nbytes
-        there: int = tensor.untyped_storage().nbytes()
-        return there < needed or bool(tensor.data_ptr() != self.address)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first to behind the last element."""
-        return self.itemsize + sum(
-            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
-        )
+        if tensor.data_ptr() != self.address:
+            return True
+        first, there = tensor.storage_offset() * self.itemsize, tensor.untyped_storage().nbytes()
+        return bool(there < first + self.nbytes)
 
 
 def _describe(buffer: Any, field: str) -> _Strided:  # noqa: ANN401 - any array library's
@@ -165,8 +166,9 @@ def _describe_torch(tensor: Any, field: str) -> _Strided:  # noqa: ANN401 - torc
     if kind not in ("cpu", "cuda"):
         rule = f"is on {tensor.device}; copy it to the host first"
         raise ConfigError(field, f"{tensor.dtype} tensor", rule)
-    if str(tensor.layout) != "torch.strided":
-        raise ConfigError(field, str(tensor.layout), "must be a dense tensor")
+    if str(tensor.layout) != "torch.strided" or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise ConfigError(field, kind, "must be a dense tensor")
     if tensor.is_conj() or tensor.is_neg():
         rule = "is conjugated or negated when it is read; give .resolve_conj().resolve_neg()"
         raise ConfigError(field, f"{tensor.dtype} tensor", rule)
@@ -276,6 +278,18 @@ class Claims:
             del self._readers[bits]
 
 
+def _joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """The same bytes as ranges (start, stop), in order and apart."""
+    joined: list[tuple[int, int]] = []
+    for start, nbytes in sorted(spans):
+        before, end = joined[-1] if joined else (start, -1)
+        if start <= end:
+            joined[-1] = before, max(end, start + nbytes)
+        else:
+            joined.append((start, start + nbytes))
+    return joined
+
+
 class Region:
     """Memory that an engine may read and write, kept alive until it is deregistered.
 
@@ -294,6 +308,7 @@ class Region:
         self, arrays: Sequence[_Strided], claims: Claims | None, *, zero_copy: bool
     ) -> None:
         self.spans = tuple(Span(array.address, array.nbytes) for array in arrays)
+        self._joined = _joined(self.spans)
         self.nbytes = sum(span.nbytes for span in self.spans)
         self.readonly = any(array.readonly for array in arrays)
         self.zero_copy = zero_copy
@@ -346,6 +361,15 @@ class Region:
         if self._movable and any(array.moved for array in self._movable):
             return False
         return not self.closed
+
+    def meets(self, other: Region) -> bool:
+        """Whether they share a byte, or one lies between two elements of the other."""
+        few, many = sorted((self._joined, other._joined), key=len)
+        for start, stop in few:
+            i = bisect.bisect_right(many, start, key=operator.itemgetter(1))
+            if i < len(many) and many[i][0] < stop:
+                return True
+        return False
 
     def retire(self) -> None:
         """Take no more transfers; raise BusyError while one uses the memory."""
@@ -651,7 +675,7 @@ class Territory:
 
 def _check_apart(field: str, region: Region, others: Iterable[Region]) -> None:
     for other in others:
-        if other.live and any(meets(span, other.spans) for span in region.spans):
+        if region.meets(other) and other.live:
             rule = "is registered already: give cache.block(i), or region[a:b], or deregister it"
             raise ConfigError(field, f"{region.nbytes:,} bytes", rule)
 
