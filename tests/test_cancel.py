@@ -745,8 +745,23 @@ async def test_calls_called_off_half_admitted_keep_no_deadline(tmp_path: Path) -
 # --- iterators ----------------------------------------------------------------------------------
 
 
-async def test_load_each_left_early(tmp_path: Path) -> None:
-    """What is queued is dropped, what is in flight is waited for, before the loop is left."""
+async def test_lists_that_change_during_the_call(tmp_path: Path) -> None:
+    """What was asked for when it began is done: not all of it is taken in at once."""
+    async with opened(tmp_path / "kv") as engine:
+        items: Any = [[b"%d" % i, bytes(PAGE)] for i in range(100)]
+        storing = soon(engine.store_many(items))
+        await asyncio.sleep(0)
+        for item in items:
+            item.clear()
+        assert {outcome.status for outcome in await storing} == {"stored"}
+
+
+@pytest.mark.parametrize("thrown", [False, True])
+async def test_load_each_left_early(tmp_path: Path, thrown: bool) -> None:  # noqa: FBT001
+    """What is queued is dropped, what is in flight is waited for, before the loop is left.
+
+    By leaving it, or by an error that is thrown into it.
+    """
     async with opened(tmp_path / "kv", inflight_ops=2) as engine:
         keys = [b"%d" % i for i in range(8)]
         await store(engine, *keys)
@@ -756,6 +771,11 @@ async def test_load_each_left_early(tmp_path: Path) -> None:
         arrivals = engine.load_each(zip(keys, memory, strict=True))
 
         async def leave_after_one() -> Outcome:
+            if thrown:
+                outcome = await anext(arrivals)
+                with pytest.raises(LookupError):
+                    await arrivals.athrow(LookupError())
+                return outcome
             async with contextlib.aclosing(arrivals):
                 async for outcome in arrivals:
                     return outcome

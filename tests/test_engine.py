@@ -194,9 +194,11 @@ async def test_the_longest_key(tmp_path: Path) -> None:
         assert await is_whole(engine, key)
 
 
-@pytest.mark.parametrize(
-    "timeout_s", [0, -1.0, float("nan"), float("inf"), 10**400, "soon", b"5", True]
-)
+NO_DEADLINES = [0, -1.0, float("nan"), float("inf"), 10**400, "soon", b"5", True]
+
+
+# Python does not write an integer of so many digits, so that pytest couldn't name it either.
+@pytest.mark.parametrize("timeout_s", [*NO_DEADLINES, pytest.param(10**5000, id="huge")])
 async def test_a_deadline_lies_ahead(tmp_path: Path, timeout_s: Any) -> None:
     """Every call refuses what can't be one, and says what it was."""
     async with opened(tmp_path / "kv") as engine:
@@ -750,17 +752,24 @@ async def test_two_engines_count_apart(tmp_path: Path) -> None:
         assert (one.statistics().stored, two.statistics().stored) == (1, 0)
 
 
+@pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError])
+@pytest.mark.parametrize("leaves", [False, True])
 async def test_an_observer_that_raises_is_removed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+    leaves: bool,  # noqa: FBT001
 ) -> None:
-    """Logged once; the transfer and the other observer go on."""
+    """Logged once, though it had left; the transfer and the other observer go on."""
 
     class Broken:
         def settled(self, event: Event) -> None:
-            raise LookupError(event.outcome)
+            if leaves:
+                stop()
+            raise error(event.outcome)
 
     async with opened(tmp_path / "kv") as engine:
-        engine.observe(Broken())
+        stop = engine.observe(Broken())
         engine.observe(events := Events())
         with caplog.at_level(logging.ERROR, "kvgds"):
             await store(engine, b"a", b"b")
@@ -770,6 +779,33 @@ async def test_an_observer_that_raises_is_removed(
         ] * 2
         assert {event.key for event in events.seen} == {b"a", b"b"}
         assert all(event.nbytes == SIZE and event.seconds > 0 for event in events.seen)
+
+
+async def test_an_observer_that_ends_the_program_loses_no_outcome(tmp_path: Path) -> None:
+    """The program is told in a turn of its own."""
+    told: list[BaseException] = []
+
+    class Ending:
+        def settled(self, event: Event) -> None:
+            raise KeyboardInterrupt(event.outcome)
+
+    async with opened(tmp_path / "kv") as engine:
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon
+
+        def call_soon(callback: Any, *args: Any, **settings: Any) -> Any:
+            if args and isinstance(args[0], KeyboardInterrupt):
+                told.append(args[0])
+                return real(lambda: None)
+            return real(callback, *args, **settings)
+
+        engine.observe(Ending())
+        vars(loop)["call_soon"] = call_soon
+        try:
+            assert await engine.store(b"a", bytes(SIZE))
+        finally:
+            del vars(loop)["call_soon"]
+    assert [type(error) for error in told] == [KeyboardInterrupt]
 
 
 async def test_an_observer_may_leave(tmp_path: Path) -> None:

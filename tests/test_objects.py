@@ -686,19 +686,20 @@ async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) 
         assert engine.statistics().tiers[0].quarantined == 1
 
 
-async def doubting(far: Far, engine: Watched) -> asyncio.Future[bool]:
-    """A load that takes a block for damaged, its memory being of another size, held as it looks."""
-    await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(SIZE))
+async def doubting(far: Far, engine: Watched, *keys: bytes) -> asyncio.Future[list[bool]]:
+    """Loads that take blocks for damaged, their memory being of another size, held as they look."""
+    for key in keys:
+        await asyncio.to_thread(buckets.put, far.server, far.bucket, key, bytes(SIZE))
     far.wire.hold(method="HEAD")
-    loading = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
-    await asyncio.to_thread(far.wire.wait_held, 1)
+    loading = asyncio.gather(*(engine.load(key, bytearray(PAGE)) for key in keys))
+    await asyncio.to_thread(far.wire.wait_held, len(keys))
     return loading
 
 
 async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
     """A block of another size, between two looks at what was taken for damaged."""
     async with far.engine() as engine:
-        loading = await doubting(far, engine)
+        loading = await doubting(far, engine, b"key")
         await asyncio.to_thread(buckets.put, far.server, far.bucket, b"key", bytes(PAGE))
         far.wire.ok()
         with pytest.raises(TransferError, match="changed it meanwhile"):
@@ -707,13 +708,16 @@ async def test_what_another_has_just_stored_is_not_put_away(far: Far) -> None:
 
 
 async def test_what_is_deleted_while_it_is_taken_for_damaged_is_a_miss(far: Far) -> None:
-    """Memory of another size makes it look so."""
+    """Memory of another size makes it look so. That several are gone is no fault of the server."""
+    keys = [b"%d" % n for n in range(4)]
     async with far.engine() as engine:
-        loading = await doubting(far, engine)
-        await asyncio.to_thread(far.server.delete, far.bucket, name_of(b"key"))
+        loading = await doubting(far, engine, *keys)
+        for key in keys:
+            await asyncio.to_thread(far.server.delete, far.bucket, name_of(key))
         far.wire.ok()
-        assert not await loading
-        assert engine.statistics().tiers[0].quarantined == 0
+        assert await loading == [False] * 4
+        tier = engine.statistics().tiers[0]
+        assert (tier.quarantined, tier.out) == (0, "")
 
 
 async def test_a_prefix_that_nobody_waits_for_is_looked_for_no_further(far: Far) -> None:

@@ -446,7 +446,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time. The
                 memory's content is then undefined.
             BusyError: another transfer uses this memory.
-            ConfigError: an argument can't be, or the block has another size than the memory.
+            ConfigError: an argument can't be, or the block has another size than the memory, which
+                is then undefined, too.
             ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=False)
@@ -569,7 +570,7 @@ class Engine:
         Raises:
             ConfigError: the key or the timeout can't be. ClosedError: the engine is closed.
             TransferError: the block could not be dropped, or not from every tier; ask again.
-            TransferTimeout: no answer in time; the block may still be dropped.
+            TransferTimeout: no answer in time; the block may still be dropped, as after a cancel.
         """
         self._check_open()
         timeout = self._flights.timeout_of(timeout_s)
@@ -646,12 +647,11 @@ class Engine:
         if self._flights.scheduler.queued >= self.config.queue_ops:
             raise QueueFull(f"{self._flights.scheduler.queued} blocks are queued; await some first")
         batch = self._open_batch(1, priority, timeout_s, stream, write=write)
-        self._flights.admit(batch, 0, key, memory)
-        self._flights.pump_soon()
+        self._flights.take_in(batch, [(key, memory)])
 
         async def finish() -> bool:
             self._check_loop()
-            await self._flights.carry_out(batch, [])
+            await self._flights.ended(batch)
             return _value(batch.outcomes[0])
 
         return Operation(lambda: finish().__await__())

@@ -66,6 +66,13 @@ def _restored(
     return error
 
 
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - anybody's; and Python's, of integers with too many digits
+        return f"<{type(value).__name__}>"
+
+
 class ConfigError(KvgdsError, ValueError):
     """A setting or an argument is wrong.
 
@@ -76,7 +83,7 @@ class ConfigError(KvgdsError, ValueError):
     """
 
     def __init__(self, field: str, value: object, rule: str) -> None:
-        given = "" if value is ... else f"={value!r}"
+        given = "" if value is ... else f"={_shown(value)}"
         super().__init__(f"{field}{given}: {rule}")
         self.field = field
         self.value = value
@@ -85,7 +92,7 @@ class ConfigError(KvgdsError, ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """With the value in words: what is wrong may be anything."""
         kind, (cls, args, state, number) = super().__reduce__()
-        return kind, (cls, args, {**state, "value": repr(self.value)}, number)
+        return kind, (cls, args, {**state, "value": _shown(self.value)}, number)
 
 
 class PathUnavailable(KvgdsError):

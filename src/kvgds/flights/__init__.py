@@ -8,6 +8,7 @@ and takes no lock: ended moves come back in groups.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import sys
@@ -115,6 +116,7 @@ class Flights:
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.quarantined = 0
         self.territory = Territory()
+        self._sound: Region | None = None  # as was seen in this turn
         self.deadlines = Deadlines[Batch](self._loop, self._expire)
         self._late: deque[Iterator[None]] = deque()
         self.closed = False
@@ -210,8 +212,12 @@ class Flights:
         return float(timeout_s)
 
     async def carry_out(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
-        """Admit all blocks, then wait; cancelled: drop what is queued, wait for the rest."""
-        self._take_in(batch, items)
+        """Admit all blocks, then wait."""
+        self.take_in(batch, items)
+        await self.ended(batch)
+
+    async def ended(self, batch: Batch) -> None:
+        """Wait for all blocks; cancelled: drop what is queued, wait for the rest."""
         try:
             while batch.left:
                 await batch.news()
@@ -219,7 +225,7 @@ class Flights:
             await self._call_off(batch, cancelled)
             raise
 
-    def _take_in(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
+    def take_in(self, batch: Batch, items: Sequence[tuple[BlockKey, Memory]]) -> None:
         """Admit some of the blocks in each turn of the loop: others use it too.
 
         Not as outcomes are taken one by one: between two of them the caller may compute for long,
@@ -227,13 +233,14 @@ class Flights:
         """
         stop = min(batch.admitted + _ADMIT_AT_ONCE, len(items))
         for index in range(batch.admitted, stop):
-            self.admit(batch, index, *items[index])
+            self._admit(batch, index, *items[index])
+        self._sound = None
         self.pump_soon()
         batch.admitted = stop
         more = stop < len(items)
-        batch.admission = self._loop.call_soon(self._take_in, batch, items) if more else None
+        batch.admission = self._loop.call_soon(self.take_in, batch, items) if more else None
 
-    def admit(self, batch: Batch, index: int, key: BlockKey, memory: Memory) -> None:
+    def _admit(self, batch: Batch, index: int, key: BlockKey, memory: Memory) -> None:
         """Take one block in; what is wrong with it becomes its outcome."""
         try:
             view = self._check(batch, key, memory)
@@ -259,7 +266,9 @@ class Flights:
             raise ClosedError("the engine is closed")
         check_key(key)
         view = self._view(memory)
-        self.territory.check(view.region)
+        if view.region is not self._sound:  # once for those of a turn: a cache has many tensors
+            self.territory.check(view.region)
+            self._sound = view.region
         if not batch.write and view.region.readonly:
             raise ConfigError("memory", "read-only", "can't be loaded into; give writable memory")
         return view
@@ -274,7 +283,6 @@ class Flights:
         if isinstance(memory, Cache):
             raise ConfigError("memory", "Cache", "give one block of it: cache.block(i)")
         region = memory if isinstance(memory, Region) else self.territory.borrow(memory)
-        region.check()
         return region[:]
 
     def _level(self, key: BlockKey, above: int = -1) -> int | None:
@@ -624,9 +632,12 @@ class Flights:
         for observer in list(self.observers):
             try:
                 observer.settled(event)
-            except Exception:  # noqa: BLE001 - an observer's fault breaks no transfer
-                self.observers.remove(observer)
+            except BaseException as error:  # noqa: BLE001 - an observer's fault breaks no transfer
+                with contextlib.suppress(ValueError):  # it has removed itself
+                    self.observers.remove(observer)
                 _log.exception("an observer raised and was removed")
+                if isinstance(error, KeyboardInterrupt | SystemExit):  # for the program, not for us
+                    self._loop.call_soon(_raise, error)
 
     # --- deadlines and cancellation -----------------------------------------------------
 
@@ -789,7 +800,7 @@ class Flights:
             len(items), priority, timeout_s, write=write, each=True, stream=stream
         )
         arrivals: Any = batch.arrivals
-        self._take_in(batch, items)
+        self.take_in(batch, items)
         try:
             while batch.left or arrivals:
                 if not arrivals:
@@ -800,9 +811,16 @@ class Flights:
             raise
         except GeneratorExit:
             pass  # and not here: while it is handled it hides what the caller handles
+        except BaseException:  # thrown into it
+            await self._call_off(batch, None)
+            raise
         else:
             return
         await self._call_off(batch, _left_for())
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _lane(level: int, *, write: bool) -> str:

@@ -56,7 +56,7 @@ def pairs(items: Iterable[tuple[BlockKey, Any]]) -> list[tuple[BlockKey, Any]]:
     for item in found:
         if not isinstance(item, tuple | list) or len(item) != 2:  # noqa: PLR2004 - a pair
             raise ConfigError("items", type(item).__name__, rule)
-    return found
+    return [(key, memory) for key, memory in found]  # a caller's lists may change meanwhile
 
 
 class Overdue:

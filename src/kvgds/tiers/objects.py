@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvgds.transport.contract import Rows
     from kvgds.transport.objects import ObjectTransport
 
+_ANSWERS = (errno.ENOENT, errno.ERANGE)  # there is no such object, or it is empty
 _REMEMBERED = 1 << 16  # blocks that were seen there
 _BELIEVED_S = 600.0  # then somebody else may have deleted it
 _LATELY_S = 10.0
@@ -357,9 +358,7 @@ class Objects:
     def _count(self, move: Move) -> None:
         """What an ended transfer says of the server; it has answered, if only too late."""
         error, since = move.error, self._since.pop(move)
-        answers = (errno.ENOENT, errno.ERANGE)  # there is none, or it is empty
-        told = isinstance(error, TransferError) and error.errno in answers
-        if told or error is None or isinstance(error, TransferTimeout | BlockCorrupt):
+        if error is None or isinstance(error, TransferTimeout | BlockCorrupt):
             self._heard(None, since)
         elif isinstance(error.__cause__, NotMoved):  # else it failed here: a GPU's copies do
             self._heard(error, since)
@@ -371,10 +370,10 @@ class Objects:
             error: what went wrong, if it was asked at all; None: it has answered.
             since: when it was asked: failures older than the last trial say nothing any more.
         """
-        if error is None:
+        number = getattr(error, "errno", None)
+        if error is None or number in _ANSWERS:
             self._breaker.success()
             return
-        number = getattr(error, "errno", None)
         if number == errno.ECANCELED or since < self._answered_at:
             return
         reason = getattr(error, "reason", str(error))  # whichever block's operation it was
