@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -618,6 +619,50 @@ def test_a_slab_that_the_index_calls_by_another_number_is_not_swept(tmp_path: Pa
     assert loads(config(root, "slabs"), keys(3)) == keys(3)
 
 
+def test_a_rebuild_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    """And what a death has left of one goes when an engine opens."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        fill(config(root, "slabs"), keys(3))
+        before = sorted(os.listdir(root))
+        disk.fail("rename")
+        with pytest.raises(OSError, match="Input/output error"):
+            fsck(root, rebuild=True)
+        disk.clear()
+        assert sorted(os.listdir(root)) == before
+        for name in ("index.db.new", "index.db.new-wal", "index.db.new-shm"):
+            (root / name).write_bytes(b"x")
+        assert loads(config(root, "slabs"), keys(3)) == keys(3)
+        assert sorted(os.listdir(root)) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_a_rebuilt_index_is_whose_the_directory_is(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    for path in (root, *root.iterdir()):
+        os.chown(path, 65534, 65534)
+    fsck(root, rebuild=True)
+    assert {path.stat().st_uid for path in root.iterdir()} == {65534}
+
+
+@pytest.mark.parametrize("slabs", [False, True])
+@pytest.mark.parametrize("act", [listing, lambda root: gc(root, keep_bytes=0)])
+def test_an_index_without_tables_is_none(tmp_path: Path, act: Any, slabs: bool) -> None:  # noqa: FBT001
+    """An engine makes it just now, or has died when it began to."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    (root / "index.db").write_bytes(b"")
+    if not slabs:
+        for path in root.glob("slab-*"):
+            path.unlink()
+    said = "the index is missing" if slabs else "holds no blocks"
+    with pytest.raises(ConfigError, match=said):
+        act(root)
+    (problem,) = fsck(root).problems
+    assert said in problem.text
+
+
 @pytest.mark.parametrize("slot_bytes", [TAKES + PAGE, 1 << 40])
 def test_a_slab_of_another_size_by_its_name_is_no_orphan(tmp_path: Path, slot_bytes: int) -> None:
     """It is the index that is wrong: a repair that removed the file would lose all blocks."""
@@ -1207,6 +1252,37 @@ def test_gc_drops_whole_namespaces_and_their_files(tmp_path: Path, layout: str) 
     assert loads(config(root, layout, TWO), keys(4), 50_000) == []
     with pytest.raises(ConfigError, match="namespace='nobody': names none of"):
         gc(root, namespace="nobody")
+
+
+def test_gc_that_is_cut_off_can_be_done_again(tmp_path: Path) -> None:
+    """A slab can't be removed. An engine that is to outlast a loss of power opens, too."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        settings = config(root, "slabs", durable="power")
+        fill(settings, keys(6), 100_000)  # a slab each
+        slabs = sorted(path.name for path in root.glob("slab-*"))
+        for n, name in enumerate(slabs[1:4]):
+            disk.fail("unlink", errno.EPERM, match=name)
+            with pytest.raises(PermissionError):
+                gc(root, namespace="first/*")
+            disk.clear()
+            left = sorted(path.name for path in root.glob("slab-*"))
+            assert left == slabs[n + 1 :]  # what the last has left is removed first
+        assert loads(settings, keys(6), 100_000) == keys(6, 4)[:2]
+        gc(root, namespace="first/*")
+        assert loads(settings, keys(6), 100_000) == []
+
+
+def test_gc_counts_a_block_that_was_linked_only_just_once(tmp_path: Path) -> None:
+    """Its owner has died before it took the temporary name away."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(2))
+    for key in keys(2):
+        (root / "tmp" / f"{key.decode()}.{TAKES}").hardlink_to(file_of(root, key))
+    done = gc(root, keep_bytes=TAKES)
+    assert (done.blocks, done.freed_bytes) == (1, TAKES)
+    assert ledger_is_right(root)
+    assert len(list((root / "tmp").iterdir())) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # slot, namespace, key, generation, bytes, algorithm, mirrored
 Row: TypeAlias = tuple[int, int, bytes | None, int, int, int, int]
 
+NEW_INDEX = ("index.db.new", "index.db.new-wal", "index.db.new-shm")
+"""Files of an index that is to take the place of a damaged one."""
+
 _FORMAT = 2  # 1 lacks `mirrored`
 _APPLICATION = 0x6B766764
 _LOG_BYTES = 4 << 20  # of SQLite's log, which keeps its size; more for as long as somebody reads
@@ -220,7 +223,11 @@ def damaged(path: Path, why: object) -> ConfigError:
     return ConfigError("root", str(path), rule)
 
 
-def unusable(root: Path, error: Exception) -> ConfigError:
+class Unusable(ConfigError):
+    """It can't be used just now, which says nothing of what it holds."""
+
+
+def unusable(root: Path, error: Exception) -> Unusable:
     """The error for a directory of slabs whose index, or a file of it, can't be used just now."""
     rule = f"can't be used: {error}"
     if isinstance(error, sqlite3.Error) and "locked" in str(error):
@@ -229,7 +236,7 @@ def unusable(root: Path, error: Exception) -> ConfigError:
         rule += f"; SQLite takes paths of {_PATH_BYTES} bytes at most: use a shorter one"
     elif isinstance(error, sqlite3.Error) and room_on_disk(root) < RESERVE:
         rule += "; the index needs room on the disk: free some MiB"
-    return ConfigError("root", str(root), rule)
+    return Unusable("root", str(root), rule)
 
 
 def _make_private(path: Path) -> None:

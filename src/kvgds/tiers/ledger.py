@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvgds.tiers import locks
-from kvgds.tiers.folders import open_own
+from kvgds.tiers.folders import files_in, open_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,6 +122,14 @@ def reserved_by(temporary: str) -> int:
     """Bytes that a temporary file reserves, by its name or path."""
     parts = _TEMPORARY.fullmatch(temporary.rpartition("/")[2])
     return int(parts[4]) if parts else 0
+
+
+def forget_temporary(inode: int, root: int) -> None:
+    """Remove the temporary name of a block before its owner does: it counts no more."""
+    for name, found in files_in("tmp", root):
+        if found.st_ino == inode:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"tmp/{name}", dir_fd=root)
 
 
 def _alive(pid: int, start: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM
 from kvgds.errors import ConfigError
-from kvgds.tiers.index import Changes, damaged
+from kvgds.tiers.index import NEW_INDEX, Changes, damaged
 from kvgds.tiers.slots import Block, Slab
 from kvgds.tiers.space import (
     SLAB_NAME,
@@ -163,7 +163,7 @@ class Recovery:
         """Remove what was cut short: temporaries, and slab files that the index does not know."""
         known = {slab.path.name for slab in self._slots.slabs.values()}
         for name in os.listdir(self._settings.root):
-            stray = name.startswith((".trial-", ".kvgds.json-"))
+            stray = name.startswith((".trial-", ".kvgds.json-")) or name in NEW_INDEX
             if stray or (SLAB_NAME.fullmatch(name) and name not in known):
                 os.unlink(self._settings.root / name)
 

@@ -54,7 +54,7 @@ from kvgds.tiers.folders import (
     touch,
 )
 from kvgds.tiers.known import known_as
-from kvgds.tiers.ledger import Ledger, Owner, reserved_by
+from kvgds.tiers.ledger import Ledger, Owner, forget_temporary, reserved_by
 from kvgds.tiers.room import NAME, Room
 from kvgds.transport import File
 
@@ -522,7 +522,7 @@ class Tree:
             store.state = "linked"
         elif there is not None and self._serves(store, folders):
             if there.st_nlink > 1:
-                self._forget_temporary(there.st_ino)
+                forget_temporary(there.st_ino, self._root)
             move.status, store.state = "present", "ended"
         else:
             self._replace(store, there, folders)
@@ -550,7 +550,7 @@ class Tree:
         try:
             found = folders.regular(delete.place)
             if found.st_nlink > 1:  # linked only just
-                self._forget_temporary(found.st_ino)
+                forget_temporary(found.st_ino, self._root)
             self._remove(delete.place)
             self.ledger.add(-found.st_size)
             folders.changed.add(delete.place.rpartition("/")[0])
@@ -565,13 +565,6 @@ class Tree:
         """Take a block's name away, and its marker."""
         os.unlink(place, dir_fd=self._root)
         self._debts.unmark(place)
-
-    def _forget_temporary(self, inode: int) -> None:
-        """Remove the temporary name of a block before its owner does: it counts no more."""
-        for name, found in files_in("tmp", self._root):
-            if found.st_ino == inode:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"tmp/{name}", dir_fd=self._root)
 
     def _reserve(self, wanted: list[Store], folders: Folders) -> None:
         """Give stores their bytes and a temporary file each, as far as the capacity goes."""

@@ -20,7 +20,7 @@ from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.debts import unmark
 from kvgds.tiers.folders import Folders, entries_of, files_in, status, subfolders
-from kvgds.tiers.ledger import Ledger, Owner, reserved_by
+from kvgds.tiers.ledger import Ledger, Owner, forget_temporary, reserved_by
 from kvgds.tiers.room import NAME, SPACE, blocks_in
 from kvgds.upkeep.images import MISMATCH, WINDOW, read_fully, stamp_fault
 from kvgds.upkeep.records import BlockEntry, Listing, Use, namespaces_of, no_match
@@ -242,6 +242,8 @@ def _remove(root: int, files: Sequence[_Seen]) -> set[_Seen]:
                     used = seen.used_ns and found.st_mtime_ns != seen.used_ns
                     if found.st_ino != seen.inode or used:
                         continue
+                    if found.st_nlink > 1 and not seen.path.startswith("tmp/"):  # linked only just
+                        forget_temporary(found.st_ino, root)
                     os.unlink(seen.path, dir_fd=root)
                     unmark(seen.path, root)
                     freed += seen.nbytes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, digest_of, image_bytes
 from kvgds.tiers.directory import check_index, sync_folder
-from kvgds.tiers.index import Changes, connect
+from kvgds.tiers.index import NEW_INDEX, Changes, connect
 from kvgds.tiers.space import SLAB_NAME, SLOT_BITS, slots_in
 from kvgds.upkeep.images import Row, Slab, arena_for, images, payload_fault, place_of
 from kvgds.upkeep.slabs import writing
@@ -38,14 +38,21 @@ def rebuild(root: Path, report: Report, progress: Progress) -> None:
     check_index(root)
     slabs = _slab_files(root, report)
     blocks = _stamped_blocks(slabs, report, progress)
-    new = root / "index.db.new"
-    for leftover in (new, Path(f"{new}-wal"), Path(f"{new}-shm")):
-        leftover.unlink(missing_ok=True)
     texts = _namespace_texts(root, {namespace for namespace, _ in blocks})
-    _write_index(new, slabs, blocks, texts)
-    report.kept_aside = _swap(root, new)
+    new = root / NEW_INDEX[0]
+    _remove_new(root)
+    try:
+        _write_index(new, slabs, blocks, texts)
+        report.kept_aside = _swap(root, new)
+    finally:
+        _remove_new(root)
     report.blocks = len(blocks)
     report.nbytes = sum(row.nbytes for row in blocks.values())
+
+
+def _remove_new(root: Path) -> None:
+    for name in NEW_INDEX:
+        (root / name).unlink(missing_ok=True)
 
 
 def _slab_files(root: Path, report: Report) -> list[Slab]:
@@ -130,6 +137,9 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
     """A new index. Engines count on from the generations that it holds."""
     latest = max((row.generation for row in blocks.values()), default=0)
     with contextlib.closing(connect(path)) as database:
+        folder = os.stat(path.parent)
+        if os.geteuid() == 0:  # it is for whose the directory is
+            os.chown(path, folder.st_uid, folder.st_gid)
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))
         database.execute("INSERT INTO meta VALUES ('power', 0)")  # who knows what was promised
     index = writing(path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.errors import ConfigError
 from kvgds.tiers.index import Changes
-from kvgds.tiers.space import SLOT_BITS
+from kvgds.tiers.space import SLOT_BITS, slabs_in
 from kvgds.upkeep.records import Retention, no_match
 from kvgds.upkeep.slabs import indexed_slabs, reading, uses_in, writing
 
@@ -50,7 +50,8 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
     """Drop blocks from the index, and the slabs that hold none any more. Needs the lock.
 
     A slab's file is removed only after its removal from the index is committed: an engine
-    removes files that the index does not know.
+    removes files that the index does not know. One by one: of more than a death can have left an
+    engine concludes that the index is old.
     """
     if rule.older_than_s is not None:
         text = "slabs only know the order of use, not its time; use --keep-bytes"
@@ -66,11 +67,15 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
         return
     index = writing(root / "index.db")
     try:
-        index.apply(Changes(drop=slots, drop_slab=[slab.id for slab in slabs]))
+        index.apply(Changes(drop=[slot for slot in slots if slot >> SLOT_BITS not in emptied]))
+        left = slabs_in(root).keys() - {slab_id for slab_id, _, _ in index.slabs()}
+        if len(left) == 1:  # by a death; another would make it two
+            (root / slabs_in(root)[left.pop()]).unlink()
+        for slab in slabs:
+            index.apply(Changes(drop_slab=[slab.id]))
+            slab.path.unlink(missing_ok=True)
     finally:
         index.close()
-    for slab in slabs:
-        slab.path.unlink(missing_ok=True)
 
 
 def _choose(database: sqlite3.Connection, rule: Rule, done: Retention) -> list[int]:

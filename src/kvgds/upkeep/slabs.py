@@ -15,7 +15,15 @@ from kvgds.blocks import PAGE
 from kvgds.errors import ConfigError
 from kvgds.memory import Arena
 from kvgds.tiers.directory import check_index
-from kvgds.tiers.index import Changes, Index, check_tables, connect, damaged, unusable
+from kvgds.tiers.index import (
+    Changes,
+    Index,
+    Unusable,
+    check_tables,
+    connect,
+    damaged,
+    unusable,
+)
 from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
@@ -56,9 +64,7 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     """
     path = root / "index.db"
     if not os.path.lexists(path):
-        if any(map(SLAB_NAME.fullmatch, os.listdir(root))):
-            raise ConfigError("root", str(path), f"the index is missing; {_REBUILD}")
-        raise ConfigError("root", str(root), _EMPTY)
+        raise _without_index(root)
     check_index(root)
     # Without a log nobody has it open: then not even SQLite's own files need to be made.
     mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
@@ -67,6 +73,8 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     database.text_factory = _text
     try:
         database.execute("BEGIN")  # one snapshot for all that is read
+        if not database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            raise _without_index(root)  # who has begun to make it, or died then, made no tables
         check_tables(path, database)
         yield database
     except sqlite3.DatabaseError as error:
@@ -77,6 +85,12 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
         raise damaged(path, error) from None
     finally:
         database.close()
+
+
+def _without_index(root: Path) -> ConfigError:
+    if any(map(SLAB_NAME.fullmatch, os.listdir(root))):
+        return ConfigError("root", str(root / "index.db"), f"the index is missing; {_REBUILD}")
+    return ConfigError("root", str(root), _EMPTY)
 
 
 def _text(data: bytes) -> str:
@@ -143,6 +157,8 @@ def check_slabs(root: Path, report: Report, progress: Progress, *, repair: bool)
             found = _Found(indexed_slabs(root, database), {}, {}, {}, {})
             _look_at_files(root, report, found)
             _look_at_rows(database, report, found, progress)
+    except Unusable:
+        raise
     except ConfigError as error:
         report.add("index", "index.db", error.rule)
         return
