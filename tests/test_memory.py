@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import mmap
@@ -473,6 +474,24 @@ async def test_a_cache_of_many_tensors_is_asked_once_for_many_blocks(tmp_path: P
 RANGES = st.sets(st.integers(0, 40), min_size=2, max_size=9).map(
     lambda ends: list(zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False))
 )
+
+
+async def test_memory_that_an_observer_takes_away_is_used_no_more(tmp_path: Path) -> None:
+    """Who is told of the first block of a call, which is a miss."""
+    async with opened(tmp_path / "kv") as engine:
+        cache = engine.register_cache([np.zeros((2, PAGE), np.uint8)])
+        assert await engine.store(b"1", bytes(PAGE))
+
+        class Taking:
+            def settled(self, event: object) -> None:  # noqa: ARG002 - it is not asked
+                stop()
+                with contextlib.suppress(StopIteration):
+                    engine.deregister(cache).send(None)
+
+        stop = engine.observe(Taking())
+        first, second = await engine.load_many([(b"%d" % i, cache.block(i)) for i in range(2)])
+        assert first.status == "miss"
+        assert isinstance(second.error, ClosedError)
 
 
 @given(RANGES, RANGES)

@@ -1273,6 +1273,43 @@ def test_gc_that_is_cut_off_can_be_done_again(tmp_path: Path) -> None:
         assert loads(settings, keys(6), 100_000) == []
 
 
+def test_gc_removes_what_deaths_have_left_as_an_engine_would(tmp_path: Path) -> None:
+    """Two, and then none more: of slabs later than all that it knows an engine takes one alone."""
+    root = tmp_path / "kv"
+    settings = config(root, "slabs", durable="power")
+    fill(settings, keys(5), 100_000)  # a slab each
+    sql(root, "DELETE FROM slab WHERE id < 2")
+    sql(root, "DELETE FROM block WHERE slot < ?", 2 << SLOT_BITS)
+    gc(root, namespace="first/*")
+    assert list(root.glob("slab-*")) == []
+    assert loads(settings, keys(5), 100_000) == []
+
+
+def test_gc_leaves_a_slab_alone_that_an_engine_would_not_remove(tmp_path: Path) -> None:
+    """The index does not know it, and knows another that is gone: it is an old one."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(5), 100_000)  # a slab each
+    slabs = sorted(root.glob("slab-*"))
+    sql(root, "DELETE FROM slab WHERE id = 3")
+    sql(root, "DELETE FROM block WHERE slot >> ? = 3", SLOT_BITS)
+    slabs[2].unlink()
+    gc(root, namespace="first/*")
+    assert list(root.glob("slab-*")) == [slabs[3]]
+    assert fsck(root, rebuild=True).blocks == 1
+
+
+def test_a_check_that_can_not_read_the_index_has_found_nothing(tmp_path: Path) -> None:
+    """That is an error: what it holds may well be sound."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")
+        database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match="can't be used: database is locked"):
+            fsck(root)
+    assert not fsck(root).problems
+
+
 def test_gc_counts_a_block_that_was_linked_only_just_once(tmp_path: Path) -> None:
     """Its owner has died before it took the temporary name away."""
     root = tmp_path / "kv"

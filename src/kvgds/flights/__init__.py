@@ -232,9 +232,11 @@ class Flights:
         and the deadline of all runs meanwhile.
         """
         stop = min(batch.admitted + _ADMIT_AT_ONCE, len(items))
-        for index in range(batch.admitted, stop):
-            self._admit(batch, index, *items[index])
-        self._sound = None
+        try:
+            for index in range(batch.admitted, stop):
+                self._admit(batch, index, *items[index])
+        finally:
+            self._sound = None
         self.pump_soon()
         batch.admitted = stop
         more = stop < len(items)
@@ -629,6 +631,7 @@ class Flights:
             self._notify(Event(direction, outcome.key, nbytes, tier, path, status, seconds))
 
     def _notify(self, event: Event) -> None:
+        self._sound = None  # who is told may do anything
         for observer in list(self.observers):
             try:
                 observer.settled(event)

@@ -332,9 +332,9 @@ class Agent:
     def register(self, thing: Memory | File, *, far: bool) -> None:
         """Tell NIXL's plugin for host memory (``far``: for GPU memory) of GPU memory or a file.
 
-        That for host memory keeps a file's number alone, and uses whatever has the number when a
-        transfer is posted. So it is told of each number once; of files and numbers that come and
-        go a transfer would else wait for more calls than it takes itself.
+        That for host memory keeps a file's number alone, and uses whatever has the number until a
+        transfer has ended. So it is told of each number once: to tell it of files that come and go
+        takes more calls than to move them.
 
         Raises:
             NixlError: it won't have it. CufileError: NIXL took it, but cuFile has refused it.
@@ -405,9 +405,9 @@ class Agent:
         listed = self._far.pop(thing, None)
         if listed is not None:
             self._untell(self._gpu, listed)
-        if isinstance(thing, File):
-            thing.attached = False
-        else:
+            if isinstance(thing, File):
+                thing.attached = False
+        if not isinstance(thing, File):
             self._cuts.pop(thing, None)
             _disclaim(thing, self)  # last: until then cuFile knows of it
 

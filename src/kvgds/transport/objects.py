@@ -414,12 +414,13 @@ class ObjectTransport:
         now = time.monotonic()
         while self._pausing and self._pausing[0][0] <= now:
             self._waiting.appendleft(heapq.heappop(self._pausing)[2])
-        copying = len(self._copying)
-        for _ in range(copying):
+        before = len(self._copying)
+        for _ in range(before):
             self._begin(self._copying.popleft())
+        left = len(self._copying)
         while self._waiting and len(self._flying) < self._settings.connections:
             self._begin(self._waiting.popleft())
-        if len(self._copying) != copying:
+        if not before == left == len(self._copying):
             self._copied_at = now
 
     def _begin(self, member: _Member) -> None:
@@ -460,6 +461,7 @@ class ObjectTransport:
         self._landing.clear()
         for member in landing:
             self._end(member)
+        left = len(self._landing)
         flying, self._flying = self._flying, []
         for member in flying:
             try:
@@ -471,7 +473,7 @@ class ObjectTransport:
             else:
                 self._end(member)
         now = time.monotonic()
-        if len(self._landing) != len(landing):
+        if not len(landing) == left == len(self._landing):
             self._copied_at = now
         if now - self._swept_at > _SWEEP_S:
             self._swept_at = now

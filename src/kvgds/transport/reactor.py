@@ -184,7 +184,8 @@ class Lane:
         if self._alone and self._alone[0].side.has_rows():
             return 0.0
         if self._landing or any(side.copying for side in self._sides):
-            return copy_pause(self._copied_at, sum(len(side.copying) for side in self._sides))
+            copying = len(self._landing) + sum(len(side.copying) for side in self._sides)
+            return copy_pause(self._copied_at, copying)
         nbytes = sum(side.flying_bytes for side in self._sides)
         if not nbytes:
             stuck = any(side.stuck for side in self._sides)
@@ -217,13 +218,14 @@ class Lane:
 
     def _stage(self, side: Side) -> None:
         """Begin as many transfers as a flight takes, unless that many have begun."""
-        copying = len(side.copying)
-        for _ in range(copying):
+        before = len(side.copying)
+        for _ in range(before):
             self._begin(side.copying.popleft(), side)
+        left = len(side.copying)
         most = side.group_bytes()
         while side.waiting and side.staged_bytes < most and len(side.staged) < GROUP_ROWS:
             self._begin(side.waiting.popleft(), side)
-        if copying != len(side.copying):
+        if not before == left == len(side.copying):
             self._copied_at = time.monotonic()
 
     def _begin(self, member: Member, side: Side) -> None:

@@ -139,7 +139,8 @@ def fsck(
 
     Raises:
         BusyError: an engine has the directory.
-        ConfigError: not a directory of kvgds, or no bucket that may be used so.
+        ConfigError: not a directory of kvgds, or its index can't be used just now; or no bucket
+            that may be used so.
         PathUnavailable: the bucket's server does not answer.
     """
     if isinstance(root, ObjectTier):

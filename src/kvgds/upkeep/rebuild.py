@@ -36,11 +36,11 @@ def rebuild(root: Path, report: Report, progress: Progress) -> None:
     yet overwritten: it comes back. A key names its content, so that is never wrong bytes.
     """
     check_index(root)
+    _remove_new(root)
     slabs = _slab_files(root, report)
     blocks = _stamped_blocks(slabs, report, progress)
     texts = _namespace_texts(root, {namespace for namespace, _ in blocks})
     new = root / NEW_INDEX[0]
-    _remove_new(root)
     try:
         _write_index(new, slabs, blocks, texts)
         report.kept_aside = _swap(root, new)
@@ -139,7 +139,8 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
     with contextlib.closing(connect(path)) as database:
         folder = os.stat(path.parent)
         if os.geteuid() == 0:  # it is for whose the directory is
-            os.chown(path, folder.st_uid, folder.st_gid)
+            with contextlib.suppress(PermissionError):  # not all that is root may
+                os.chown(path, folder.st_uid, folder.st_gid)
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))
         database.execute("INSERT INTO meta VALUES ('power', 0)")  # who knows what was promised
     index = writing(path)

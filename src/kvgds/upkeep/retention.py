@@ -68,14 +68,24 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
     index = writing(root / "index.db")
     try:
         index.apply(Changes(drop=[slot for slot in slots if slot >> SLOT_BITS not in emptied]))
-        left = slabs_in(root).keys() - {slab_id for slab_id, _, _ in index.slabs()}
-        if len(left) == 1:  # by a death; another would make it two
-            (root / slabs_in(root)[left.pop()]).unlink()
+        _sweep(root, {slab_id for slab_id, _, _ in index.slabs()})
         for slab in slabs:
             index.apply(Changes(drop_slab=[slab.id]))
             slab.path.unlink(missing_ok=True)
     finally:
         index.close()
+
+
+def _sweep(root: Path, known: set[int]) -> None:
+    """Remove the slabs that deaths have left, as the next engine would, and no others.
+
+    Another death would make them too many for it.
+    """
+    there = slabs_in(root)
+    later = [number for number in there if number > max(known, default=-1)]
+    if known <= there.keys() and len(later) <= 1:
+        for number in there.keys() - known:
+            (root / there[number]).unlink()
 
 
 def _choose(database: sqlite3.Connection, rule: Rule, done: Retention) -> list[int]:
