@@ -680,12 +680,6 @@ def _check_apart(field: str, region: Region, others: Iterable[Region]) -> None:
             raise ConfigError(field, f"{region.nbytes:,} bytes", rule)
 
 
-def meets(span: Span, others: Sequence[Span]) -> bool:
-    """Whether a range shares a byte with one of several."""
-    start, stop = span.address, span.address + span.nbytes
-    return any(address < stop and start < address + nbytes for address, nbytes in others)
-
-
 def region_of(buffer: object, claims: Claims | None = None, *, zero_copy: bool = True) -> Region:
     """A region over one contiguous buffer.
 

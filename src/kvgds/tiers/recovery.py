@@ -22,11 +22,11 @@ from kvgds.tiers.space import (
     SLAB_NAME,
     SLOT_BITS,
     SLOT_MASK,
+    later_slabs,
     open_slab,
     remove_slab,
     slab_name,
     slabs_in,
-    slots_in,
 )
 from kvgds.transport import File
 
@@ -89,7 +89,7 @@ class Recovery:
     def _open_slabs(self) -> None:
         there, known = slabs_in(self._settings.root), self._index.slabs()
         strangers = there.keys() - {slab_id for slab_id, _, _ in known}
-        self._look_at_later(there, max((slab[0] for slab in known), default=-1))
+        self._look_at_later(later_slabs(self._settings.root, there, (slab[0] for slab in known)))
         for slab_id, slot_bytes, slots in known:
             if slab_id not in there and strangers:  # to be swept as orphans, with all their blocks
                 why = f"slab {slab_id} is gone, and it does not know slab {min(strangers)}"
@@ -105,13 +105,9 @@ class Recovery:
             self._slots.add_slab(Slab(slab_id, slots, path, File(fd, direct=self._direct), size))
             self._usable[slab_id] = whole // slot_bytes
 
-    def _look_at_later(self, there: dict[int, str], last: int) -> None:
-        """A death leaves one slab at most that the index does not know yet. Of more it is older.
-
-        That is no surprise after a loss of power, unless an index was to outlive that.
-        """
+    def _look_at_later(self, later: list[int]) -> None:
+        """An older index is no surprise after a loss of power, unless it was to outlive that."""
         root = self._settings.root
-        later = [number for number in there if number > last and slots_in(root / there[number])]
         if len(later) > 1:
             why = f"it does not know {len(later)} slabs, from {min(later)} to {max(later)}"
             if self._index.outlasts_power():

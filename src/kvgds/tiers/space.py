@@ -16,6 +16,7 @@ from kvgds.errors import ConfigError
 from kvgds.tiers.folders import allocate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -55,6 +56,15 @@ def slabs_in(root: Path) -> dict[int, str]:
     with os.scandir(root) as entries:
         matches = (SLAB_NAME.fullmatch(entry.name) for entry in entries if entry.is_file())
         return {int(match[1]): match[0] for match in matches if match}
+
+
+def later_slabs(root: Path, there: dict[int, str], known: Iterable[int]) -> list[int]:
+    """Of the slabs that lie there, and have slots, those later than all that an index knows.
+
+    A death leaves one at most. Of more the index is older.
+    """
+    last = max(known, default=-1)
+    return [number for number in there if number > last and slots_in(root / there[number])]
 
 
 def slots_in(path: Path) -> int:

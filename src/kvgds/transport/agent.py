@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds import contention, environment
 from kvgds.errors import PathUnavailable
-from kvgds.memory import Span, meets
+from kvgds.memory import Span
 from kvgds.memory.cufile import CufileError, cufile
 from kvgds.memory.device import cuda
 from kvgds.transport.contract import File
@@ -180,10 +180,16 @@ _claiming = threading.Lock()
 def _claim(memory: Memory, agent: Agent) -> None:
     with _claiming:
         others = [span for span, owner in _claims.items() if owner is not agent]
-        if any(meets(span, others) for span in memory.spans):
+        if any(_meets(span, others) for span in memory.spans):
             text = "another engine of this process has this GPU memory; let one have it at a time"
             raise NixlError(f"register_mem: {text}", -3)
         _claims.update(dict.fromkeys(memory.spans, agent))
+
+
+def _meets(span: Span, others: Sequence[Span]) -> bool:
+    """Whether a range shares a byte with one of several."""
+    start, stop = span.address, span.address + span.nbytes
+    return any(address < stop and start < address + nbytes for address, nbytes in others)
 
 
 def _disclaim(memory: Memory, agent: Agent) -> None:

@@ -137,8 +137,8 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
     """A new index. Engines count on from the generations that it holds."""
     latest = max((row.generation for row in blocks.values()), default=0)
     with contextlib.closing(connect(path)) as database:
-        folder = os.stat(path.parent)
         if os.geteuid() == 0:  # it is for whose the directory is
+            folder = os.stat(path.parent)
             with contextlib.suppress(PermissionError):  # not all that is root may
                 os.chown(path, folder.st_uid, folder.st_gid)
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.errors import ConfigError
 from kvgds.tiers.index import Changes
-from kvgds.tiers.space import SLOT_BITS, slabs_in
+from kvgds.tiers.space import SLOT_BITS, later_slabs, slabs_in
 from kvgds.upkeep.records import Retention, no_match
 from kvgds.upkeep.slabs import indexed_slabs, reading, uses_in, writing
 
@@ -82,8 +82,7 @@ def _sweep(root: Path, known: set[int]) -> None:
     Another death would make them too many for it.
     """
     there = slabs_in(root)
-    later = [number for number in there if number > max(known, default=-1)]
-    if known <= there.keys() and len(later) <= 1:
+    if known <= there.keys() and len(later_slabs(root, there, known)) <= 1:
         for number in there.keys() - known:
             (root / there[number]).unlink()
 
