@@ -34,9 +34,9 @@ def queue(side: Side, count: int, nbytes: int = MIB, rows: int = 0) -> None:
     """Stage transfers."""
     for _ in range(count):
         transfer = PlainTransfer(File(-1), [REGION], [(0, 0, nbytes)], write=False)
-        side.staged.append(Member(transfer, lambda _: None, side))
+        side.queue(Member(transfer, lambda _: None, side))
+        side.staged.append(side.waiting.pop())
         side.staged[-1].rows = [(0, 0, 1)] * rows
-        side.queued_bytes += nbytes
         side.staged_bytes += nbytes
 
 
@@ -64,8 +64,32 @@ def test_half_of_what_there_is_waits_unless_that_is_little(count: int, flying: i
     assert max(flight.nbytes for flight in flights) <= 4 * MIB
     land(side, flights)
     assert (side.flying_bytes, side.flying_rows) == (0, 0)
-    leave(side)
-    assert side.flying_bytes == min(max(count - flying, 0), max((count - flying) // 2, 2)) * MIB
+
+
+def test_storage_has_no_less_while_the_loop_has_some_of_it() -> None:
+    side = Side()
+    queue(side, 16)
+    for _ in range(100):
+        flights = leave(side)
+        assert side.flying_bytes == 8 * MIB
+        land(side, flights)
+        leave(side)
+        assert side.flying_bytes == 8 * MIB
+        land(side, list(side.flights))
+        queue(side, 16)  # those that have landed come again
+
+
+def test_what_there_was_is_forgotten_when_there_is_less() -> None:
+    side = Side()
+    queue(side, 64)
+    while side.staged:
+        land(side, leave(side))
+    assert side.window() > 8 * MIB
+    for _ in range(50):
+        queue(side, 4)
+        while side.staged:
+            land(side, leave(side))
+    assert side.window() == 2 * MIB
 
 
 def test_of_slow_storage_depth_counts() -> None:

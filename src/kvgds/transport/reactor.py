@@ -170,8 +170,7 @@ class Lane:
                 continue
             for transfer in what:
                 side = self._sides.of(transfer)
-                side.waiting.append(Member(transfer, how, side))
-                side.queued_bytes += transfer.nbytes
+                side.queue(Member(transfer, how, side))
 
     def _pause(self) -> float | None:
         """How long to wait for news, in seconds; None: until there are some.

@@ -3,8 +3,8 @@
 There are three: loads that somebody waits for, other loads, and stores.
 
 Storage tends to end what it was given together at one moment. Were everything in its hands, it
-would then stand idle while the event loop answers and asks for more. So half of what is to be
-moved waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
+would then stand idle while the event loop answers and asks for more. So half of what is moved at a
+time waits here, staged, in *windows*: when a flight lands the next one leaves at once, before
 anybody is told. And what storage has in its hands goes before whatever comes next: so beside loads
 that somebody waits for, in whichever lane, the others have no more there than those, or one flight.
 
@@ -38,6 +38,7 @@ _WINDOW_BYTES = (2 << 20, 8 << 20)  # less than that need not wait: of quick sto
 _QUICK_S = 4e-3  # a flight; where it takes longer, depth counts, and not the time until the next
 _SIDE_FLIGHTS = 4  # of small ones more would only be smaller still, and each costs calls
 _LARGE_BYTES = 1 << 20
+_LATELY = 8  # flights
 _MOMENT_S = 10e-3  # in which who has loaded loads again
 _STUCK_S = 0.2  # a flight that takes as long holds up no window
 
@@ -91,6 +92,13 @@ class Side:
         self.landed_at = 0.0
         self.untold = 0  # flights that no ring tells of: GPU memory's
         self.took = 0.0  # the last flight, in seconds
+        self.crowd = 0  # the most bytes that it had lately
+
+    def queue(self, member: Member) -> None:
+        """Take what has come in."""
+        self.waiting.append(member)
+        self.queued_bytes += member.transfer.nbytes
+        self.crowd = max(self.crowd, self.flying_bytes + self.queued_bytes)
 
     def busy(self) -> bool:
         """Whether anything is on its way."""
@@ -109,14 +117,16 @@ class Side:
         )
 
     def window(self) -> int:
-        """Bytes that storage has at most: half of what there is, unless that is little.
+        """Bytes that storage has at most: half of what there was lately, unless that is little.
+
+        Not of what there is: while the loop has the rest, storage would be given ever less.
 
         Beside loads that somebody waits for, a side of all lanes has no more there than those, or a
         flight. Else there is no limit while the interpreter lock is wanted: then each flight costs
         a wait.
         """
         least = _WINDOW_BYTES[self.took > _QUICK_S]
-        half = max(least, (self.flying_bytes + self.queued_bytes) // 2)
+        half = max(least, self.crowd // 2)
         if any(side.at_work() for side in self.before):
             most = max(_GROUP_BYTES, sum(side.flying_bytes for side in self.before))
             return min(half, most // len(self.before))
@@ -151,6 +161,7 @@ class Side:
     def land(self, flight: Flight, now: float) -> None:
         """Count a flight that is over."""
         self.took = now - flight.since
+        self.crowd -= (self.crowd - self.flying_bytes - self.queued_bytes) // _LATELY
         self.landed_at = now
         self.flying_rows -= flight.rows
         if flight in self.stuck:
