@@ -97,9 +97,9 @@ class Setup:
         """Of these; a quick run does with the smallest."""
         return sizes[:1] if self.quick else sizes
 
-    def field(self) -> AbstractAsyncContextManager[Field]:
-        """Engines to measure."""
-        return field_of(self.root, self.gpu, self.rounds, self.nbytes)
+    def field(self, times: int = 1) -> AbstractAsyncContextManager[Field]:
+        """Engines to measure, by runs so many times as long as others."""
+        return field_of(self.root, self.gpu, self.rounds, times * self.nbytes)
 
 
 # --- store and load -------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Setup:
 
 async def sizes(setup: Setup) -> Rows:
     """Blocks of every size, 16 in flight, beside what disk and copies alone take."""
-    async with setup.field() as place:
+    async with setup.field(times=4) as place:
         for row in await copies(place, MIB):
             yield row
         for block in setup.some(SIZES):
@@ -565,8 +565,9 @@ async def _against_peers(setup: Setup, engines: dict[str, Engine], block: int, k
         entrants += [_own(ours[name], name, in_a_call=8) for name in BATCHED]
         folder = setup.root / "limit"
         folder.mkdir()
-        disk = limits.Disk(folder / "file", content, direct=place.direct)
         stack.callback(shutil.rmtree, folder)
+        disk = limits.Disk.new(folder / "file", content, direct=place.direct)
+        stack.callback(disk.close)
         entrants.append(Entrant(folder, partial(limits.threads, disk, 16), cached=False))
         entrants += await _peers(setup, content, stack)
         for store, cache in MEMORY if kind == "tmpfs" else DISK:

@@ -188,12 +188,13 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     usual = {*CELL, *NEEDED, *COLUMNS.values()}
     every = ((name, value) for row in rows for name, value in row.items() if name not in usual)
     others = dict.fromkeys(name for name, value in every if value is not None)
-    limit, peer = best(rows, "limit"), best(rows, "peer")
+    peer = best(rows, "peer")
     lines = [["", *COLUMNS, *(name.replace("_", " ") for name in others), "ok"]]
     for row in rows:
         ours = row["kind"] == "engine"
+        there = (each for each in rows if each.get("slots") in (None, row.get("slots")))
         ratios = {
-            "of_limit": ratio(row, limit) if ours else None,
+            "of_limit": ratio(row, best(there, "limit")) if ours else None,
             "of_peer": ratio(row, peer) if ours else None,
         }
         cells = [told({**row, **ratios}.get(name)) for name in (*COLUMNS.values(), *others)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -11,12 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 from kvgds.bench.machine import report
+from kvgds.bench.table import print_rows
 from simulator import environment
+
+if TYPE_CHECKING:
+    from kvgds.bench.measure import Row
 
 BENCH = Path(__file__).parents[1] / "bench"
 PACKAGE = Path(__file__).parents[1] / "src" / "kvgds"
@@ -34,8 +40,8 @@ SCENARIOS = {
 NO_PEERS = "peers: none is here; python bench/peers.py makes them\n"
 FIELDS = {
     *("scenario", "memory", "block", "fragments", "in_flight", "direction", "cache", "filesystem"),
-    *("contender", "kind", "tier", "path", "verified", "rounds", "GB/s", "spread", "p50_ms"),
-    *("p95_ms", "p99_ms", "cpu_s_per_GiB", "late_p99_ms", "succeeded", "asked", "note"),
+    *("contender", "kind", "tier", "path", "verified", "slots", "rounds", "GB/s", "spread"),
+    *("p50_ms", "p95_ms", "p99_ms", "cpu_s_per_GiB", "late_p99_ms", "succeeded", "asked", "note"),
 }
 
 
@@ -95,6 +101,30 @@ def test_the_command_measures_this_machine(tmp_path: Path) -> None:
     ours = [row for row in rows if row["contender"] == "kvgds"]
     assert all(row["path"].startswith("direct POSIX/") and row["verified"] for row in ours)
     assert all(row["late_p99_ms"] is not None for row in ours if row["scenario"] == "ticker")
+    moved = [row for row in rows if row["scenario"] in ("store", "load")]
+    for engine in ("kvgds", "kvgds, no checksum"):  # each beside what its own slots take
+        there = [row for row in moved if row["slots"] == engine]
+        assert {row["kind"] for row in there} == {"engine", "limit"}
+        assert {row["contender"] for row in there if row["kind"] == "engine"} == {engine}
+
+
+def test_a_table_tells_of_the_limit_in_the_same_slots() -> None:
+    names = (("fast", 8.0, "a"), ("engine", 2.0, "b"), ("slow", 4.0, "b"))
+    cell: dict[str, Any] = {"scenario": "load", "memory": "host", "cache": "O_DIRECT"}
+    cell |= {"block": 1 << 20, "fragments": 1, "in_flight": 16, "succeeded": 1, "asked": 1}
+    cell |= dict.fromkeys(("p50_ms", "p99_ms", "late_p99_ms", "cpu_s_per_GiB"), 1.0)
+    rows: list[Row] = [
+        {**cell, "contender": name, "kind": "engine" if name == "engine" else "limit"}
+        | {"GB/s": rate, "spread": [rate, rate], "slots": slots}
+        for name, rate, slots in names
+    ]
+    machine = dict.fromkeys(
+        ("cpu", "cores", "kernel", "filesystem", "disk", "gpu", "huge_pages"), ""
+    )
+    out = io.StringIO()
+    print_rows([{"machine": {**machine, "plan": []}}, *rows], Console(file=out, width=200))
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("  engine")]
+    assert line.split()[5] == "0.50"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +422,7 @@ def test_a_bench_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Sig
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 20
-        while not list(tmp_path.rglob("limit")):
+        while not list(tmp_path.rglob("slab-*")):
             assert time.monotonic() < deadline
         process.send_signal(number)
         process.communicate(timeout=20)

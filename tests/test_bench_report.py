@@ -82,6 +82,19 @@ def test_ratios_are_to_the_best_that_did_all_it_was_asked(tmp_path: Path) -> Non
     assert "Faster than kvgds" not in done.stdout
 
 
+def test_a_ratio_is_to_what_was_measured_in_the_same_slots(tmp_path: Path) -> None:
+    rows = [
+        row("kvgds", "engine", 3.0, slots="kvgds"),
+        row("disk", "limit", 4.0, slots="kvgds"),
+        row("rival", "engine", 3.0, slots="rival"),
+        row("other disk", "limit", 6.0, slots="rival"),
+        row("copies", "limit", 5.0),
+    ]
+    for limits, kvgds, rival in ((rows[:4], "0.75", "0.5"), (rows, "0.6", "0.5")):
+        done = reported(tmp_path, [MACHINE, *limits], "--markdown")
+        assert [cells_of(done.stdout, name)[1] for name in ("kvgds", "rival")] == [kvgds, rival]
+
+
 def test_what_only_some_rows_tell_is_told(tmp_path: Path) -> None:
     replay = row(
         "kvgds", "engine", 3.0, scenario="replay", hit_rate=0.278, p99_more_spread_ms=[1, 2]

@@ -90,10 +90,15 @@ class Content:
         """The address of the GPU's memory."""
         return -(-self._allocated[store] // _ALIGNMENT) * _ALIGNMENT
 
-    def part(self, i: int, *, store: bool) -> memoryview:
+    def starts(self, i: int, fragments: int) -> range:
+        """Where the fragments of one block begin in the host's memory; see :meth:`arrays`."""
+        first, layer = i * (self.block // fragments), self.nbytes // fragments
+        return range(first, first + self.nbytes, layer)
+
+    def parts(self, i: int, fragments: int = 1, *, store: bool) -> list[memoryview]:
         """The host's memory of one block."""
-        whole = self.source if store else self.target
-        return whole[i * self.block : (i + 1) * self.block]
+        whole, nbytes = self.source if store else self.target, self.block // fragments
+        return [whole[at : at + nbytes] for at in self.starts(i, fragments)]
 
     def arrays(self, fragments: int, *, store: bool) -> list[Any]:
         """The memory in layers, as a paged cache has it: each blocks x bytes of a fragment."""
@@ -144,7 +149,7 @@ class Blocks:
     def __init__(
         self, engine: Engine, content: Content, fragments: int = 1, name: str = ""
     ) -> None:
-        self.engine, self.content = engine, content
+        self.engine, self.content, self.fragments = engine, content, fragments
         self.keys = [
             f"{name}{content.block}x{fragments}-{i}".encode() for i in range(content.count)
         ]

@@ -72,7 +72,7 @@ class Field:
 
     def count(self, block: int, in_flight: int) -> int:
         """Blocks of a run; few of small ones, which else would take long."""
-        return max(2, min(self.nbytes // block, 256 * in_flight))
+        return max(2, min(self.nbytes // block, 128 * in_flight))
 
 
 @asynccontextmanager
@@ -127,28 +127,35 @@ async def moves(
         fragments: pieces that a block lies in.
     """
     content = Content(block, place.count(block, in_flight), place.gpu)
-    with ExitStack() as stack:
-        stack.callback(content.close)
-        disk = limits.Disk(place.root / "limit", content, direct=place.direct)
-        stack.callback(disk.close)
-        raw = limits.RawNixl(disk, place.queue)
-        stack.callback(raw.close)
-        blocks = {name: Blocks(each, content, fragments) for name, each in place.engines.items()}
+    blocks = {name: Blocks(each, content, fragments) for name, each in place.engines.items()}
+    try:
         for store in (True, False):
-            contenders = [
-                *(each.contender(name, in_flight, store=store) for name, each in blocks.items()),
-                limits.threads(disk, in_flight, store=store),
-                raw.contender(in_flight, store=store),
-                limits.fio(disk, place.queue, in_flight, store=store),
-                limits.copies(content, in_flight, store=store) if place.gpu is not None else None,
-            ]
-            there = [each for each in contenders if each is not None]
-            direction = "store" if store else "load"
-            cell = place.cell(direction, block, in_flight, direction, fragments)
-            for row in await rows_of(cell, there, place.rounds):
-                yield row
+            for each in blocks.values():
+                await each.move(in_flight, store=True)
+            with ExitStack() as stack:
+                contenders: list[Contender] = []
+                for name, each in blocks.items():
+                    disk = limits.Disk.slots(each, direct=place.direct)
+                    stack.callback(disk.close)
+                    raw = limits.RawNixl(disk, place.queue)
+                    stack.callback(raw.close)
+                    there = [
+                        each.contender(name, in_flight, store=store),
+                        limits.threads(disk, in_flight, store=store),
+                        raw.contender(in_flight, store=store),
+                        limits.fio(disk, place.queue, in_flight, store=store),
+                    ]
+                    contenders += [replace(one, slots=name) for one in there if one is not None]
+                if place.gpu is not None:
+                    contenders.append(limits.copies(content, in_flight, store=store))
+                direction = "store" if store else "load"
+                cell = place.cell(direction, block, in_flight, direction, fragments)
+                for row in await rows_of(cell, contenders, place.rounds):
+                    yield row
         for each in blocks.values():
             await each.close()
+    finally:
+        content.close()
 
 
 async def copies(place: Field, block: int) -> list[Row]:

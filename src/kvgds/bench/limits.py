@@ -12,22 +12,25 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from kvgds.bench.measure import Contender, Sample, timed
+from kvgds.blocks import PAGE
 from kvgds.memory import region_of
 from kvgds.memory.device import cuda
+from kvgds.tiers.space import SLOT_BITS, slab_name, slot_bytes_for
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import File
+from kvgds.upkeep.slabs import reading
 from kvgds.waits import outlast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from kvgds.bench.blocks import Content
+    from kvgds.bench.blocks import Blocks, Content
     from kvgds.memory.device import Copying
     from kvgds.transport.agent import Request
 
@@ -36,24 +39,62 @@ _HUGE_PAGES = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Disk:
-    """A preallocated file for all blocks of a content; it goes with :meth:`close`."""
+    """Where blocks lie for those who only call the system.
 
-    def __init__(self, path: Path, content: Content, *, direct: bool) -> None:
-        self.path, self.content, self.direct = path, content, direct
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0), 0o600)
-        os.posix_fallocate(self.fd, 0, content.nbytes)
+    Args:
+        content: the blocks.
+        files: with the size and room for as many blocks as they all have.
+        direct: whether to open them with O_DIRECT.
+        fragments: pieces that a block lies in in memory.
+
+    Attributes:
+        places: of each block, a descriptor and an offset.
+    """
+
+    def __init__(
+        self, content: Content, files: Sequence[Path], *, direct: bool, fragments: int = 1
+    ) -> None:
+        self.content, self.files = content, files
+        self.direct, self.fragments = direct, fragments
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        self.fds = [os.open(path, flags) for path in files]
+        self.places = [(self.fds[0], i * content.block) for i in range(content.count)]
+
+    @classmethod
+    def new(cls, path: Path, content: Content, *, direct: bool) -> Disk:
+        """A preallocated file, which is the caller's to remove."""
+        with path.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, content.nbytes)
+        return cls(content, [path], direct=direct)
+
+    @classmethod
+    def slots(cls, blocks: Blocks, *, direct: bool) -> Disk:
+        """Where an engine has stored them: one part of a disk may take half of what another does.
+
+        What is stored there once the engine has stored them anew may come in another's place.
+        """
+        root, step = blocks.tier.root, slot_bytes_for(blocks.content.block)
+        with reading(root) as index:
+            rows = index.execute("SELECT key, slot FROM block WHERE key IS NOT NULL")
+            slots = {key: divmod(slot, 1 << SLOT_BITS) for key, slot in rows}
+        there = [slots[key] for key in blocks.keys]
+        slabs = sorted({slab for slab, _ in there})
+        paths = [root / slab_name(slab, step) for slab in slabs]
+        disk = cls(blocks.content, paths, direct=direct, fragments=blocks.fragments)
+        fds = dict(zip(slabs, disk.fds, strict=True))
+        disk.places = [(fds[slab], place * step + PAGE) for slab, place in there]
+        return disk
 
     def close(self) -> None:
-        """Remove the file."""
-        os.close(self.fd)
-        self.path.unlink()
-        Path(f"{self.path}.fio").unlink(missing_ok=True)
+        """Close the files."""
+        for fd in self.fds:
+            os.close(fd)
 
     def move(self, i: int, *, store: bool) -> bool:
         """One block by one system call."""
-        call = os.pwritev if store else os.preadv
-        part = self.content.part(i, store=store)
-        return call(self.fd, [part], i * self.content.block) == self.content.block
+        fd, offset = self.places[i]
+        call, parts = os.pwritev if store else os.preadv, self.content.parts
+        return call(fd, parts(i, self.fragments, store=store), offset) == self.content.block
 
 
 async def _on_thread(function: Callable[..., T], *given: Any, **settings: Any) -> T:  # noqa: ANN401 - its own
@@ -79,8 +120,8 @@ def memory(content: Content, count: int) -> Contender:
 
     def one(i: int) -> bool:
         np.copyto(
-            np.frombuffer(content.part(i, store=False), np.uint8),
-            np.frombuffer(content.part(i, store=True), np.uint8),
+            np.frombuffer(content.parts(i, store=False)[0], np.uint8),
+            np.frombuffer(content.parts(i, store=True)[0], np.uint8),
         )
         return True
 
@@ -115,12 +156,13 @@ def _by_threads(move: Callable[[int], bool], content: Content, count: int) -> Sa
 
 
 class RawNixl:
-    """NIXL's POSIX plugin in a bare loop: one row a request, so many requests at a time."""
+    """NIXL's POSIX plugin in a bare loop: one block a request, so many requests at a time."""
 
     def __init__(self, disk: Disk, queue: str) -> None:
-        self.disk, self.queue = disk, queue
+        self._disk = disk
+        self._queue = queue
         self._pool = ThreadPoolExecutor(1, f"raw-{queue}")  # an agent keeps to one thread
-        self._file = File(disk.fd, direct=disk.direct)
+        self._files = [File(fd, direct=disk.direct) for fd in disk.fds]
         self._regions = {
             store: region_of(memory)
             for store, memory in ((True, disk.content.source), (False, disk.content.target))
@@ -135,10 +177,10 @@ class RawNixl:
             sample = await loop.run_in_executor(
                 self._pool, lambda: self._run(in_flight, store=store)
             )
-            return self.disk.content.judged(sample, store=store, on_gpu=False)
+            return self._disk.content.judged(sample, store=store, on_gpu=False)
 
         return Contender(
-            f"NIXL POSIX/{self.queue} alone", run, kind="limit", path=f"POSIX/{self.queue}"
+            f"NIXL POSIX/{self._queue} alone", run, kind="limit", path=f"POSIX/{self._queue}"
         )
 
     def close(self) -> None:
@@ -147,19 +189,23 @@ class RawNixl:
         self._pool.shutdown()
 
     def _run(self, in_flight: int, *, store: bool) -> Sample:
-        content, agent, region = self.disk.content, self._agent, self._regions[store]
-        agent.register(self._file, far=False)
-        (span,), block = region.spans, content.block
+        content, agent, region = self._disk.content, self._agent, self._regions[store]
+        for file in self._files:
+            agent.register(file, far=False)
+        (span,), nbytes = region.spans, content.block // self._disk.fragments
         sample = Sample(nbytes=content.nbytes, asked=content.count)
         flying: list[tuple[float, Request]] = []
         waiting = list(range(content.count))[::-1]
         with timed(sample):
             while waiting or flying:
                 while waiting and len(flying) < in_flight:
-                    at, started = waiting.pop() * block, time.perf_counter()
-                    local, remote = (span.address + at, block, 0), (at, block, self.disk.fd)
+                    i, started = waiting.pop(), time.perf_counter()
+                    fd, offset = self._disk.places[i]
+                    starts = content.starts(i, self._disk.fragments)
+                    local = [(span.address + at, nbytes, 0) for at in starts]
+                    remote = [(offset + n * nbytes, nbytes, fd) for n in range(len(starts))]
                     request = agent.post(
-                        [local], [remote], write=store, far=False, direct=self.disk.direct
+                        local, remote, write=store, far=False, direct=self._disk.direct
                     )
                     flying.append((started, request))
                 ended = [each for each in flying if agent.check(each[1])]
@@ -172,7 +218,7 @@ class RawNixl:
 
 
 def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | None:
-    """Fio on a file as large; None: it is not installed. It checks no bytes.
+    """Fio in the same files; None: it is not installed. It checks no bytes.
 
     Args:
         disk: where.
@@ -183,10 +229,14 @@ def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | N
     program = shutil.which("fio")
     if program is None:
         return None
-    command = [program, "--name=limit", f"--filename={disk.path}.fio", "--output-format=json"]
-    command += [f"--direct={int(disk.direct)}", f"--bs={disk.content.block}", "--invalidate=0"]
+    names = ":".join(os.fspath(path).replace(":", r"\:") for path in disk.files)
+    block, nbytes = disk.content.block, disk.content.nbytes
+    each = min(path.stat().st_size for path in disk.files) // block * block
+    command = [program, "--name=limit", f"--filename={names}", "--output-format=json"]
+    command += ["--allow_file_create=0", "--fallocate=none", "--file_service_type=sequential"]
+    command += [f"--filesize={each}", f"--io_size={nbytes}", f"--bs={block}", "--invalidate=0"]
     engine = "io_uring" if queue == "uring" else "libaio"
-    command += [f"--iodepth={in_flight}", f"--size={disk.content.nbytes}", f"--ioengine={engine}"]
+    command += [f"--ioengine={engine}", f"--iodepth={in_flight}", f"--direct={int(disk.direct)}"]
     command += ["--rw=write" if store else "--rw=read", "--mem=malloc", "--iomem_align=2m"]
 
     async def run() -> Sample:

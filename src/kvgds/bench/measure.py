@@ -75,6 +75,7 @@ class Contender:
         tier: of an engine: ``slabs``, ``files``, ``bucket``.
         path: how bytes move.
         verified: whether it checks the bytes that it loads.
+        slots: the engine in whose slots it moves bytes; None: it doesn't keep to any.
         note: what a reader has to know of its numbers.
     """
 
@@ -84,6 +85,7 @@ class Contender:
     tier: str | None = None
     path: str | None = None
     verified: bool = False
+    slots: str | None = None
     note: str | None = None
 
 
@@ -138,6 +140,7 @@ def row_of(cell: Cell, contender: Contender, samples: Sequence[Sample], **more: 
         "tier": contender.tier,
         "path": contender.path,
         "verified": contender.verified,
+        "slots": contender.slots,
         "rounds": len(samples),
         "GB/s": _round(statistics.median(rates)),
         "spread": [_round(rates[0]), _round(rates[-1])],

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 _HEADER = ("GB/s", "range", "of limit", "p50", "p99 ms", "late ms", "CPU s/GiB", "ok")
 _WIDTHS = (7, 16, 8, 7, 7, 7, 9, 14)
 _FOOT = """
-of limit: of the fastest row that is no engine's; p50, p99: one block, ms; late: a ticker on the
-event loop, p99; ok: blocks that came right, of those asked for. Medians of runs and their range."""
+of limit: of the fastest row below it that is no engine's; p50, p99: one block, ms; late: a ticker
+on the event loop, p99; ok: blocks that came right, of those asked for. Medians of runs and their
+range."""
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -46,9 +47,10 @@ def _cell(row: Row) -> str:
 
 def _lines(rows: Sequence[Row]) -> Iterator[str]:
     bounds = [row for row in rows if row["kind"] == "limit" and row["succeeded"] == row["asked"]]
-    limit = max((row["GB/s"] for row in bounds), default=0.0)
     for row in rows:
         ours = row["kind"] == "engine"
+        mine = [each["GB/s"] for each in bounds if each["slots"] in (None, row["slots"])]
+        limit = max(mine, default=0.0)
         name = f"  {escape(row['contender']):<25}"
         cells = (
             _number(row["GB/s"]),
