@@ -28,7 +28,7 @@ from kvgds import (
     open_engine,
 )
 from kvgds.testing import FileTierContract, HeldTransport
-from kvgds.tiers.space import slot_bytes_for
+from kvgds.tiers.space import slabs_in, slot_bytes_for
 from kvgds.transport import NixlTransport
 from support import (
     MIB,
@@ -767,6 +767,32 @@ async def test_a_full_disk_goes_from_one_size_to_another(tmp_path: Path) -> None
                 await engine.store(b"b%d" % i, bytes(MIB))
             assert engine.statistics().tiers[0].bytes_used >= before * 3 // 4
             assert await engine.load(b"b99", bytearray(MIB))
+
+
+async def test_blocks_of_another_size_take_the_place_of_what_is_older(tmp_path: Path) -> None:
+    """A slab that nobody has used since goes before blocks of one's own, also ahead of need."""
+    async with opened(tmp_path / "kv", tier={"capacity_bytes": 16 * MIB}) as engine:
+        for i in range(16 * MIB // slot_bytes_for(PAGE)):
+            await engine.store(b"old %d" % i, bytes(PAGE))
+        keys = [b"%d" % i for i in range(8 * MIB // slot_bytes_for(2 * PAGE))]
+        for key in keys:
+            await engine.store(key, bytes(2 * PAGE))
+        assert await engine.prefix(keys) == len(keys)
+        assert engine.statistics().tiers[0].bytes_used > 15 * MIB
+
+
+async def test_two_sizes_in_turns_leave_each_other_their_slabs(tmp_path: Path) -> None:
+    sizes, root = (PAGE, 3 * PAGE), tmp_path / "kv"
+    async with opened(root, tier={"capacity_bytes": 16 * MIB}) as engine:
+        for i in range(3000):
+            for nbytes in sizes:
+                await engine.store(b"%d of %d" % (i, nbytes), bytes(nbytes))
+        both = 16 * MIB // sum(map(slot_bytes_for, sizes))
+        for nbytes in sizes:
+            keys = [b"%d of %d" % (i, nbytes) for i in range(3000 - both // 2, 3000)]
+            assert await engine.prefix(keys) == len(keys)
+        assert engine.statistics().tiers[0].bytes_used > 14 * MIB
+    assert max(await asyncio.to_thread(slabs_in, root)) < 150  # of which 64 are there
 
 
 async def test_an_index_that_takes_nothing_loses_nothing(tmp_path: Path) -> None:

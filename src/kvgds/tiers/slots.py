@@ -227,7 +227,9 @@ class Slots:
 
     def older_slab(self, size: SizeClass, *, spare: bool) -> Slab | None:
         """Another class's slab, if all of it is older than anything of this class."""
-        slab = self.least_wanted_slab(size, spare=spare) if size.used else None
+        if not size.used or self.slab_bytes == size.slots * size.slot_bytes:  # there is no other
+            return None
+        slab = self.least_wanted_slab(size, spare=spare)
         return slab if slab is not None and self._older(slab, size) else None
 
     def _older(self, slab: Slab, size: SizeClass) -> bool:

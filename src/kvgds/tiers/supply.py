@@ -77,6 +77,7 @@ class Supply:
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
         self._leaving: Slab | None = None  # has no blocks any more, and waits for who uses it
+        self._heir: SizeClass | None = None  # for whom it was given up
         self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
@@ -179,13 +180,14 @@ class Supply:
         if room >= size.slot_bytes and not (full and size.used):
             self._grow(size, room)
             return True
-        slots, spare = self._slots, self._spares(size)
-        if not size.waiting:
+        if full and not size.waiting:  # room that one slab leaves may be gone before the next
             return False
-        slab = slots.lost_slab(spare=spare) or slots.older_slab(size, spare=spare)
+        slots, spare = self._slots, self._spares(size)
+        lost = slots.lost_slab(spare=spare) if size.waiting else None
+        slab = lost or slots.older_slab(size, spare=spare)
         if slab is None:
             return False
-        self._give_up(slab)
+        self._give_up(slab, size)
         return True
 
     def _spares(self, size: SizeClass) -> bool:
@@ -283,15 +285,16 @@ class Supply:
             slabs = self._slots.slabs.values()
             busy = any(slab.busy or (spare and slab.owed) for slab in slabs)
             return busy or bool(self._slots.holds)
-        self._give_up(slab)
+        self._give_up(slab, size)
         return True
 
-    def _give_up(self, slab: Slab) -> None:
+    def _give_up(self, slab: Slab, size: SizeClass) -> None:
         """The index forgets it first, while all in it still loads: no block may outlive its row.
 
         Else one that was replaced, or deleted, between would be back after a crash.
         """
         self._slab_on_its_way = True
+        self._heir = size
         self._slots.shut_slab(slab)
         self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab))
 
@@ -333,6 +336,8 @@ class Supply:
         self._slab_on_its_way = False
         self._full_until = 0.0  # there is room for another again
         self.serve()
+        if (size := self._heir) is not None and not size.waiting and _low(size):
+            self._make_room(size)  # and not for another class that is low
 
     def _not_grown(self, error: BaseException, what: str = _UNMADE) -> None:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""
@@ -388,6 +393,7 @@ class Supply:
             return
         self._slab_on_its_way = False
         self._full_until = 0.0
+        slab.used_at = next(self._slots.clock)  # or another class would take it before it is used
         self._slots.add_slab(slab)
         self._slots.open_slab(slab)
         self.serve()
