@@ -107,11 +107,19 @@ class Setup:
 
 async def sizes(setup: Setup) -> Rows:
     """Blocks of every size, 16 in flight, beside what disk and copies alone take."""
-    async with setup.field(times=4) as place:
+    async with setup.field(times=2) as place:
         for row in await copies(place, MIB):
             yield row
         for block in setup.some(SIZES):
             async for row in moves(place, block, 16):
+                yield row
+
+
+async def depths(setup: Setup) -> Rows:
+    """Few blocks of 1 MiB at a time, and many."""
+    async with setup.field(times=2) as place:
+        for in_flight in setup.some([4, 8, 16, 32, 64]):
+            async for row in moves(place, MIB, in_flight):
                 yield row
 
 
@@ -642,6 +650,7 @@ def _peer(process: Process, folder: Path, said: dict[str, Any], count: int) -> E
 
 SCENARIOS: dict[str, Callable[[Setup], Rows]] = {
     "sizes": sizes,
+    "depths": depths,
     "single": single,
     "models": models,
     "batches": batches,

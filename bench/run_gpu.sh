@@ -30,7 +30,7 @@ status=0
 { nvidia-smi; "${python}" -m kvgds doctor; } >"${results}/machine.txt" 2>&1
 KVGDS_REQUIRE_GPU=1 "${python}" -m pytest -m gpu 2>&1 | tee "${results}/tests.txt" || status=1
 # The longest last: of a run that is cut off the others are there.
-for bench in gpu.py "files.py --gpu 0 --only models" "files.py --gpu 0 --only sizes"; do
+for bench in gpu.py "files.py --gpu 0 --only models,depths" "files.py --gpu 0 --only sizes"; do
     # shellcheck disable=SC2086 # a script and its options
     "${python}" bench/${bench} --root "${results}" --out "${results}/gpu.jsonl" "$@" 2>&1 |
         tee -a "${results}/bench.txt" || status=1
