@@ -118,7 +118,7 @@ async def sizes(setup: Setup) -> Rows:
 async def depths(setup: Setup) -> Rows:
     """Few blocks of 1 MiB at a time, and many."""
     async with setup.field(times=2) as place:
-        for in_flight in setup.some([4, 8, 16, 32, 64]):
+        for in_flight in setup.some([4, 8, 32, 64]):
             async for row in moves(place, MIB, in_flight):
                 yield row
 

@@ -241,6 +241,9 @@ class Plot:
 def plots(run: Run) -> Iterator[Plot]:
     """Those that a run has rows for."""
     sized = [row for row in run.rows if row["scenario"] in ("store", "load", "peers")]
+    first = next((row["contender"] for row in sized if row["kind"] == "engine"), None)
+    # The same limits in a rival's slots would only hide the others.
+    sized = [r for r in sized if r["kind"] != "limit" or r.get("slots") in (None, first)]
     ways = {(r["scenario"], r["direction"], r["in_flight"], r["cache"]) for r in sized}
     for scenario, way, in_flight, cache in sorted(ways):
         key = (scenario, way, in_flight, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -12,13 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from rich.console import Console
 
+from kvgds.bench import limits
+from kvgds.bench.blocks import Content
 from kvgds.bench.machine import report
 from kvgds.bench.table import print_rows
+from kvgds.blocks import PAGE
 from simulator import environment
 
 if TYPE_CHECKING:
@@ -106,6 +110,27 @@ def test_the_command_measures_this_machine(tmp_path: Path) -> None:
         there = [row for row in moved if row["slots"] == engine]
         assert {row["kind"] for row in there} == {"engine", "limit"}
         assert {row["contender"] for row in there if row["kind"] == "engine"} == {engine}
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not here")
+@pytest.mark.parametrize("in_flight", [1, 16])
+def test_fio_goes_through_all_slabs(tmp_path: Path, in_flight: int) -> None:
+    """Else it would measure one part of a disk, over and over."""
+    paths = [tmp_path / f"{n}: slab" for n in range(4)]
+    for path in paths:
+        path.write_bytes(bytes(16 * PAGE + PAGE // 2))
+    disk = limits.Disk(Content(PAGE, 60), paths, direct=False)
+    try:
+        contender = limits.fio(disk, "aio", in_flight, store=True)
+        assert contender is not None
+        sample = asyncio.run(cast("Any", contender.run()))
+    finally:
+        disk.close()
+    assert (sample.asked, sample.succeeded) == (60, 60)
+    for path in paths:
+        data = path.read_bytes()
+        assert len(data) == 16 * PAGE + PAGE // 2
+        assert sum(any(data[at : at + PAGE]) for at in range(0, 16 * PAGE, PAGE)) >= 14
 
 
 def test_a_table_tells_of_the_limit_in_the_same_slots() -> None:

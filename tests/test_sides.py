@@ -230,6 +230,10 @@ def test_loads_that_somebody_comes_to_wait_for_change_sides() -> None:
     assert (first.queued_bytes, first.staged_bytes) == (2 * MIB, MIB)
     assert (loads.queued_bytes, loads.staged_bytes) == (3 * MIB, 3 * MIB)
     assert [each.side for each in (flying, staged, waiting)] == [loads, first, first]
+    for member in loads.staged:
+        cast("Any", member.transfer).urgent = True
+    whole.hasten()
+    assert first.window() == 5 * MIB // 2  # half of what there is now
     land(loads, [flight])
 
 

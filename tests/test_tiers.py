@@ -781,15 +781,30 @@ async def test_blocks_of_another_size_take_the_place_of_what_is_older(tmp_path: 
         assert engine.statistics().tiers[0].bytes_used > 15 * MIB
 
 
+async def test_blocks_of_another_namespace_that_are_newer_stay(tmp_path: Path) -> None:
+    """After a new opening, too: what others have stored since is not older than one's own."""
+    root, tier = tmp_path / "kv", {"capacity_bytes": 16 * MIB}
+    async with opened(root, tier=tier) as engine:
+        await engine.store_many([(b"old %d" % i, bytes(PAGE)) for i in range(1000)])
+    other, keys = Namespace("another"), [b"%d" % i for i in range(500)]
+    async with opened(root, tier=tier, namespace=other) as engine:
+        await engine.store_many([(key, bytes(3 * PAGE)) for key in keys])
+    async with opened(root, tier=tier) as engine:
+        for i in range(700):
+            await engine.store(b"new %d" % i, bytes(PAGE))
+    async with opened(root, tier=tier, namespace=other) as engine:
+        assert await engine.prefix(keys) == len(keys)
+
+
 async def test_two_sizes_in_turns_leave_each_other_their_slabs(tmp_path: Path) -> None:
     sizes, root = (PAGE, 3 * PAGE), tmp_path / "kv"
     async with opened(root, tier={"capacity_bytes": 16 * MIB}) as engine:
-        for i in range(3000):
+        for i in range(1500):
             for nbytes in sizes:
                 await engine.store(b"%d of %d" % (i, nbytes), bytes(nbytes))
         both = 16 * MIB // sum(map(slot_bytes_for, sizes))
         for nbytes in sizes:
-            keys = [b"%d of %d" % (i, nbytes) for i in range(3000 - both // 2, 3000)]
+            keys = [b"%d of %d" % (i, nbytes) for i in range(1500 - both // 2, 1500)]
             assert await engine.prefix(keys) == len(keys)
         assert engine.statistics().tiers[0].bytes_used > 14 * MIB
     assert max(await asyncio.to_thread(slabs_in, root)) < 150  # of which 64 are there

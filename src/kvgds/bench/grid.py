@@ -127,8 +127,8 @@ async def moves(
         fragments: pieces that a block lies in.
     """
     content = Content(block, place.count(block, in_flight), place.gpu)
-    blocks = {name: Blocks(each, content, fragments) for name, each in place.engines.items()}
     try:
+        blocks = {name: Blocks(each, content, fragments) for name, each in place.engines.items()}
         for store in (True, False):
             for each in blocks.values():
                 await each.move(in_flight, store=True)

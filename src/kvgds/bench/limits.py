@@ -233,7 +233,7 @@ def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | N
     block, nbytes = disk.content.block, disk.content.nbytes
     each = min(path.stat().st_size for path in disk.files) // block * block
     command = [program, "--name=limit", f"--filename={names}", "--output-format=json"]
-    command += ["--allow_file_create=0", "--fallocate=none", "--file_service_type=sequential"]
+    command += ["--allow_file_create=0", "--fallocate=none", "--file_service_type=roundrobin"]
     command += [f"--filesize={each}", f"--io_size={nbytes}", f"--bs={block}", "--invalidate=0"]
     engine = "io_uring" if queue == "uring" else "libaio"
     command += [f"--ioengine={engine}", f"--iodepth={in_flight}", f"--direct={int(disk.direct)}"]

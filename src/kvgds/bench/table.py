@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 _HEADER = ("GB/s", "range", "of limit", "p50", "p99 ms", "late ms", "CPU s/GiB", "ok")
 _WIDTHS = (7, 16, 8, 7, 7, 7, 9, 14)
 _FOOT = """
-of limit: of the fastest row below it that is no engine's; p50, p99: one block, ms; late: a ticker
-on the event loop, p99; ok: blocks that came right, of those asked for. Medians of runs and their
-range."""
+of limit: of the fastest of the rows below, up to the next engine's, or of a GPU's copies; p50,
+p99: one block, ms; late: a ticker on the event loop, p99; ok: blocks that came right, of those
+asked for. Medians of runs and their range."""
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

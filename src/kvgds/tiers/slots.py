@@ -396,6 +396,7 @@ class Slots:
         Nobody here uploads it: it is not spared, but counted.
         """
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
+        slab.used_at = used_at
         self._use(slab, place, used_at, _MIRRORED if mirrored or not self._stacked else _GIVEN_UP)
         slab.size.clean.append(slot)
 

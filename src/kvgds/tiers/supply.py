@@ -77,7 +77,6 @@ class Supply:
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
         self._leaving: Slab | None = None  # has no blocks any more, and waits for who uses it
-        self._heir: SizeClass | None = None  # for whom it was given up
         self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
@@ -187,7 +186,7 @@ class Supply:
         slab = lost or slots.older_slab(size, spare=spare)
         if slab is None:
             return False
-        self._give_up(slab, size)
+        self._give_up(slab)
         return True
 
     def _spares(self, size: SizeClass) -> bool:
@@ -285,16 +284,15 @@ class Supply:
             slabs = self._slots.slabs.values()
             busy = any(slab.busy or (spare and slab.owed) for slab in slabs)
             return busy or bool(self._slots.holds)
-        self._give_up(slab, size)
+        self._give_up(slab)
         return True
 
-    def _give_up(self, slab: Slab, size: SizeClass) -> None:
+    def _give_up(self, slab: Slab) -> None:
         """The index forgets it first, while all in it still loads: no block may outlive its row.
 
         Else one that was replaced, or deleted, between would be back after a crash.
         """
         self._slab_on_its_way = True
-        self._heir = size
         self._slots.shut_slab(slab)
         self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab))
 
@@ -336,8 +334,6 @@ class Supply:
         self._slab_on_its_way = False
         self._full_until = 0.0  # there is room for another again
         self.serve()
-        if (size := self._heir) is not None and not size.waiting and _low(size):
-            self._make_room(size)  # and not for another class that is low
 
     def _not_grown(self, error: BaseException, what: str = _UNMADE) -> None:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""

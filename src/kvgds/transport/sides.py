@@ -220,6 +220,7 @@ class Sides(NamedTuple):
                 if late is loads.staged:
                     loads.staged_bytes -= nbytes
                     first.staged_bytes += nbytes
+        first.crowd = max(first.crowd, first.flying_bytes + first.queued_bytes)
 
 
 def sides(lanes: int) -> list[Sides]:
