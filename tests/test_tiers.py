@@ -796,6 +796,55 @@ async def test_blocks_of_another_namespace_that_are_newer_stay(tmp_path: Path) -
         assert await engine.prefix(keys) == len(keys)
 
 
+async def test_blocks_of_another_size_take_the_place_of_what_was_deleted(tmp_path: Path) -> None:
+    """Even if that was used last."""
+    async with opened(tmp_path / "kv", tier={"capacity_bytes": 16 * MIB}) as engine:
+        keys = [b"%d" % i for i in range(430)]  # of 32 KiB with their stamps
+        for key in keys[:230]:
+            await engine.store(key, bytes(7 * PAGE))
+        gone = [b"gone %d" % i for i in range(480)]
+        for key in gone:
+            await engine.store(key, bytes(3 * PAGE))
+        for key in gone:
+            await engine.delete(key)
+        for key in keys[230:]:
+            await engine.store(key, bytes(7 * PAGE))
+        assert await engine.prefix(keys) == len(keys)
+        assert engine.statistics().tiers[0].evictions == 0
+
+
+async def test_a_size_that_comes_slowly_to_a_full_disk_gets_its_share(tmp_path: Path) -> None:
+    with small_disk(tmp_path, 16 * MIB) as disk:
+        async with opened(disk / "kv", tier={"capacity_bytes": 64 * MIB}) as engine:
+            for i in range(650):
+                await engine.store(b"old %d" % i, bytes(3 * PAGE))
+            keys = [b"%d" % i for i in range(400)]
+            for key in keys:
+                await engine.store(key, bytes(7 * PAGE))
+            assert await engine.prefix(keys[::-1]) > 200
+
+
+async def test_many_small_stores_keep_no_large_one_waiting(tmp_path: Path) -> None:
+    """What slabs leave for it is its own, though it takes several."""
+    settings: dict[str, Any] = {"tier": {"capacity_bytes": 16 * MIB}, "bounce_bytes": 40 * MIB}
+    async with opened(tmp_path / "kv", **settings) as engine:
+        numbers, before, done = itertools.count(), 0, asyncio.Event()
+
+        async def store_small() -> None:
+            while not done.is_set():
+                await engine.store(b"%d" % next(numbers), bytes(3 * PAGE))
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(64):
+                tasks.create_task(store_small())
+            await until(lambda: engine.statistics().tiers[0].evictions > 0)
+            before = next(numbers)
+            large = tasks.create_task(engine.store(b"large", bytes(4000 * 1024)))
+            await until(lambda: large.done() or next(numbers) > before + 20_000)
+            assert large.done()
+            done.set()
+
+
 async def test_two_sizes_in_turns_leave_each_other_their_slabs(tmp_path: Path) -> None:
     sizes, root = (PAGE, 3 * PAGE), tmp_path / "kv"
     async with opened(root, tier={"capacity_bytes": 16 * MIB}) as engine:

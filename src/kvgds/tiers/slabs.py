@@ -339,7 +339,7 @@ class Slabs:
             else:
                 old = slots.keys.get(move.key)
                 if old is not None:
-                    drops.append(slots.forget(old))
+                    drops.append(slots.discard(old))
                 number = move.generation or 0
                 block = Block(move.slot, number, move.nbytes, number)
                 slots.put(move.key, block, mirrored=move.mirrored)
@@ -389,7 +389,7 @@ class Slabs:
         if slot is None:
             done(False, None)  # noqa: FBT003 - the callback's contract
             return
-        gone = [self._slots.forget(slot)]
+        gone = [self._slots.discard(slot)]
         self._supply.drop(gone, lambda error: done(error is None, error))
 
 

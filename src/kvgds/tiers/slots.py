@@ -95,6 +95,7 @@ class Slab:
         self.shut = True  # stores can have none of its slots
         self.indexed = True  # else what is in it is on its way out
         self.lost: OSError | None = None  # why no store is safe there; the index's thread finds out
+        self.used = 0  # slots of blocks
         self.busy = 0  # slots being written, or waiting for a commit
         self.owed = 0  # slots whose blocks the next tier lacks
         self.quarantined = 0
@@ -403,6 +404,7 @@ class Slots:
     def _use(self, slab: Slab, place: int, used_at: int, state: int) -> None:
         slab.uses[place] = used_at
         slab.states[place] = state
+        slab.used += 1
         slab.owed += state == _OWED
         self.bytes_used += slab.size.slot_bytes
 
@@ -461,6 +463,7 @@ class Slots:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         self._order(slab, place).remove(slot)
         key, state = slab.keys[place], slab.states[place]
+        slab.used -= 1
         slab.owed -= state == _OWED
         slab.states[place], slab.keys[place] = _UNUSED, None
         self.bytes_used -= slab.size.slot_bytes
@@ -469,6 +472,13 @@ class Slots:
             return Forgotten(slot, state=state)
         self.keys.remove(key)
         return Forgotten(slot, key, self.block(slot), state)
+
+    def discard(self, slot: int) -> Forgotten:
+        """Forget a block that its user has done with. Its slab, if empty now, may go first."""
+        slab, gone = self.slabs[slot >> SLOT_BITS], self.forget(slot)
+        if not slab.used:
+            slab.used_at = 0
+        return gone
 
     def remember(self, gone: Forgotten) -> None:
         """The index still names a block, so its slot is not free: go on with it, used long ago."""

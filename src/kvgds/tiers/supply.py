@@ -77,6 +77,7 @@ class Supply:
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
         self._leaving: Slab | None = None  # has no blocks any more, and waits for who uses it
+        self._heir: SizeClass | None = None  # for whose stores it was given up
         self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
@@ -161,13 +162,15 @@ class Supply:
     def _make_room(self, size: SizeClass) -> None:
         if self._slab_on_its_way and self._leaving is None:
             return  # it may be all that is needed
-        if self._leaving is None and self._change_slabs(size):
+        heir = self._heir  # may need what several slabs leave
+        behind = heir is not None and heir is not size and bool(heir.waiting)
+        if self._leaving is None and not behind and self._change_slabs(size):
             return
         slots = self._slots
         self._keep_owed(size)
         needed = len(size.waiting) - size.going
         evicted = self._evict(size, needed, _ahead(size))
-        wait = evicted or size.pending or size.used or slots.orphans or self._leaving
+        wait = evicted or size.pending or size.used or slots.orphans or self._leaving or behind
         if size.waiting and not wait and not self._steal(size):
             self._refuse(size, lambda _: self._too_big(size.slot_bytes))
         self._hasten(size)
@@ -186,7 +189,7 @@ class Supply:
         slab = lost or slots.older_slab(size, spare=spare)
         if slab is None:
             return False
-        self._give_up(slab)
+        self._give_up(slab, size)
         return True
 
     def _spares(self, size: SizeClass) -> bool:
@@ -284,15 +287,16 @@ class Supply:
             slabs = self._slots.slabs.values()
             busy = any(slab.busy or (spare and slab.owed) for slab in slabs)
             return busy or bool(self._slots.holds)
-        self._give_up(slab)
+        self._give_up(slab, size)
         return True
 
-    def _give_up(self, slab: Slab) -> None:
+    def _give_up(self, slab: Slab, size: SizeClass) -> None:
         """The index forgets it first, while all in it still loads: no block may outlive its row.
 
         Else one that was replaced, or deleted, between would be back after a crash.
         """
         self._slab_on_its_way = True
+        self._heir = size
         self._slots.shut_slab(slab)
         self._index.commit(Changes(drop_slab=[slab.id]), partial(self._unindexed, slab))
 
@@ -337,7 +341,7 @@ class Supply:
 
     def _not_grown(self, error: BaseException, what: str = _UNMADE) -> None:
         """The index can't take it, or a file can't be made or won't go: another try ends alike."""
-        self._slab_on_its_way = False
+        self._slab_on_its_way, self._heir = False, None
         for size in tuple(self._slots.sizes.values()):
             self._refuse(size, lambda _: self._growth_error(error, what))
 
@@ -387,7 +391,7 @@ class Supply:
         if error is not None:  # a file that can't be removed goes at the next opening
             self._services.run(self._remover(slab), lambda _: self._not_grown(error))
             return
-        self._slab_on_its_way = False
+        self._slab_on_its_way, self._heir = False, None
         self._full_until = 0.0
         slab.used_at = next(self._slots.clock)  # or another class would take it before it is used
         self._slots.add_slab(slab)
@@ -397,10 +401,15 @@ class Supply:
 
     def _grown_full(self, error: BaseException) -> None:
         """The disk has no room for another slab: go on with what there is, or say so."""
-        self._slab_on_its_way = False
+        self._slab_on_its_way, self._heir = False, None
         self._full_until = time.monotonic() + _FULL_S
         for size in tuple(self._slots.sizes.values()):
             self._keep_owed(size)
+            if not self._slab_on_its_way and (size.waiting or _low(size)):
+                slab = self._slots.older_slab(size, spare=self._spares(size))
+                if slab is not None:
+                    self._give_up(slab, size)
+                    continue
             if not size.waiting or size.pending or self._evict(size, len(size.waiting)):
                 continue
             if size.used or self._slab_on_its_way or self._steal(size):
