@@ -845,6 +845,40 @@ async def test_many_small_stores_keep_no_large_one_waiting(tmp_path: Path) -> No
             done.set()
 
 
+async def test_a_store_that_can_get_no_room_now_keeps_none_from_others(tmp_path: Path) -> None:
+    """A large one waits for loads that hold slabs: a small one may have the room of others."""
+    settings: dict[str, Any] = {"tier": {"capacity_bytes": 16 * MIB}, "bounce_bytes": 40 * MIB}
+    async with opened(tmp_path / "kv", **settings) as engine:
+        await engine.store_many([(b"%d" % i, bytes(3 * PAGE)) for i in range(1024)])
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        held = [
+            asyncio.create_task(engine.load(b"%d" % i, bytearray(3 * PAGE)))
+            for i in range(128, 960, 16)
+        ]
+        await turns(60)
+        large = asyncio.create_task(engine.store(b"large", bytes(4000 * 1024)))
+        unheld = [b"%d" % i for i in (*range(120), *range(960, 1024))]
+        await until(lambda: not any(map(engine.near, unheld)))
+        async with asyncio.timeout(10):
+            assert await engine.store(b"small", bytes(PAGE))
+        assert not large.done()
+        engine.held.release()
+        assert await asyncio.gather(*held) == [True] * len(held)
+        assert await large
+
+
+async def test_who_stores_and_deletes_keeps_the_slab_for_it(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    async with opened(root, tier={"capacity_bytes": 16 * MIB}) as engine:
+        for i in range(1200):
+            await engine.store(b"%d" % i, bytes(3 * PAGE))
+        for i in range(1200, 2400, 8):
+            await engine.store(b"one", bytes(PAGE))
+            await engine.delete(b"one")
+            await engine.store_many([(b"%d" % n, bytes(3 * PAGE)) for n in range(i, i + 8)])
+    assert max(await asyncio.to_thread(slabs_in, root)) < 70  # 64 are there
+
+
 async def test_two_sizes_in_turns_leave_each_other_their_slabs(tmp_path: Path) -> None:
     sizes, root = (PAGE, 3 * PAGE), tmp_path / "kv"
     async with opened(root, tier={"capacity_bytes": 16 * MIB}) as engine:

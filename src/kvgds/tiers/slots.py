@@ -474,9 +474,12 @@ class Slots:
         return Forgotten(slot, key, self.block(slot), state)
 
     def discard(self, slot: int) -> Forgotten:
-        """Forget a block that its user has done with. Its slab, if empty now, may go first."""
+        """Forget a block that its user has done with.
+
+        Its slab, if empty now, may go first. But not the only one with room for the next store.
+        """
         slab, gone = self.slabs[slot >> SLOT_BITS], self.forget(slot)
-        if not slab.used:
+        if not slab.used and any(other is not slab for other in slab.size.open):
             slab.used_at = 0
         return gone
 
@@ -486,6 +489,7 @@ class Slots:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         if key in self.keys:  # stored again meanwhile
             key, state = None, _MIRRORED
+        slab.used_at = max(slab.used_at, block.used_at)
         self._use(slab, place, block.used_at, state)
         self._order(slab, place).prepend(slot)
         if key is not None:

@@ -77,7 +77,7 @@ class Supply:
         self._next_slab = max(slots.slabs, default=-1) + 1
         self._slab_on_its_way = False  # or on its way out
         self._leaving: Slab | None = None  # has no blocks any more, and waits for who uses it
-        self._heir: SizeClass | None = None  # for whose stores it was given up
+        self._heir: SizeClass | None = None  # for whom a slab is on its way out
         self._full_until = 0.0  # by time.monotonic: the disk takes no slab
         self._dropping = 0
 
@@ -121,7 +121,8 @@ class Supply:
                 going.append(move)
             if going:
                 self._send(going)
-        for size in sizes:
+        waiting = [size for size in sizes if size.waiting]
+        for size in sorted(waiting, key=lambda size: size is not self._heir):
             if size.waiting:
                 self._make_room(size)
 
@@ -162,7 +163,7 @@ class Supply:
     def _make_room(self, size: SizeClass) -> None:
         if self._slab_on_its_way and self._leaving is None:
             return  # it may be all that is needed
-        heir = self._heir  # may need what several slabs leave
+        heir = self._heir  # which may need what several slabs leave
         behind = heir is not None and heir is not size and bool(heir.waiting)
         if self._leaving is None and not behind and self._change_slabs(size):
             return
@@ -173,6 +174,8 @@ class Supply:
         wait = evicted or size.pending or size.used or slots.orphans or self._leaving or behind
         if size.waiting and not wait and not self._steal(size):
             self._refuse(size, lambda _: self._too_big(size.slot_bytes))
+        if heir is size and not self._slab_on_its_way:  # no more can be had for it now
+            self._heir = None
         self._hasten(size)
 
     def _change_slabs(self, size: SizeClass) -> bool:
