@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kvgds.bench.measure import Contender, Sample, timed
-from kvgds.blocks import PAGE
-from kvgds.memory import region_of
+from kvgds.blocks import PAGE, Stamp
+from kvgds.memory import Arena, region_of
 from kvgds.memory.device import cuda
-from kvgds.tiers.space import SLOT_BITS, slab_name, slot_bytes_for
+from kvgds.tiers.space import slab_name, slabs_in, slot_bytes_for
 from kvgds.transport.agent import Agent
 from kvgds.transport.contract import File
-from kvgds.upkeep.slabs import reading
 from kvgds.waits import outlast
 
 if TYPE_CHECKING:
@@ -73,16 +72,20 @@ class Disk:
 
         What is stored there once the engine has stored them anew may come in another's place.
         """
-        root, step = blocks.tier.root, slot_bytes_for(blocks.content.block)
-        with reading(root) as index:
-            rows = index.execute("SELECT key, slot FROM block WHERE key IS NOT NULL")
-            slots = {key: divmod(slot, 1 << SLOT_BITS) for key, slot in rows}
-        there = [slots[key] for key in blocks.keys]
-        slabs = sorted({slab for slab, _ in there})
-        paths = [root / slab_name(slab, step) for slab in slabs]
-        disk = cls(blocks.content, paths, direct=direct, fragments=blocks.fragments)
-        fds = dict(zip(slabs, disk.fds, strict=True))
-        disk.places = [(fds[slab], place * step + PAGE) for slab, place in there]
+        content, root = blocks.content, blocks.tier.root
+        step = slot_bytes_for(content.block)
+        slabs = sorted(slabs_in(root).items())
+        paths = [root / name for number, name in slabs if name == slab_name(number, step)]
+        disk = cls(content, paths, direct=direct, fragments=blocks.fragments)
+        page = Arena(PAGE).bytes
+        latest: dict[bytes, tuple[int, int, int]] = {}
+        for fd in disk.fds:  # not by the index, which btrfs leaves to the engine alone
+            for at in range(0, os.fstat(fd).st_size // step * step, step):
+                os.preadv(fd, [page], at)
+                stamp = Stamp.decode(page)
+                if stamp is not None and (stamp.generation,) > latest.get(stamp.key, ()):
+                    latest[stamp.key] = stamp.generation, fd, at + PAGE
+        disk.places = [latest[key][1:] for key in blocks.keys]
         return disk
 
     def close(self) -> None:
