@@ -413,7 +413,7 @@ def test_one_command_runs_tests_and_bench_whatever_fails(tmp_path: Path, fails: 
     assert tests == "1 -m pytest -m gpu"
     first, *files = benches
     assert first.startswith(f" bench/gpu.py --root {results}")
-    for bench, what in zip(files, ("models", "sizes"), strict=True):
+    for bench, what in zip(files, ("models,depths", "sizes"), strict=True):
         assert bench.startswith(f" bench/files.py --gpu 0 --only {what} --root ")
     assert all(bench.endswith("--rounds 7") for bench in benches)
     assert {path.name for path in results.iterdir()} == {"machine.txt", "tests.txt", "bench.txt"}
