@@ -97,7 +97,11 @@ class Side:
     def queue(self, member: Member) -> None:
         """Take what has come in."""
         self.waiting.append(member)
-        self.queued_bytes += member.transfer.nbytes
+        self.expect(member.transfer.nbytes)
+
+    def expect(self, nbytes: int) -> None:
+        """Count bytes that are to be moved."""
+        self.queued_bytes += nbytes
         self.crowd = max(self.crowd, self.flying_bytes + self.queued_bytes)
 
     def busy(self) -> bool:
@@ -216,11 +220,10 @@ class Sides(NamedTuple):
                 member.side = first
                 nbytes = member.transfer.nbytes
                 loads.queued_bytes -= nbytes
-                first.queued_bytes += nbytes
+                first.expect(nbytes)
                 if late is loads.staged:
                     loads.staged_bytes -= nbytes
                     first.staged_bytes += nbytes
-        first.crowd = max(first.crowd, first.flying_bytes + first.queued_bytes)
 
 
 def sides(lanes: int) -> list[Sides]:
