@@ -131,11 +131,15 @@ class Host(_Torch):
     memory = "host"
     devices = 1
 
+    def __init__(self, **changes: Any) -> None:
+        self._changes = changes  # of the engine's settings
+
     @contextlib.asynccontextmanager
     async def opened(self, root: Path, **tier: Any) -> AsyncIterator[Engine]:
         held = HeldTransport(NixlTransport())
         self._held = held
-        async with engine_of(Engine(settings(root, "bounce", **tier), held)) as engine:
+        changed = settings(root, "bounce", **tier).model_copy(update=self._changes)
+        async with engine_of(Engine(changed, held)) as engine:
             yield engine
 
     def _where(self, device: int) -> str:  # noqa: ARG002 - there is one

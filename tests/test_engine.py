@@ -631,6 +631,35 @@ async def test_each_memory_takes_its_path(tmp_path: Path) -> None:
         assert back == content("x", 4 * PAGE)[1:]
 
 
+@pytest.mark.parametrize(
+    ("fragment", "count", "gather_bytes", "path"),
+    [
+        pytest.param(8 * PAGE, 8, 1, "bounce", id="small pieces"),
+        pytest.param(9 * PAGE, 7, 1, "direct", id="larger pieces"),
+        pytest.param(8 * PAGE, 1, 1, "direct", id="one piece"),
+        pytest.param(8 * PAGE, 9, 1, "direct", id="too much of the bounce region"),
+        pytest.param(8 * PAGE, 8, 0, "direct", id="not wanted"),
+    ],
+)
+async def test_a_scattered_block_goes_as_one_piece(
+    tmp_path: Path, fragment: int, count: int, gather_bytes: int, path: str
+) -> None:
+    """Some dozens of small I/Os cost more than a copy; the plan tells of which blocks."""
+    data = content(b"a", count * fragment)
+    layers = aligned(count * 2 * fragment).reshape(count, 2, fragment)
+    layers[:, 0] = np.frombuffer(data, np.uint8).reshape(count, fragment)
+    async with opened(tmp_path / "kv", bounce_bytes=8 * MIB, gather_bytes=gather_bytes) as engine:
+        rule = "blocks up to 262,144 bytes bounce if their pieces have 32,768 or less on average"
+        assert (rule in engine.plan[0].evidence) == bool(gather_bytes)
+        engine.observe(events := Events())
+        cache = engine.register_cache(list(layers))
+        assert await engine.store(b"a", cache.block(0))
+        assert await engine.load(b"a", cache.block(1))
+        assert np.array_equal(layers[:, 0], layers[:, 1])
+        assert layers[:, 1].tobytes() == data
+        assert [event.path for event in events.seen] == [path, path]
+
+
 async def test_without_direct_io_nothing_has_to_be_aligned(tmp_path: Path) -> None:
     async with opened(tmp_path / "kv", tier={"direct_io": "never"}) as engine:
         assert not engine.plan[0].direct_io

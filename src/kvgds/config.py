@@ -229,15 +229,15 @@ class EngineConfig(_Settings):
         namespace: what the blocks belong to; blocks of different namespaces never mix.
         tiers: where blocks go, in a tuple or list: a FileTier, an ObjectTier, or a FileTier and
             behind it an ObjectTier.
-        path: for GPU memory; aligned host memory always goes direct. ``"auto"``: GPUDirect Storage
-            if it is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not;
+        path: for GPU memory; it changes nothing for the host's. ``"auto"``: GPUDirect Storage if it
+            is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not;
             ``"bounce"``: without a trial.
         allow_compat: with ``path="gds"``: cuFile's compatibility mode will do, named gds-compat.
         bounce_bytes: budget of the bounce region, padding included. A block that bounces has to fit
             into it; with two tiers every block, twice.
         gather_bytes: memory of each GPU that scattered blocks lie in, beside `bounce_bytes`: they
             go through it where GPUDirect Storage is quicker with few large pieces. Taken when it
-            is first needed. 0: never.
+            is first needed. 0: never; nor does scattered host memory bounce then for being that.
         timeout_s: deadline of an operation that names none.
         drain_timeout_s: how long closing waits for what is in flight.
         probe_timeout_s: how long the trial of GPUDirect Storage may take, at open.

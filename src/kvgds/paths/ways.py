@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kvgds.transport import Later
     from kvgds.transport.contract import Memory, Rows
 
+_FRAGMENT = 32 << 10  # a piece of so little costs more as an I/O of its own than to be copied
+_SHARE = 32  # of the bounce region no block has more for that alone
 _log = logging.getLogger("kvgds")
 
 
@@ -143,6 +145,31 @@ BOUNCE: Path = _Bounce()
 RELAY: Path = _Relay()
 
 
+class _Scattered(NamedTuple):
+    """Which blocks go as one piece though they could move from where they lie.
+
+    Attributes:
+        block: bytes of a block, at most.
+        fragment: and of its fragments on average.
+    """
+
+    block: int
+    fragment: int
+
+    @property
+    def rule(self) -> str:
+        """For a plan of memory that bounces for it."""
+        pieces = f"their pieces have {self.fragment:,} or less on average"
+        return f"blocks up to {self.block:,} bytes bounce if {pieces}"
+
+    def has(self, view: View) -> bool:
+        """Whether this is one of them."""
+        return view.fragments > 1 and view.nbytes <= min(self.block, self.fragment * view.fragments)
+
+
+_NEVER = _Scattered(0, 0)
+
+
 class Ways:
     """The ways that one engine has, and its bounce region: host memory that lies in NIXL's hands.
 
@@ -157,18 +184,22 @@ class Ways:
         self.gds: GpuDirect | None = None
         self.gathered: GpuGathered | None = None
         self.plans: tuple[PathPlan, ...] = ()
-        self._most_gathered = (0, 0)  # bytes of a block, and of its fragments on average
+        self._most_gathered = _NEVER  # of a GPU's memory
+        self._most_bounced = _NEVER  # of the host's
         self._pinned: int | None = None  # on which GPU
         self._lock = threading.Lock()
 
     def choose(self, host: PathPlan, gds: Gds, gather_bytes: int) -> None:
         """Settle how memory moves to one more tier, a GPU's too if there is one. Blocks."""
+        if gather_bytes and host.path == "direct":
+            self._most_bounced = most = _Scattered(self.arena.span.nbytes // _SHARE, _FRAGMENT)
+            host = replace(host, evidence=(*host.evidence, most.rule))
         self.plans += (host, *self._gpu_plans(host, gds))
         if gds.path:
             gpus = Gpus()
             self.gds = GpuDirect(gds.path, gpus)
             self.gathered = GpuGathered(self.gds, gpus, gather_bytes)
-            self._most_gathered = (gather_bytes, gds.gather)
+            self._most_gathered = _Scattered(gather_bytes, gds.gather)
 
     def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
         devices = 0
@@ -191,12 +222,13 @@ class Ways:
         if plan.path == "bounce":
             return BOUNCE
         if region.device is None:
-            return DIRECT if region.zero_copy and view.alignment >= plan.alignment else BOUNCE
+            direct = region.zero_copy and view.alignment >= plan.alignment
+            return DIRECT if direct and not self._most_bounced.has(view) else BOUNCE
         if self.gds is None or not region.zero_copy or view.alignment < PAGE:
             return BOUNCE
-        block, fragment = self._most_gathered
-        scattered = view.nbytes <= min(block, fragment * view.fragments) and view.fragments > 1
-        return self.gathered if self.gathered is not None and scattered else self.gds
+        if self.gathered is not None and self._most_gathered.has(view):
+            return self.gathered
+        return self.gds
 
     def spares_bounce(self, region: Region, plan: PathPlan) -> bool:
         """Whether such memory would move without the bounce region, registered and aligned."""
