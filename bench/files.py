@@ -67,9 +67,9 @@ if TYPE_CHECKING:
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [4 * KIB << n for n in range(15)]
 """As NIXL's own benchmark: 4 KiB to 64 MiB, doubling."""
-MODELS = ((576 * KIB, 1), (9 * MIB // 4, 1), (2 * MIB, 64))
+MODELS = ((576 * KIB, 1), (9 * MIB // 4, 1), (640 * KIB, 160), (2 * MIB, 64))
 """Blocks of real models and their fragments: DeepSeek-R1 on 16 GPUs in a row, the same on 8 with
-larger pages, and 16 tokens of Llama 3.1 8B: 32 layers, K and V."""
+larger pages, 16 tokens of Llama 3.1 70B on one of 8 GPUs, and of 8B: layers, K and V."""
 PEER_SIZES = (64 * KIB, 576 * KIB, MIB, 9 * MIB // 4, 16 * MIB)
 
 
