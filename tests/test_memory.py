@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support
 from kvgds import BlockCorrupt, BusyError, Cache, ClosedError, ConfigError
-from kvgds.memory import Arena, Claims, bytes_at, cache_of, copy_pieces, region_of
+from kvgds.memory import Arena, Claims, cache_of, region_of
+from kvgds.memory.copies import bytes_at, copy_pieces
 from support import PAGE, Watched, aligned, content, opened, unaligned
 
 if TYPE_CHECKING:
@@ -773,7 +774,7 @@ def test_gather_lists_are_what_numpy_says(case: tuple[list[np.ndarray[Any, Any]]
         view = cache.block(index)
         parts = [np.sort(part, axis=None) for part in block_of(layers, axis, index)]
         expected = np.concatenate(parts).tobytes()
-        assert gathered(view) == [expected] * 2
+        assert gathered(view) == [expected] * 3
         seen += view.rows()
     touched = sorted(seen)
     for (address, nbytes), (following, _) in itertools.pairwise(touched):
@@ -796,7 +797,7 @@ def test_several_blocks_lie_layer_by_layer(
     view = cache.block(*indices)
     extents = list(zip(*(cache.block(i).rows() for i in indices), strict=True))
     expected = b"".join(bytes(bytes_at(*row)) for extent in extents for row in extent)
-    assert gathered(view) == [expected] * 2
+    assert gathered(view) == [expected] * 3
     assert view.nbytes == len(expected)
     apart = sum(
         1 + sum(address + nbytes != to for (address, nbytes), (to, _) in itertools.pairwise(extent))
@@ -805,9 +806,29 @@ def test_several_blocks_lie_layer_by_layer(
     assert view.fragments == len(view.rows()) == apart
 
 
+@settings(deadline=None, max_examples=300)
+@given(caches(), st.data())
+def test_what_is_copied_into_blocks_goes_nowhere_else(
+    case: tuple[list[np.ndarray[Any, Any]], int], data: st.DataObject
+) -> None:
+    layers, cache = case[0], cache_of(*case)
+    numbers = st.lists(st.integers(0, cache.blocks - 1), min_size=1, unique=True)
+    view = cache.block(*data.draw(numbers))
+    before = [layer.tobytes() for layer in layers]
+    turned = bytes(255 - byte for byte in gathered(view)[0])
+    view.copy(memoryview(turned), write=False)
+    assert gathered(view) == [turned] * 3
+    after = [layer.tobytes() for layer in layers]
+    pairs = zip(b"".join(before), b"".join(after), strict=True)
+    assert sum(one != other for one, other in pairs) == view.nbytes
+
+
 def gathered(view: View) -> list[bytes]:
+    """The block's bytes, by each of the ways in which they can be had."""
     rows = b"".join(bytes(bytes_at(address, nbytes)) for address, nbytes in view.rows())
-    return [b"".join(map(bytes, view.pieces())), rows]
+    payload = bytearray(view.nbytes)
+    view.copy(memoryview(payload), write=True)
+    return [b"".join(map(bytes, view.pieces())), rows, bytes(payload)]
 
 
 # --- the parts ----------------------------------------------------------------------------------

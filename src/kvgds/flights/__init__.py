@@ -31,7 +31,8 @@ from kvgds.errors import (
 )
 from kvgds.flights.batch import Batch, Flight, Overdue, Waiter, listed, pairs
 from kvgds.flights.relay import Errand, Relay
-from kvgds.memory import Cache, Region, Territory, View, copy_pieces
+from kvgds.memory import Cache, Region, Territory, View
+from kvgds.memory.copies import copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
 from kvgds.paths import Move, Ways
 from kvgds.schedule import Lane, Priority, Scheduler, Ticket

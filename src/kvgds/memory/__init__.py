@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import itertools
 import math
 import mmap
@@ -23,21 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from kvgds import contention
 from kvgds.blocks import PAGE
 from kvgds.errors import BusyError, ClosedError, ConfigError
+from kvgds.memory.copies import Units, bytes_at, copy_pieces
 from kvgds.memory.device import cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _HUGE_PAGE = 2 << 20
-_HELD_BYTES = 4 << 20
-_WRITABLE = 0x200  # PyBUF_WRITE
-
-# An array of ctypes would need a class for each size: slow to make, and left to the collector.
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_view_of.restype = ctypes.py_object
 
 
 class Span(NamedTuple):
@@ -45,50 +39,6 @@ class Span(NamedTuple):
 
     address: int
     nbytes: int
-
-
-def bytes_at(address: int, nbytes: int) -> memoryview:
-    """The bytes at an address. Whoever calls this keeps the memory alive."""
-    view: memoryview = _view_of(address, nbytes, _WRITABLE)
-    return view
-
-
-def _overlaps(
-    source: Sequence[int], target: Sequence[int]
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Walk two gather lists of the same total, given their sizes, however they are cut.
-
-    What both have in one piece: number and offset in the source, in the target, and bytes.
-    """
-    j = filled = 0
-    for i, size in enumerate(source):
-        done = 0
-        while done < size:
-            if filled == target[j]:
-                j, filled = j + 1, 0
-                continue
-            n = min(size - done, target[j] - filled)
-            yield i, done, j, filled, n
-            done, filled = done + n, filled + n
-
-
-def copy_pieces(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
-    """Copy between two gather lists of the same total length, however they are cut."""
-    for i, a, j, b, n in _overlaps([*map(len, source)], [*map(len, target)]):
-        if n < _HELD_BYTES:
-            target[j][b : b + n] = source[i][a : a + n]
-        else:  # numpy gives up the interpreter lock, which a long copy must not keep
-            np.copyto(
-                np.frombuffer(target[j], np.uint8, n, b), np.frombuffer(source[i], np.uint8, n, a)
-            )
-
-
-def pairs(
-    source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]]
-) -> list[tuple[int, int, int]]:
-    """Copies (to, from, bytes) between two gather lists of (address, bytes) of the same total."""
-    sizes = ([n for _, n in source], [n for _, n in target])
-    return [(target[j][0] + b, source[i][0] + a, n) for i, a, j, b, n in _overlaps(*sizes)]
 
 
 class Arena:
@@ -385,6 +335,7 @@ class Region:
 
 
 class _Gather(Protocol):
+    def copy(self, payload: memoryview, *, write: bool) -> None: ...
     def pieces(self) -> list[memoryview]: ...
     def rows(self) -> list[tuple[int, int]]: ...
 
@@ -407,6 +358,10 @@ class View:
         self.nbytes = nbytes
         self._ranges = ranges  # what it claims: addresses, or in a cache, blocks
         self._gather = gather
+
+    def copy(self, payload: memoryview, *, write: bool) -> None:
+        """Copy the host's memory into a payload of as many bytes (``write``), or out of it."""
+        self._gather.copy(payload, write=write)
 
     def pieces(self) -> list[memoryview]:
         """The extents' bytes, in order."""
@@ -446,6 +401,10 @@ class View:
         self.region.uses -= 1
 
 
+def _copy(pieces: Sequence[memoryview], payload: memoryview, *, write: bool) -> None:
+    copy_pieces(*((pieces, [payload]) if write else ([payload], pieces)))
+
+
 class _Flat:
     """A gather list of one extent."""
 
@@ -456,6 +415,9 @@ class _Flat:
         self._region = region
         self._start = start
         self._stop = stop
+
+    def copy(self, payload: memoryview, *, write: bool) -> None:
+        _copy(self.pieces(), payload, write=write)
 
     def pieces(self) -> list[memoryview]:
         return [self._region.maps[0][self._start : self._stop]]
@@ -513,6 +475,8 @@ class Cache:
         ]
         self.alignment = _alignment(*itertools.chain.from_iterable(self._bases))
         self._dense = sum(step == nbytes for _, step, nbytes in self._bases)
+        on_host = region.device is None
+        self._units = Units.of(self._bases, self.blocks, self.alignment) if on_host else None
 
     def __repr__(self) -> str:
         size = f"{self.blocks:,} x {self.block_bytes:,} bytes in {len(self.region.spans)} layers"
@@ -534,6 +498,14 @@ class Cache:
             raise ConfigError("block", indices, "must name each block once")
         runs = _runs(indices)
         return View(self.region, _PagedRuns(self, runs), runs, len(indices) * self.block_bytes)
+
+    def _copy(
+        self, gather: _Gather, blocks: Sequence[int], payload: memoryview, *, write: bool
+    ) -> None:
+        if self._units is None or contention.busy():  # numpy gives up the interpreter lock
+            _copy(gather.pieces(), payload, write=write)
+        else:
+            self._units.copy(blocks, payload, write=write)
 
     def _number(self, index: int) -> int:
         try:
@@ -566,6 +538,9 @@ class _Paged:
         self._cache = cache
         self._index = index
 
+    def copy(self, payload: memoryview, *, write: bool) -> None:
+        self._cache._copy(self, (self._index,), payload, write=write)  # noqa: SLF001 - see pieces
+
     def pieces(self) -> list[memoryview]:
         i = self._index
         return [m[o + i * step : o + i * step + n] for m, o, step, n in self._cache._extents]  # noqa: SLF001 - one class in two parts
@@ -591,6 +566,10 @@ class _PagedRuns:
     def __init__(self, cache: Cache, runs: Sequence[tuple[int, int]]) -> None:
         self._cache = cache
         self._runs = runs
+
+    def copy(self, payload: memoryview, *, write: bool) -> None:
+        blocks = [*itertools.chain.from_iterable(itertools.starmap(range, self._runs))]
+        self._cache._copy(self, blocks, payload, write=write)  # noqa: SLF001 - see pieces
 
     def pieces(self) -> list[memoryview]:
         extents = self._cache._extents  # noqa: SLF001 - one class in three parts

@@ -19,7 +19,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE
-from kvgds.memory import Span, pairs
+from kvgds.memory import Span
+from kvgds.memory.copies import pairs
 from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.memory.kernels import Digests, Kernels
 from kvgds.schedule import HANDICAP_S, Pages, Priority

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
-from kvgds.memory import copy_pieces, pairs
+from kvgds.memory.copies import pairs
 from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.paths.gpu import GpuDirect, GpuGathered, Gpus, after_stream, payload_rows
 from kvgds.paths.move import checksum_of
@@ -96,8 +96,7 @@ class _Bounce:
         view, device = move.view, move.view.region.device
         if device is None:
             if move.enter():
-                payload, pieces = [move.lease[PAGE : PAGE + move.nbytes]], view.pieces()
-                copy_pieces(*((pieces, payload) if move.write else (payload, pieces)))
+                view.copy(move.lease[PAGE : PAGE + move.nbytes], write=move.write)
             return COPIED
         lease, memory = [(move.lease_address + PAGE, move.nbytes)], view.rows()
         copies = pairs(memory, lease) if move.write else pairs(lease, memory)

@@ -17,7 +17,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from kvgds.errors import ConfigError
-from kvgds.memory import bytes_at, copy_pieces
+from kvgds.memory.copies import bytes_at, copy_pieces
 from kvgds.transport.contract import NotMoved
 
 if TYPE_CHECKING:

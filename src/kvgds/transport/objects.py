@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvgds import environment
 from kvgds.blocks import PAGE
 from kvgds.errors import ClosedError, PathUnavailable
-from kvgds.memory import bytes_at
+from kvgds.memory.copies import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.threads import fill, starting
 from kvgds.transport.agent import NixlError, new_agent, new_backend, nixl

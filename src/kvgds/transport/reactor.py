@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgds import contention
 from kvgds.blocks import padded
-from kvgds.memory import bytes_at
+from kvgds.memory.copies import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.threads import starting
 from kvgds.transport.agent import Agent
