@@ -634,11 +634,11 @@ async def test_each_memory_takes_its_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fragment", "count", "gather_bytes", "path"),
     [
-        pytest.param(8 * PAGE, 8, 1, "bounce", id="small pieces"),
-        pytest.param(9 * PAGE, 7, 1, "direct", id="larger pieces"),
-        pytest.param(8 * PAGE, 1, 1, "direct", id="one piece"),
-        pytest.param(8 * PAGE, 9, 1, "direct", id="too much of the bounce region"),
-        pytest.param(8 * PAGE, 8, 0, "direct", id="not wanted"),
+        pytest.param(16 * PAGE, 4, 1, "bounce", id="small pieces"),
+        pytest.param(17 * PAGE, 3, 1, "direct", id="larger pieces"),
+        pytest.param(16 * PAGE, 1, 1, "direct", id="one piece"),
+        pytest.param(16 * PAGE, 5, 1, "direct", id="too much of the bounce region"),
+        pytest.param(16 * PAGE, 4, 0, "direct", id="not wanted"),
     ],
 )
 async def test_a_scattered_block_goes_as_one_piece(
@@ -649,7 +649,7 @@ async def test_a_scattered_block_goes_as_one_piece(
     layers = aligned(count * 2 * fragment).reshape(count, 2, fragment)
     layers[:, 0] = np.frombuffer(data, np.uint8).reshape(count, fragment)
     async with opened(tmp_path / "kv", bounce_bytes=8 * MIB, gather_bytes=gather_bytes) as engine:
-        rule = "blocks up to 262,144 bytes bounce if their pieces have 32,768 or less on average"
+        rule = "blocks up to 262,144 bytes bounce if their pieces have 65,536 or less on average"
         assert (rule in engine.plan[0].evidence) == bool(gather_bytes)
         engine.observe(events := Events())
         cache = engine.register_cache(list(layers))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvgds.transport import Later
     from kvgds.transport.contract import Memory, Rows
 
-_FRAGMENT = 32 << 10  # a piece of so little costs more as an I/O of its own than to be copied
+_FRAGMENT = 64 << 10  # a piece of so little costs more as an I/O of its own than to be copied
 _SHARE = 32  # of the bounce region no block has more for that alone
 _log = logging.getLogger("kvgds")
 
