@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvgds.engine import Engine
     from kvgds.flights import Memory
     from kvgds.memory import Span
+    from kvgds.paths import PathPlan
 
 _ALIGNMENT = 2 << 20  # of GPU memory: no other has part in its pages
 
@@ -227,9 +228,24 @@ class Blocks:
         if store:
             await self.clear(keys)
         sample = Sample(nbytes=self.content.nbytes)
+        before = self._moved(store=store)
         async with watched(sample):
             await drive(calls, in_flight, sample, operation)
+        moved = {path for path, _ in self._moved(store=store) - before}
+        sample.path = " ".join([*sorted(moved), self._plan.backend])
         return sample
+
+    def _moved(self, *, store: bool) -> set[tuple[str, float]]:
+        """Each path by which blocks moved so far, one way, and the bytes."""
+        said = (each for family in self.engine.metrics.collect() for each in family.samples)
+        direction = "store" if store else "load"
+        return {
+            (each.labels["path"], each.value)
+            for each in said
+            if each.name == "kvgds_bytes_total"
+            and each.value
+            and each.labels["direction"] == direction
+        }
 
     def contender(self, name: str, in_flight: int, *, store: bool) -> Contender:
         """This engine, one way."""
@@ -251,10 +267,13 @@ class Blocks:
 
     @property
     def path(self) -> str:
-        """How its bytes move."""
+        """How its bytes move, most of them."""
+        return f"{self._plan.path} {self._plan.backend}"
+
+    @property
+    def _plan(self) -> PathPlan:
         memory = "host" if self.content.gpu is None else "gpu"
-        plan = next(each for each in self.engine.plan if each.memory == memory)
-        return f"{plan.path} {plan.backend}"
+        return next(each for each in self.engine.plan if each.memory == memory)
 
 
 @asynccontextmanager

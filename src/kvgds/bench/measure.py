@@ -39,6 +39,7 @@ class Sample:
         succeeded: of them; a load only with the right bytes.
         latencies: seconds of each operation.
         late: seconds that a ticker on the event loop was late, each time; empty: there is no loop.
+        path: how its bytes moved, where that was seen: a plan does not tell of each block.
     """
 
     nbytes: int = 0
@@ -48,6 +49,7 @@ class Sample:
     succeeded: int = 0
     latencies: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
+    path: str = ""
 
     @property
     def rate(self) -> float:
@@ -138,7 +140,7 @@ def row_of(cell: Cell, contender: Contender, samples: Sequence[Sample], **more: 
         "contender": contender.name,
         "kind": contender.kind,
         "tier": contender.tier,
-        "path": contender.path,
+        "path": ", ".join(sorted({each.path for each in samples} - {""})) or contender.path,
         "verified": contender.verified,
         "slots": contender.slots,
         "rounds": len(samples),

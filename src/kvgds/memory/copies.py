@@ -67,8 +67,8 @@ def pairs(
 class Units:
     """A paged cache as one array of equal units, so that numpy copies all of a block at once.
 
-    A copy of 4 KiB takes Python as long again as the memory. What lies between the cache's
-    layers, if anything does, is part of the array, but never looked at.
+    To ask for a copy of 4 KiB takes Python twice as long as the copy. What lies between the
+    cache's layers, if anything does, is part of the array, but never looked at.
     """
 
     def __init__(
@@ -101,6 +101,6 @@ class Units:
         places = (self._places + numbers).ravel()
         units = np.frombuffer(payload, self._unit)
         if write:
-            np.take(self._memory, places, out=units, mode="clip")  # others copy `out` first
+            np.take(self._memory, places, out=units, mode="clip")  # "raise" copies `out`
         else:
             np.put(self._memory, places, units)
