@@ -11,6 +11,8 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import subprocess
+import sys
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -821,6 +823,38 @@ def test_what_is_copied_into_blocks_goes_nowhere_else(
     after = [layer.tobytes() for layer in layers]
     pairs = zip(b"".join(before), b"".join(after), strict=True)
     assert sum(one != other for one, other in pairs) == view.nbytes
+
+
+AMONG_OTHERS = """
+import ctypes, mmap
+import numpy as np
+from kvgds.memory import cache_of
+
+PAGE, LAYER = 4096, 16 * 4096
+memory = np.frombuffer(mmap.mmap(-1, 4 * LAYER), np.uint8)
+layers = [memory[start : start + LAYER].reshape(16, PAGE) for start in (0, 3 * LAYER)]
+payload = memory[LAYER + PAGE : LAYER + 3 * PAGE]
+payload[:] = np.arange(2 * PAGE) % 251
+wanted = payload.copy()
+none_here = memory.ctypes.data + LAYER + 3 * PAGE
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+assert protect(ctypes.c_void_p(none_here), ctypes.c_size_t(PAGE), 0) == 0
+cache = cache_of(layers, 0)
+cache.block(5).copy(memoryview(payload), write=False)
+assert np.array_equal(np.concatenate([layer[5] for layer in layers]), wanted)
+assert not any(layer[i].any() for layer in layers for i in range(16) if i != 5)
+payload[:] = 0
+cache.block(5).copy(memoryview(payload), write=True)
+assert np.array_equal(payload, wanted)
+"""
+
+
+def test_nothing_between_the_layers_of_a_cache_is_touched() -> None:
+    """Not even where the payload itself lies there: the process would end for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", AMONG_OTHERS], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def gathered(view: View) -> list[bytes]:

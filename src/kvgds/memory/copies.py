@@ -68,7 +68,9 @@ class Units:
     """A paged cache as one array of equal units, so that numpy copies all of a block at once.
 
     To ask for a copy of 4 KiB takes Python twice as long as the copy. What lies between the
-    cache's layers, if anything does, is part of the array, but never looked at.
+    cache's layers, other memory or none, is part of the array. So all that may be done with it is
+    to take and to assign elements: where arrays share memory, numpy then copies what it assigns,
+    or its numbers, but it would copy this one, and all of it back, in ``put``.
     """
 
     def __init__(
@@ -101,6 +103,6 @@ class Units:
         places = (self._places + numbers).ravel()
         units = np.frombuffer(payload, self._unit)
         if write:
-            np.take(self._memory, places, out=units, mode="clip")  # "raise" copies `out`
+            np.take(self._memory, places, 0, units, mode="clip")  # "raise" copies `out`
         else:
-            np.put(self._memory, places, units)
+            self._memory[places] = units
