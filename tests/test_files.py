@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faults import FaultyDisk, read_only, small_disk
+from faults import FaultyDisk, Op, read_only, small_disk
 from kvgds import (
     BlockCorrupt,
     ConfigError,
@@ -306,6 +306,57 @@ async def test_a_full_disk_costs_the_oldest_blocks(tmp_path: Path, memory: str) 
                 await engine.store(b"never", block)
             assert ledger(root) == taken(root)
             assert temporaries(root) == []
+
+
+FULL_FOR: dict[str, tuple[Op, str]] = {
+    "a file": ("create", "*.*"),
+    "a count": ("write", "*/ledger"),
+    "a folder": ("mkdir", "*"),
+    "a name": ("link", "*.kv"),
+}
+
+
+@pytest.mark.parametrize("want", FULL_FOR)
+async def test_a_disk_that_is_full_for_names_costs_the_oldest_block(
+    tmp_path: Path, want: str
+) -> None:
+    """Where inodes run out, or a folder can't grow, evicting helps as well: all is there again."""
+    op, match = FULL_FOR[want]
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"old", b"young")
+            make_old(path_of(root, b"old"), HOUR)
+            disk.fail(op, errno.ENOSPC, match=match, count=1)
+            await put(engine, b"new")
+            assert await engine.prefix([b"new", b"young"]) == 2
+            assert not await get(engine, b"old")
+            assert temporaries(root) == []
+            disk.fail(op, errno.ENOSPC, match=match)
+            with pytest.raises(StorageFull, match="free space"):
+                await put(engine, b"never")
+            disk.clear()
+            await put(engine, b"again")
+            assert temporaries(root) == []
+            assert ledger(root) >= taken(root)  # more: what could not be taken off
+        async with opened(root) as engine:
+            assert ledger(root) == taken(root)
+            assert await get(engine, b"again")
+
+
+async def test_a_name_may_cost_one_more_block_than_the_bytes(tmp_path: Path) -> None:
+    """What the first made room for is taken by the bytes once more."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await put(engine, b"old", b"young", b"youngest")
+            make_old(path_of(disk.root / "kv", b"old"), 2 * HOUR)
+            make_old(path_of(disk.root / "kv", b"young"), HOUR)
+            disk.fail("mkdir", errno.ENOSPC, count=2)
+            await put(engine, b"new")
+            assert await there(engine, [b"old", b"young", b"youngest", b"new"]) == [
+                b"youngest",
+                b"new",
+            ]
 
 
 async def test_a_disk_smaller_than_the_capacity(tmp_path: Path) -> None:

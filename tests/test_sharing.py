@@ -192,6 +192,18 @@ async def test_deleting_what_has_only_just_been_linked(tmp_path: Path) -> None:
         assert temporaries(root) == []
 
 
+async def test_replacing_what_a_dead_owner_has_only_just_linked(tmp_path: Path) -> None:
+    """By a block of another size: nobody else is to take its bytes off the ledger again."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        await put(engine, b"key", b"other")
+        relink(root, owner(os.getpid(), start=1))
+        assert await engine.store(b"key", bytes(PAGE))
+        async with opened(root):  # sweeps
+            assert temporaries(root) == []
+            assert ledger(root) == taken(root) == IMAGE + 2 * PAGE
+
+
 ROOM, MORE = 50, 200  # blocks; and how many that have gone may be remembered
 
 

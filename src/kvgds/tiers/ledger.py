@@ -69,9 +69,9 @@ class Ledger:
         """Replace the count. What is as it was needs no room, of which btrfs may have none left."""
         if self.sound and nbytes == self.used:
             return
-        self.used = max(nbytes, 0)
-        self.sound = True
-        os.pwrite(self._fd, b"%020d\n" % self.used, 0)
+        nbytes = max(nbytes, 0)
+        os.pwrite(self._fd, b"%020d\n" % nbytes, 0)
+        self.used, self.sound = nbytes, True
 
     def now(self) -> float:
         """The time by the clock that stamps files here, which may be another host's."""

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
     Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
 
+_RETRIES = 2  # of a store that the disk has no room for: once for its bytes, once for its name
 _UNLINKABLE = (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -82,7 +83,7 @@ class Store:
             bytes are down; then ``linked``, or ``contested`` if that takes the lock.
         temporary: path of the temporary file, while there is one.
         detached: when NIXL has let go of the descriptor.
-        forced: the disk was full once: something has to be evicted first.
+        forced: how often the disk was full: something has to be evicted first.
         swept: its temporary was lost once.
     """
 
@@ -92,13 +93,24 @@ class Store:
     temporary: str = ""
     fd: int = -1
     detached: Future[None] | None = None
-    forced: bool = False
+    forced: int = 0
     swept: bool = False
 
     @property
     def nbytes(self) -> int:
         """What it takes on disk."""
         return image_bytes(self.move.nbytes)
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether to try again for want of room, of whatever kind: blocks, inodes, names."""
+        over = self.move.abandoned or self.state == "linked"
+        return self.forced < _RETRIES and not over
+
+    def retry(self) -> None:
+        """Begin anew, once something has been evicted."""
+        self.forced, self.state = self.forced + 1, "wanted"
+        self.move.again()
 
 
 @dataclass(eq=False, slots=True)
@@ -349,7 +361,14 @@ class Tree:
                 store.move.again()
                 store.state, store.temporary, store.swept = "wanted", "", True
                 return
-            self._drop_later(store)
+            self._give_up(store, error)
+
+    def _give_up(self, store: Store, error: Exception) -> None:
+        """End a store; or begin it anew, once something has been evicted, if that may help."""
+        self._drop_later(store)
+        if _lacks_room(error) and store.may_retry:
+            store.retry()
+        else:
             fail(store.move, error)
             store.state = "ended"
 
@@ -412,9 +431,8 @@ class Tree:
             os.close(store.fd)
         if sound:
             self._link(store, folders)
-            return
-        self._drop_later(store)
-        store.state = "wanted" if _second_chance(store) else "ended"
+        else:
+            self._give_up(store, move.error or move.timeout())
 
     def _link(self, store: Store, folders: Folders) -> None:
         folder = store.place.rpartition("/")[0]
@@ -454,16 +472,14 @@ class Tree:
         folders.sync()
         store.state, store.move.status = "ended", "stored"
 
-    def _allocate(self, store: Store, _: Folders) -> None:
+    @staticmethod
+    def _allocate(store: Store, _: Folders) -> None:
         """Not under the lock: give the file its length and its blocks on disk."""
         try:
             allocate(store.fd, store.nbytes)
-        except OSError as error:
+        except OSError:
             os.close(store.fd)
-            if error.errno not in NO_ROOM or store.forced:
-                raise
-            self._drop_later(store)
-            store.forced, store.state = True, "wanted"
+            raise
 
     # --- errands under the ledger's lock ----------------------------------------------
 
@@ -535,6 +551,8 @@ class Tree:
         move = store.move
         if not move.mirrored:  # again: who removed what was there has removed the marker too
             self._debts.mark(store.place, folders)
+        if there is not None and there.st_nlink > 1:  # its owner died: nobody is to count it again
+            forget_temporary(there.st_ino, self._root)
         self._rename(store.temporary, store.place)
         store.state, store.temporary = "linked", ""
         if move.mirrored:
@@ -631,21 +649,6 @@ def _look_again(moves: Sequence[Move]) -> None:
                 move.look_again()
 
 
-def _second_chance(store: Store) -> bool:
-    """Whether a store that failed may try again, once something has been evicted."""
-    move = store.move
-    if move.abandoned and move.error is None:
-        move.error = move.timeout()
-    if not isinstance(move.error, TransferError) or move.error.errno not in NO_ROOM:
-        return False
-    if store.forced or move.abandoned:
-        move.error = _disk_full(str(move.error))
-        return False
-    store.forced = True
-    move.again()
-    return True
-
-
 def close_files(loads: list[Opened]) -> None:
     """Close the files of loads that have ended."""
     for move, detached in loads:
@@ -658,10 +661,10 @@ def fail(move: Move, error: BaseException) -> None:
     """Record why a move could not go on; a load of what is gone is a miss."""
     if _is_gone(error) and not move.write:
         move.error, move.status = None, "miss"
+    elif move.write and _lacks_room(error):
+        move.error = _disk_full(explain(error) if isinstance(error, OSError) else str(error))
     elif isinstance(error, KvgdsError):
         move.error = error
-    elif isinstance(error, OSError) and move.write and error.errno in NO_ROOM:
-        move.error = _disk_full(explain(error))
     elif isinstance(error, OSError):
         move.error = TransferError(explain(error), errno=error.errno, **move.context)
         move.error.__cause__ = error
@@ -672,6 +675,11 @@ def fail(move: Move, error: BaseException) -> None:
 def _is_gone(error: BaseException | None) -> bool:
     """Whether somebody, perhaps on another host, has removed the file meanwhile."""
     return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def _lacks_room(error: BaseException) -> bool:
+    """Whether the disk has no room for it; evicting may make some."""
+    return isinstance(error, OSError | TransferError) and error.errno in NO_ROOM
 
 
 def _disk_full(why: str) -> StorageFull:
