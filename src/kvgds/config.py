@@ -237,7 +237,8 @@ class EngineConfig(_Settings):
             into it; with two tiers every block, twice.
         gather_bytes: memory of each GPU that scattered blocks lie in, beside `bounce_bytes`: they
             go through it where GPUDirect Storage is quicker with few large pieces. Taken when it
-            is first needed. 0: never; nor does scattered host memory bounce then for being that.
+            is first needed. 0: never, and scattered blocks of the host's memory that could move
+            without a copy do.
         timeout_s: deadline of an operation that names none.
         drain_timeout_s: how long closing waits for what is in flight.
         probe_timeout_s: how long the trial of GPUDirect Storage may take, at open.

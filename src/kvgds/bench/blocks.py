@@ -231,8 +231,8 @@ class Blocks:
         before = self._moved(store=store)
         async with watched(sample):
             await drive(calls, in_flight, sample, operation)
-        moved = {path for path, _ in self._moved(store=store) - before}
-        sample.path = " ".join([*sorted(moved), self._plan.backend])
+        if moved := {path for path, _ in self._moved(store=store) - before}:
+            sample.path = " ".join([*sorted(moved), self._plan.backend])
         return sample
 
     def _moved(self, *, store: bool) -> set[tuple[str, float]]:

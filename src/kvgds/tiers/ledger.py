@@ -14,6 +14,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvgds.paths import NO_ROOM
 from kvgds.tiers import locks
 from kvgds.tiers.folders import files_in, open_own
 
@@ -36,6 +37,7 @@ class Ledger:
     def __init__(self, root: int) -> None:
         self.used = 0
         self.sound = True
+        self._written = 0
         self._root = root
         self._fd = -1
 
@@ -47,7 +49,7 @@ class Ledger:
             (locks.lock if wait else locks.lock_nowait)(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)
             self.sound = _COUNT.fullmatch(text) is not None
-            self.used = int(text) if self.sound else 0
+            self.used = self._written = int(text) if self.sound else 0
             yield
         finally:
             locks.close(self._fd)
@@ -66,12 +68,21 @@ class Ledger:
         self.set(self.used + nbytes)
 
     def set(self, nbytes: int) -> None:
-        """Replace the count. What is as it was needs no room, of which btrfs may have none left."""
-        if self.sound and nbytes == self.used:
-            return
+        """Replace the count.
+
+        A full btrfs has no room even for that. Then what was freed is known here alone, until a
+        count can be written again; that one too high stays there is safe.
+        """
         nbytes = max(nbytes, 0)
-        os.pwrite(self._fd, b"%020d\n" % nbytes, 0)
-        self.used, self.sound = nbytes, True
+        if not self.sound or nbytes != self._written:
+            try:
+                os.pwrite(self._fd, b"%020d\n" % nbytes, 0)
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self.sound or nbytes > self._written:
+                    raise
+            else:
+                self._written, self.sound = nbytes, True
+        self.used = nbytes
 
     def now(self) -> float:
         """The time by the clock that stamps files here, which may be another host's."""

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
 
 _RETRIES = 2  # of a store that the disk has no room for: once for its bytes, once for its name
+_NO_NAMES_S, _NO_NAMES_MOST_S = 0.5, 64.0
 _UNLINKABLE = (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -165,6 +166,8 @@ class Tree:
         self._owner: Owner
         self._root = self._openers = -1
         self._dropped: list[str] = []  # temporaries to be removed under the lock
+        self._no_names_s = _NO_NAMES_S  # how long nothing goes for them, if it was in vain
+        self._no_names_until = 0.0
 
     # --- opening and closing ----------------------------------------------------------
 
@@ -366,11 +369,17 @@ class Tree:
     def _give_up(self, store: Store, error: Exception) -> None:
         """End a store; or begin it anew, once something has been evicted, if that may help."""
         self._drop_later(store)
-        if _lacks_room(error) and store.may_retry:
+        full = _lacks_room(error)
+        # Bytes that go make room for bytes. Room for a name may be of another kind.
+        for_name = full and isinstance(error, OSError) and store.state != "open"
+        if full and store.may_retry and not (for_name and time.monotonic() < self._no_names_until):
             store.retry()
-        else:
-            fail(store.move, error)
-            store.state = "ended"
+            return
+        if for_name and store.forced:  # in vain: not all blocks are to go for that
+            self._no_names_s = min(2 * self._no_names_s, _NO_NAMES_MOST_S)
+            self._no_names_until = time.monotonic() + self._no_names_s
+        fail(store.move, error)
+        store.state = "ended"
 
     def _was_swept(self, store: Store, error: Exception) -> bool:
         """Whether a store has lost its temporary: who can't see us live goes by clocks alone."""
@@ -467,9 +476,10 @@ class Tree:
             self._dropped.append(store.temporary)
             store.temporary = ""
 
-    @staticmethod
-    def _acknowledge(store: Store, folders: Folders) -> None:
+    def _acknowledge(self, store: Store, folders: Folders) -> None:
         folders.sync()
+        if store.forced:
+            self._no_names_s = _NO_NAMES_S
         store.state, store.move.status = "ended", "stored"
 
     @staticmethod
