@@ -561,7 +561,7 @@ class Tree:
         move = store.move
         if not move.mirrored:  # again: who removed what was there has removed the marker too
             self._debts.mark(store.place, folders)
-        if there is not None and there.st_nlink > 1:  # its owner died: nobody is to count it again
+        if there is not None and there.st_nlink > 1:  # linked only just: it is counted once
             forget_temporary(there.st_ino, self._root)
         self._rename(store.temporary, store.place)
         store.state, store.temporary = "linked", ""
