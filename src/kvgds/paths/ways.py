@@ -159,7 +159,8 @@ class _Scattered(NamedTuple):
     def rule(self) -> str:
         """For a plan of memory that bounces for it."""
         pieces = f"their pieces have {self.fragment:,} or less on average"
-        return f"blocks up to {self.block:,} bytes bounce if {pieces}"
+        most = f"{self.block:,} bytes, a {_SHARE}nd of the bounce region,"
+        return f"blocks up to {most} bounce if {pieces}"
 
     def has(self, view: View) -> bool:
         """Whether this is one of them."""
