@@ -354,6 +354,19 @@ async def test_a_disk_that_is_full_for_names_for_good_costs_few_blocks(tmp_path:
             assert len(await there(engine, keys)) >= 12
 
 
+async def test_a_name_that_others_took_is_tried_for_again(tmp_path: Path) -> None:
+    """By the next store: once in vain is not always."""
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv") as engine:
+            await put(engine, *(b"%d" % i for i in range(16)))
+            for i in range(5):
+                disk.fail("create", errno.ENOSPC, match="*.*", count=3)
+                with pytest.raises(StorageFull):
+                    await put(engine, b"never")
+                disk.fail("create", errno.ENOSPC, match="*.*", count=1)
+                await put(engine, b"new %d" % i)
+
+
 async def test_a_count_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
     """As on a full btrfs: it stays too high, one block goes for another, and no call fails."""
     with FaultyDisk(tmp_path) as disk:
@@ -375,6 +388,19 @@ async def test_a_count_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
             assert await there(engine, [b"key", b"new"]) == [b"key", b"new"]
         async with opened(root):
             assert ledger(root) == taken(root)
+
+
+async def test_a_count_that_stays_too_high_costs_no_more_blocks(tmp_path: Path) -> None:
+    """Where there are many: those that would go ahead of need would go for each store anew."""
+    many = 1100
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv", capacity_bytes=many * 2 * PAGE) as engine:
+            items = [(b"%d" % i, bytes(PAGE)) for i in range(many)]
+            await engine.store_many(items)
+            disk.fail("write", errno.ENOSPC, match="*/ledger")
+            for i in range(12):
+                assert await engine.store(b"new %d" % i, bytes(PAGE))
+            assert engine.statistics().tiers[0].evictions <= 12 + 32
 
 
 async def test_a_stored_block_whose_name_can_not_be_made_durable_costs_nothing(

@@ -32,11 +32,13 @@ class Ledger:
     Attributes:
         used: the count when it was last read.
         sound: whether there was one.
+        stuck: whether there is too high a one, because there was no room for that below it.
     """
 
     def __init__(self, root: int) -> None:
         self.used = 0
         self.sound = True
+        self.stuck = False
         self._written = 0
         self._root = root
         self._fd = -1
@@ -80,8 +82,9 @@ class Ledger:
             except OSError as error:
                 if error.errno not in NO_ROOM or not self.sound or nbytes > self._written:
                     raise
+                self.stuck = True
             else:
-                self._written, self.sound = nbytes, True
+                self._written, self.sound, self.stuck = nbytes, True, False
         self.used = nbytes
 
     def now(self) -> float:

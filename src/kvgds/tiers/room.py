@@ -241,7 +241,7 @@ class Room:
     def _evict(self, need: int, forced: int, *, spare: bool) -> int:
         """Evict what is listed until ``need`` fits, and then some that the next tier has."""
         capacity, used, freed = self._capacity, self._ledger.used, 0
-        more = 0 if self._fits(need) else _MORE
+        more = 0 if self._fits(need) or self._ledger.stuck else _MORE  # that is soon forgotten
         try:
             while self._list:
                 fits = used - freed + need <= capacity and freed >= forced

@@ -70,7 +70,8 @@ if TYPE_CHECKING:
     Opened: TypeAlias = tuple[Move, Future[None]]  # a load with an open file, and its detachment
 
 _RETRIES = 2  # of a store that the disk has no room for: once for its bytes, once for its name
-_NO_NAMES_S, _NO_NAMES_MOST_S = 0.5, 64.0
+_IN_VAIN = 4
+_NO_NAMES_S, _NO_NAMES_MOST_S = 1.0, 64.0
 _UNLINKABLE = (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -166,7 +167,8 @@ class Tree:
         self._owner: Owner
         self._root = self._openers = -1
         self._dropped: list[str] = []  # temporaries to be removed under the lock
-        self._no_names_s = _NO_NAMES_S  # how long nothing goes for them, if it was in vain
+        self._in_vain = 0  # stores since something helped that was evicted
+        self._no_names_s = _NO_NAMES_S  # how long nothing goes for names, the next time
         self._no_names_until = 0.0
 
     # --- opening and closing ----------------------------------------------------------
@@ -375,11 +377,21 @@ class Tree:
         if full and store.may_retry and not (for_name and time.monotonic() < self._no_names_until):
             store.retry()
             return
-        if for_name and store.forced:  # in vain: not all blocks are to go for that
-            self._no_names_s = min(2 * self._no_names_s, _NO_NAMES_MOST_S)
-            self._no_names_until = time.monotonic() + self._no_names_s
+        if for_name and store.forced:
+            self._count_in_vain()
         fail(store.move, error)
         store.state = "ended"
+
+    def _count_in_vain(self) -> None:
+        """What was evicted for a name did not help: not all blocks are to go for that.
+
+        Others may have been quicker, so it takes some such stores in a row.
+        """
+        self._in_vain += 1
+        now = time.monotonic()
+        if self._in_vain >= _IN_VAIN and now >= self._no_names_until:
+            self._no_names_until = now + self._no_names_s
+            self._no_names_s = min(2 * self._no_names_s, _NO_NAMES_MOST_S)
 
     def _was_swept(self, store: Store, error: Exception) -> bool:
         """Whether a store has lost its temporary: who can't see us live goes by clocks alone."""
@@ -479,7 +491,7 @@ class Tree:
     def _acknowledge(self, store: Store, folders: Folders) -> None:
         folders.sync()
         if store.forced:
-            self._no_names_s = _NO_NAMES_S
+            self._in_vain, self._no_names_s = 0, _NO_NAMES_S
         store.state, store.move.status = "ended", "stored"
 
     @staticmethod
