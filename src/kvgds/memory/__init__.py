@@ -335,9 +335,14 @@ class Region:
 
 
 class _Gather(Protocol):
-    def copy(self, payload: memoryview, *, write: bool) -> None: ...
     def pieces(self) -> list[memoryview]: ...
     def rows(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def units(self) -> Units | None: ...
+
+    @property
+    def blocks(self) -> Sequence[int]: ...  # which of those
 
     @property
     def alignment(self) -> int: ...
@@ -361,7 +366,12 @@ class View:
 
     def copy(self, payload: memoryview, *, write: bool) -> None:
         """Copy the host's memory into a payload of as many bytes (``write``), or out of it."""
-        self._gather.copy(payload, write=write)
+        units = self._gather.units
+        if units is not None and not contention.busy():  # numpy gives up the interpreter lock
+            units.copy(self._gather.blocks, payload, write=write)
+            return
+        pieces, whole = self.pieces(), [payload]
+        copy_pieces(*((pieces, whole) if write else (whole, pieces)))
 
     def pieces(self) -> list[memoryview]:
         """The extents' bytes, in order."""
@@ -401,23 +411,18 @@ class View:
         self.region.uses -= 1
 
 
-def _copy(pieces: Sequence[memoryview], payload: memoryview, *, write: bool) -> None:
-    copy_pieces(*((pieces, [payload]) if write else ([payload], pieces)))
-
-
 class _Flat:
     """A gather list of one extent."""
 
     __slots__ = ("_region", "_start", "_stop")
     fragments = 1
+    units = None
+    blocks = ()
 
     def __init__(self, region: Region, start: int, stop: int) -> None:
         self._region = region
         self._start = start
         self._stop = stop
-
-    def copy(self, payload: memoryview, *, write: bool) -> None:
-        _copy(self.pieces(), payload, write=write)
 
     def pieces(self) -> list[memoryview]:
         return [self._region.maps[0][self._start : self._stop]]
@@ -499,14 +504,6 @@ class Cache:
         runs = _runs(indices)
         return View(self.region, _PagedRuns(self, runs), runs, len(indices) * self.block_bytes)
 
-    def _copy(
-        self, gather: _Gather, blocks: Sequence[int], payload: memoryview, *, write: bool
-    ) -> None:
-        if self._units is None or contention.busy():  # numpy gives up the interpreter lock
-            _copy(gather.pieces(), payload, write=write)
-        else:
-            self._units.copy(blocks, payload, write=write)
-
     def _number(self, index: int) -> int:
         try:
             index = operator.index(index)  # a narrow integer of numpy or torch would overflow
@@ -538,9 +535,6 @@ class _Paged:
         self._cache = cache
         self._index = index
 
-    def copy(self, payload: memoryview, *, write: bool) -> None:
-        self._cache._copy(self, (self._index,), payload, write=write)  # noqa: SLF001 - see pieces
-
     def pieces(self) -> list[memoryview]:
         i = self._index
         return [m[o + i * step : o + i * step + n] for m, o, step, n in self._cache._extents]  # noqa: SLF001 - one class in two parts
@@ -557,6 +551,14 @@ class _Paged:
     def fragments(self) -> int:
         return len(self._cache._bases)  # noqa: SLF001 - see pieces
 
+    @property
+    def units(self) -> Units | None:
+        return self._cache._units  # noqa: SLF001 - see pieces
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return (self._index,)
+
 
 class _PagedRuns:
     """A gather list over several blocks of a cache, layer by layer."""
@@ -566,10 +568,6 @@ class _PagedRuns:
     def __init__(self, cache: Cache, runs: Sequence[tuple[int, int]]) -> None:
         self._cache = cache
         self._runs = runs
-
-    def copy(self, payload: memoryview, *, write: bool) -> None:
-        blocks = [*itertools.chain.from_iterable(itertools.starmap(range, self._runs))]
-        self._cache._copy(self, blocks, payload, write=write)  # noqa: SLF001 - see pieces
 
     def pieces(self) -> list[memoryview]:
         extents = self._cache._extents  # noqa: SLF001 - one class in three parts
@@ -593,6 +591,14 @@ class _PagedRuns:
     def fragments(self) -> int:
         dense, every = self._cache._dense, len(self._cache._bases)  # noqa: SLF001 - see pieces
         return dense * len(self._runs) + (every - dense) * sum(b - a for a, b in self._runs)
+
+    @property
+    def units(self) -> Units | None:
+        return self._cache._units  # noqa: SLF001 - see pieces
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return [*itertools.chain.from_iterable(itertools.starmap(range, self._runs))]
 
 
 class Territory:
