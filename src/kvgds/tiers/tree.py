@@ -109,9 +109,9 @@ class Store:
         over = self.move.abandoned or self.state == "linked"
         return self.forced < _RETRIES and not over
 
-    def retry(self) -> None:
-        """Begin anew, once something has been evicted."""
-        self.forced, self.state = self.forced + 1, "wanted"
+    def again(self) -> None:
+        """Begin anew: its temporary is gone, or will be."""
+        self.state, self.temporary = "wanted", ""
         self.move.again()
 
 
@@ -363,8 +363,8 @@ class Tree:
             step(store, folders)
         except Exception as error:  # noqa: BLE001 - it belongs to this store alone
             if self._was_swept(store, error):
-                store.move.again()
-                store.state, store.temporary, store.swept = "wanted", "", True
+                store.swept = True
+                store.again()
                 return
             self._give_up(store, error)
 
@@ -375,7 +375,8 @@ class Tree:
         # Bytes that go make room for bytes. Room for a name may be of another kind.
         for_name = full and isinstance(error, OSError) and store.state != "open"
         if full and store.may_retry and not (for_name and time.monotonic() < self._no_names_until):
-            store.retry()
+            store.forced += 1
+            store.again()
             return
         if for_name and store.forced:
             self._count_in_vain()
