@@ -21,6 +21,7 @@ from rich.console import Console
 from kvgds.bench import limits
 from kvgds.bench.blocks import Content
 from kvgds.bench.machine import report
+from kvgds.bench.measure import Contender, Sample, alternate
 from kvgds.bench.table import print_rows
 from kvgds.blocks import PAGE
 from simulator import environment
@@ -113,6 +114,22 @@ def test_the_command_measures_this_machine(tmp_path: Path) -> None:
         there = [row for row in moved if row["slots"] == engine]
         assert {row["kind"] for row in there} == {"engine", "limit"}
         assert {row["contender"] for row in there if row["kind"] == "engine"} == {engine}
+
+
+async def test_only_who_has_something_to_warm_up_runs_once_more() -> None:
+    ran: list[str] = []
+
+    def contender(name: str, *, anew: bool) -> Contender:
+        async def run() -> Sample:
+            ran.append(name)
+            return Sample(asked=len(ran))
+
+        return Contender(name, run, anew=anew)
+
+    both = [contender("kept", anew=False), contender("anew", anew=True)]
+    runs = await alternate(both, 3)
+    assert ran == ["kept", "anew", "kept", "kept", "anew", "anew", "kept"]
+    assert [[sample.asked for sample in samples] for _, samples in runs] == [[3, 4, 7], [2, 5, 6]]
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not here")

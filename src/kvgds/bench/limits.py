@@ -240,7 +240,8 @@ def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | N
     command += [f"--filesize={each}", f"--io_size={nbytes}", f"--bs={block}", "--invalidate=0"]
     engine = "io_uring" if queue == "uring" else "libaio"
     command += [f"--ioengine={engine}", f"--iodepth={in_flight}", f"--direct={int(disk.direct)}"]
-    command += ["--rw=write" if store else "--rw=read", "--mem=malloc", "--iomem_align=2m"]
+    command += ["--mem=malloc", "--iomem_align=2m"]
+    command += ["--rw=write"] if store else ["--rw=read", "--zero_buffers"]
 
     async def run() -> Sample:
         done = await _on_thread(
@@ -250,7 +251,7 @@ def fio(disk: Disk, queue: str, in_flight: int, *, store: bool) -> Contender | N
             raise OSError(f"fio: {done.stderr.strip().rpartition(chr(10))[2] or done.returncode}")
         return _of_fio(json.loads(done.stdout)["jobs"][0], disk.content, store=store)
 
-    return Contender(f"fio {engine}", run, kind="limit", path=engine)
+    return Contender(f"fio {engine}", run, kind="limit", path=engine, anew=True)
 
 
 def _of_fio(job: dict[str, Any], content: Content, *, store: bool) -> Sample:

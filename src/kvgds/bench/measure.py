@@ -78,6 +78,7 @@ class Contender:
         path: how bytes move.
         verified: whether it checks the bytes that it loads.
         slots: the engine in whose slots it moves bytes; None: it doesn't keep to any.
+        anew: whether each run starts a process of its own, which so has nothing to warm up.
         note: what a reader has to know of its numbers.
     """
 
@@ -88,6 +89,7 @@ class Contender:
     path: str | None = None
     verified: bool = False
     slots: str | None = None
+    anew: bool = False
     note: str | None = None
 
 
@@ -117,14 +119,15 @@ class Cell:
 async def alternate(
     contenders: Sequence[Contender], rounds: int
 ) -> list[tuple[Contender, list[Sample]]]:
-    """Let each run once a round, the order turning; a first round is thrown away."""
+    """Let each run once a round, the order turning; a first round, to warm up, doesn't count."""
     runs: list[tuple[Contender, list[Sample]]] = [(each, []) for each in contenders]
     for turn in range(rounds + 1):
         first = turn % len(runs)
         for contender, samples in runs[first:] + runs[:first]:
-            sample = await contender.run()
             if turn:
-                samples.append(sample)
+                samples.append(await contender.run())
+            elif not contender.anew:
+                await contender.run()
     return runs
 
 
