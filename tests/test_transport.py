@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faults import FaultyDisk
+from faults import FaultyDisk, fill_up, small_disk
 from forbidding import IO_SETUP, IO_URING_SETUP
 from kvgds.memory import Arena, region_of
 from kvgds.testing import Bench, HeldTransport, PlainTransfer, TransportContract
@@ -135,6 +135,17 @@ def test_reads_and_writes_that_fall_short(tmp_path: Path, bench: Bench) -> None:
             assert transfer.calls == ["begin", "fail"]
             assert getattr(transfer.error, "errno", None) == errno.EIO
             disk.clear()
+
+
+def test_a_write_that_half_fits_tells_of_the_full_disk(tmp_path: Path, bench: Bench) -> None:
+    with small_disk(tmp_path, 4 << 20) as disk, (disk / "file").open("w+b") as written:
+        fill_up(disk / "fill")
+        os.truncate(disk / "fill", (disk / "fill").stat().st_size - 20 * PAGE)
+        rows = [(bench.base, 0, 64 * PAGE)]
+        transfer = PlainTransfer(File(written.fileno()), [bench.region], rows, write=True)
+        bench.run(transfer)
+        assert getattr(transfer.error, "errno", None) == errno.ENOSPC
+        assert 0 < written.seek(0, os.SEEK_END) < 64 * PAGE
 
 
 @pytest.mark.parametrize("write", [False, True])

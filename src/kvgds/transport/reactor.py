@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from kvgds import contention
-from kvgds.blocks import padded
+from kvgds.blocks import PAGE, padded
 from kvgds.memory.copies import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.threads import starting
@@ -414,6 +414,9 @@ def _diagnose(transfer: Transfer, rows: Rows, error: Exception) -> NotMoved | No
             if transfer.write:  # what lies in GPU memory can't be written so; nothing reads it
                 part = bytes_at(address, nbytes) if address else scratch
                 moved = os.pwritev(fd, [part], offset)
+                if moved < nbytes:  # a full disk takes what it has room for, and says so next time
+                    moved -= moved % PAGE
+                    moved += os.pwritev(fd, [part[moved:]], offset + moved)
             else:
                 moved = os.preadv(fd, [scratch], offset)
         except OSError as cause:
