@@ -167,7 +167,7 @@ class ObjectTier(_Settings):
         if endpoint is None:
             return None
         found = _ENDPOINT.fullmatch(endpoint.rstrip("/"))
-        if found is None or int(found[1] or 0) > _LAST_PORT:
+        if found is None or not 0 < int(found[1] or 1) <= _LAST_PORT:
             raise ValueError("must be http:// or https://, a host and perhaps a port, no more")
         return endpoint.rstrip("/")
 
