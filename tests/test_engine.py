@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -848,6 +849,37 @@ async def test_an_observer_may_leave(tmp_path: Path) -> None:
         assert [event.key for event in events.seen] == [b"a"]
         with pytest.raises(ConfigError, match="settled"):
             engine.observe(None)  # type: ignore[arg-type]  # that is the mistake
+
+
+async def test_observers_that_are_equal_are_two(tmp_path: Path) -> None:
+    """And one that is named twice is told twice, until both are told to stop."""
+
+    @dataclass
+    class Equal:
+        fails: bool = field(default=False, compare=False)
+        seen: list[bytes] = field(default_factory=list, compare=False)
+
+        def settled(self, event: Event) -> None:
+            self.seen.append(event.key)
+            if self.fails:
+                raise LookupError
+
+    async with opened(tmp_path / "kv") as engine:
+        first, second, failing = Equal(), Equal(), Equal(fails=True)
+        engine.observe(first)
+        engine.observe(failing)
+        stops = [engine.observe(second), engine.observe(second)]
+        await store(engine, b"a")
+        stops[0]()
+        stops[0]()
+        await store(engine, b"b")
+        stops[1]()
+        await store(engine, b"c")
+    assert (first.seen, failing.seen, second.seen) == (
+        [b"a", b"b", b"c"],
+        [b"a"],
+        [b"a"] * 2 + [b"b"],
+    )
 
 
 # --- opening and closing ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import mmap
 import subprocess
 import sys
 import warnings
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support
-from kvgds import BlockCorrupt, BusyError, Cache, ClosedError, ConfigError
+from kvgds import (
+    BlockCorrupt,
+    BusyError,
+    Cache,
+    ClosedError,
+    ConfigError,
+    TransferTimeout,
+    open_engine,
+)
 from kvgds.memory import Arena, Claims, cache_of, region_of
 from kvgds.memory.copies import bytes_at, copy_pieces
 from support import PAGE, Watched, aligned, content, opened, unaligned
@@ -419,6 +428,46 @@ async def test_deregistered_memory_is_refused(tmp_path: Path) -> None:
                     await engine.store(b"b", gone)
         plain.append(1)
         mapped.close()
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_memory_is_free_as_soon_as_a_call_ends(tmp_path: Path, layout: str) -> None:
+    """Not a moment later: its owner may resize or close it, though threads know of the call yet."""
+    async with opened(tmp_path / "kv", tier={"layout": layout}) as engine:
+        for i in range(20):
+            memory, mapped = bytearray(SIZE), mmap.mmap(-1, SIZE, MAPPED)
+            assert await engine.store(b"%d" % i, memory)
+            memory.append(1)
+            assert await engine.load(b"%d" % i, mapped)
+            mapped.close()
+            sharing = [bytearray(SIZE) for _ in range(3)]
+            for outcome in await engine.load_many([(b"%d" % i, each) for each in sharing]):
+                assert outcome.hit
+            for each in sharing:
+                each.append(1)
+            task = asyncio.ensure_future(engine.store(b"%d-" % i, cancelled := bytearray(SIZE)))
+            await support.turns(i)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            cancelled.append(1)
+            with contextlib.suppress(TransferTimeout):
+                await engine.load(b"%d" % i, late := bytearray(SIZE), timeout_s=1e-9)
+            late.append(1)
+
+
+@pytest.mark.parametrize("layout", ["slabs", "files"])
+async def test_a_cache_that_nobody_names_is_free(tmp_path: Path, layout: str) -> None:
+    """Though nothing is stored after it: what has to be committed is not kept until then."""
+    settings = support.config(tmp_path / "kv", tier={"layout": layout})
+    async with open_engine(settings) as engine:  # a watched one keeps what it has seen
+        layers = [aligned(4 * PAGE).reshape(4, -1)]
+        cache = engine.register_cache(layers)
+        assert await engine.store(b"a", cache.block(1))
+        gone = weakref.ref(cache.region)
+        del cache
+        await support.until(lambda: gone() is None)
+        assert await engine.store(b"b", engine.register_cache(layers).block(1))
 
 
 async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:

@@ -608,12 +608,11 @@ class Engine:
         """
         if not callable(getattr(observer, "settled", None)):
             raise ConfigError("observer", observer, "must have a method settled(event)")
-        observers = self._flights.observers
-        observers.append(observer)
+        observers, number = self._flights.observers, object()
+        observers[number] = observer
 
         def stop() -> None:
-            with contextlib.suppress(ValueError):  # removed already, because it raised
-                observers.remove(observer)
+            observers.pop(number, None)  # it may have raised
 
         return stop
 

@@ -8,7 +8,6 @@ and takes no lock: ended moves come back in groups.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import sys
@@ -113,7 +112,7 @@ class Flights:
         self.relay = self._relay(config, lanes)
         self._flights: dict[tuple[BlockKey, bool], Flight] = {}
         self.running: set[Flight] = set()
-        self.observers: list[Observer] = []
+        self.observers: dict[object, Observer] = {}  # by what stands for the call that named them
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.quarantined = 0
         self.territory = Territory()
@@ -633,12 +632,11 @@ class Flights:
 
     def _notify(self, event: Event) -> None:
         self._sound = None  # who is told may do anything
-        for observer in list(self.observers):
+        for number, observer in list(self.observers.items()):
             try:
                 observer.settled(event)
             except BaseException as error:  # noqa: BLE001 - an observer's fault breaks no transfer
-                with contextlib.suppress(ValueError):  # it has removed itself
-                    self.observers.remove(observer)
+                self.observers.pop(number, None)  # it may have removed itself
                 _log.exception("an observer raised and was removed")
                 if isinstance(error, KeyboardInterrupt | SystemExit):  # for the program, not for us
                     self._loop.call_soon(_raise, error)

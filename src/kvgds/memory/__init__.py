@@ -268,6 +268,7 @@ class Region:
         self.territory: Territory | None = None  # whose claims are heeded
         self.uses = 0  # of its views, now
         self.closed = False
+        self.lent = False  # for one operation, and let go of when that ends
         self._arrays = arrays
         self._movable = [array for array in arrays if array.movable]
         # Addresses in GPU memory mean nothing to the host.
@@ -409,6 +410,8 @@ class View:
         for start, stop in self._ranges:
             self.region.claims.remove(start, stop, write=write)
         self.region.uses -= 1
+        if self.region.lent and not self.region.uses:
+            self.region.release()  # whoever looks at the view a moment longer
 
 
 class _Flat:
@@ -655,6 +658,7 @@ class Territory:
         """A region for one operation on memory that nobody registered."""
         region = self._here(region_of(buffer, self._claims, zero_copy=False))
         _check_apart("memory", region, self._paged)
+        region.lent = True
         return region
 
 

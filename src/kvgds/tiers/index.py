@@ -350,12 +350,15 @@ class Index:
         self._database.close()
 
     def _main(self) -> None:
-        while True:
-            group, last = self._take()
-            if group:
-                self._commit(group)
-            if last:
-                return
+        while self._serve():  # which lets go of what was asked for: the next may never come
+            pass
+
+    def _serve(self) -> bool:
+        """Commit what has been asked for meanwhile. False: that was the last."""
+        group, last = self._take()
+        if group:
+            self._commit(group)
+        return not last
 
     def _take(self) -> tuple[list[tuple[Changes, Any]], bool]:
         group: list[tuple[Changes, Any]] = []
