@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from rich.console import Console
 
-from kvgds.bench import limits
+from kvgds.bench import ending, limits
 from kvgds.bench.blocks import Content
 from kvgds.bench.machine import report
 from kvgds.bench.measure import Contender, Sample, alternate
@@ -102,7 +102,7 @@ def test_all_that_is_asked_for_succeeds(
 
 
 def test_the_command_measures_this_machine(tmp_path: Path) -> None:
-    options = ("--rounds", "1", "--bytes", "1M", "--json")
+    options = ("--rounds", "1", "--bytes", "1000001", "--json")  # no pages
     _, *rows = rows_of(tmp_path, "-m", "kvgds", "bench", *options)
     assert {row["scenario"] for row in rows} == {"copy", "store", "load", "ticker"}
     assert {row["kind"] for row in rows} == {"engine", "limit"}
@@ -460,7 +460,7 @@ def test_what_can_not_be_measured_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_bench_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "kvgds", "bench", "--root", str(tmp_path)]
     with subprocess.Popen(
@@ -473,3 +473,19 @@ def test_a_bench_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Sig
         process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bench_that_is_to_outlast_its_terminal_does() -> None:
+    ended = []
+
+    async def bench() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.01)  # the loop hears of a signal in its next turn
+        ended.append("in order")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ending.run(bench())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended == ["in order"]

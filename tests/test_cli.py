@@ -462,11 +462,46 @@ def test_doctor_looks_beside_a_directory_that_is_not_there_yet(tmp_path: Path) -
     assert list(place.iterdir()) == []
 
 
-def test_a_screen_without_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("doctor", "--root", "."), "POSIX"),
+        (("gc", "."), "say what goes"),
+        (("gc", "--help"), "Drop blocks"),
+    ],
+)
+def test_a_screen_without_columns(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     """As some that start jobs have it: that is no width."""
     path = os.pathsep.join(filter(None, sys.path))
     environ = {**os.environ, "PYTHONPATH": path, "COLUMNS": "0"}
-    assert "POSIX" in process("doctor", "--root", tmp_path, env=environ).stdout
+    done = process(*arguments, env=environ, cwd=tmp_path)
+    assert says in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ls", ""),
+        ("gc", "", "--keep-bytes", "0"),
+        ("doctor", "--root", ""),
+        ("replay", "trace", "--root", ""),
+        ("bench", "--root", ""),
+        ("demo", "--root", ""),
+    ],
+)
+def test_a_variable_that_is_not_set_names_no_directory(arguments: tuple[str, ...]) -> None:
+    """Least of all this one."""
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "must be the path of a directory" in " ".join(result.stderr.split())
+
+
+def test_doctor_refuses_a_variable_that_names_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tier whose name has a letter too few would not be looked at."""
+    monkeypatch.setenv("KVGDS_TIER__0__ROOT", "/kv")
+    done = process("doctor")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: KVGDS_TIER__0__ROOT='/kv': names no setting; those are ")
 
 
 def test_doctor_says_one_thing_once(tmp_path: Path) -> None:

@@ -300,6 +300,28 @@ def test_no_keys_at_all(shell: Shell, tmp_path: Path, monkeypatch: pytest.Monkey
     assert said in result.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be another user takes root")
+def test_a_user_without_a_home() -> None:
+    """Whom no list of users knows, as in a container: there is no file of keys to look at."""
+    kept = "+dac_override,+dac_read_search"
+    user = ["setpriv", "--reuid=54321", f"--inh-caps={kept}", f"--ambient-caps={kept}"]
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with reserve() as held:
+        nobody = f"http://127.0.0.1:{held.getsockname()[1]}"
+        command = [sys.executable, "-m", "kvgds", "ls", "s3://bucket", "--endpoint", nobody]
+        done = subprocess.run(
+            [*user, "--clear-groups", "env", "-u", "HOME", *command],
+            env={**environ, "AWS_METADATA_ENDPOINT": nobody},
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=50,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: s3://bucket/ does not answer as it should; give access_")
+
+
 def test_an_authority_that_nobody_knows(
     s3: JuiceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvgds.config import ObjectTier, load_config
+from kvgds.config import ObjectTier, load_config, variables
 from kvgds.errors import ConfigError
 from kvgds.upkeep.retention import LONGEST_S
 
@@ -63,13 +63,25 @@ def parse_age(text: str) -> float:
     return seconds
 
 
+def parse_directory(text: str | Path) -> Path:
+    """A path. Not of an empty text, which a variable that is not set leaves: that is ``.`` to Path.
+
+    Raises:
+        typer.BadParameter: it is empty.
+    """
+    if not str(text):
+        raise typer.BadParameter("must be the path of a directory")
+    return Path(text)
+
+
 def configured(path: Path | None) -> tuple[FileTier | ObjectTier, ...]:
     """The tiers of a file of settings and of ``KVGDS_*`` variables; none if there are neither.
 
     Raises:
         ConfigError: a setting is wrong.
     """
-    if path is None and not any(name.startswith("KVGDS_TIERS") for name in os.environ):
+    given = variables(os.environ)
+    if path is None and not any(steps[0] == "tiers" for steps in given):
         return ()
     return load_config(path, os.environ).tiers
 
@@ -84,14 +96,14 @@ def place(
 
     Raises:
         ConfigError: a setting is wrong.
-        typer.BadParameter: options that don't go together.
+        typer.BadParameter: an empty path, or options that don't go together.
     """
     options = {"endpoint": endpoint, "region": region, "ca_bundle": ca_bundle}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if not text.startswith(_SCHEME):
         if changes or config is not None:
             raise typer.BadParameter("--config, --endpoint, --region and --ca-bundle are for s3://")
-        return Path(text)
+        return parse_directory(text)
     bucket, _, prefix = text.removeprefix(_SCHEME).partition("/")
     for tier in configured(config):
         if isinstance(tier, ObjectTier) and tier.bucket == bucket:

@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -28,7 +29,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from kvgds._starting import INTERRUPTED, end_at_once, end_in_order
-from kvgds.arguments import MOST, UNITS, configured, parse_age, parse_size, place
+from kvgds.arguments import (
+    MOST,
+    UNITS,
+    configured,
+    parse_age,
+    parse_directory,
+    parse_size,
+    place,
+)
 from kvgds.errors import ConfigError, KvgdsError, explain
 from kvgds.upkeep.records import counted
 
@@ -78,6 +87,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    if os.environ.get("COLUMNS") == "0":  # as some schedulers of jobs set it: nothing is printed
+        del os.environ["COLUMNS"]
     try:
         end_in_order()
         app()
@@ -116,6 +127,11 @@ CaBundle = Annotated[Path | None, typer.Option(help="PEM file of authorities to 
 def _size(*names: str, help: str) -> Any:  # noqa: A002, ANN401 - typer's own
     """An option that is a size; what it is if it is not given, its help says."""
     return typer.Option(*names, parser=parse_size, metavar="SIZE", show_default=False, help=help)
+
+
+def _directory(help: str) -> Any:  # noqa: A002, ANN401 - see _size
+    """An option that is the path of a directory."""
+    return typer.Option(parser=parse_directory, metavar="PATH", help=help)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -164,14 +180,7 @@ def _print_json(found: object) -> None:
 
 
 def _console() -> Console:
-    return _wide(Console(highlight=False, soft_wrap=True, emoji=False))
-
-
-def _wide(console: Console) -> Console:
-    """With COLUMNS=0, as some schedulers of jobs set it, nothing at all would be printed."""
-    if not console.width:
-        console.width = 80
-    return console
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -184,7 +193,7 @@ def _table(title: str, *columns: str) -> Table:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars on standard error, if that is a terminal."""
-    console = _wide(Console(stderr=True, emoji=False))
+    console = Console(stderr=True, emoji=False)
     if not console.is_terminal:
         yield lambda *_: None
         return
@@ -229,7 +238,9 @@ def doctor(
     is_bucket = root is not None and root.startswith("s3://")
     has_bucket = any(isinstance(tier, ObjectTier) for tier in tiers)
     settings = config if is_bucket and has_bucket else None
-    where = _place(root or "", settings, endpoint, region, ca_bundle, name="--root")
+    where = _place(
+        os.curdir if root is None else root, settings, endpoint, region, ca_bundle, name="--root"
+    )
     if root is not None:
         here = (
             where if isinstance(where, ObjectTier) else FileTier(root=where, capacity_bytes=1 << 30)
@@ -503,7 +514,7 @@ def _print_retention(done: Retention) -> None:
 def replay(
     trace: Annotated[Path, typer.Argument(help="File of requests, JSON lines.")],
     *,
-    root: Annotated[Path, typer.Option(help="Directory for the blocks.")],
+    root: Annotated[Path, _directory("Directory for the blocks.")],
     limit: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Only the first so many requests.")
     ] = None,
@@ -575,7 +586,7 @@ def _times(of: Latency) -> str:
 def bench(
     *,
     root: Annotated[
-        Path, typer.Option(help="Directory on the disk to measure, which gets its room back.")
+        Path, _directory("Directory on the disk to measure, which gets its room back.")
     ] = Path(),
     gpu: Annotated[
         int | None, typer.Option(min=0, max=63, help="This GPU; the first one if not given.")
@@ -631,12 +642,12 @@ def bench(
 
 @app.command()
 def demo(
-    root: Annotated[Path | None, typer.Option(help="Directory for the blocks.")] = None,
+    root: Annotated[Path | None, _directory("Directory for the blocks.")] = None,
 ) -> None:
     """Serve prompts with a small random model, exit, and go on from its blocks in a new process."""
     from kvgds.demo import run
 
-    raise typer.Exit(run(root, _wide(Console())))
+    raise typer.Exit(run(root, Console()))
 
 
 @contextmanager

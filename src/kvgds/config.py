@@ -227,8 +227,8 @@ class EngineConfig(_Settings):
 
     Attributes:
         namespace: what the blocks belong to; blocks of different namespaces never mix.
-        tiers: where blocks go, in a tuple or list: a FileTier, an ObjectTier, or a FileTier and
-            behind it an ObjectTier.
+        tiers: where blocks go, in a tuple: a FileTier, an ObjectTier, or a FileTier and behind it
+            an ObjectTier.
         path: for GPU memory; it changes nothing for the host's. ``"auto"``: GPUDirect Storage if it
             is proved at open, else the bounce region; ``"gds"``: PathUnavailable if not;
             ``"bounce"``: without a trial.
@@ -335,18 +335,25 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read(path)
-    given: dict[tuple[str, ...], str] = {}
-    for name, text in sorted(environ.items()):
-        if name.startswith("KVGDS_") and name not in _OF_THE_TESTS:
-            steps = _steps(name, text)
-            _set(tree, steps, _value(steps, text), name)
-            given[steps] = name
+    given = variables(environ)
+    for steps, name in given.items():
+        _set(tree, steps, _value(steps, environ[name]), name)
     tiers = tree.get("tiers")
     last = len(tiers) - 1 if isinstance(tiers, list) else 0
     try:
         return _from_tree(tree)
     except ConfigError as error:
         raise _by_variable(error, given, last) from None
+
+
+def variables(environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    """The ``KVGDS_*`` variables there are, by the way to the setting that each names.
+
+    Raises:
+        ConfigError: one names none.
+    """
+    names = [name for name in sorted(environ) if name.startswith("KVGDS_")]
+    return {_steps(name, environ[name]): name for name in names if name not in _OF_THE_TESTS}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -57,20 +57,30 @@ def count(text: str) -> int:
 
 
 def run(bench: Coroutine[Any, Any, None]) -> None:
-    """Run it on an event loop of its own. SIGINT and SIGTERM cancel it, so that it cleans up.
+    """Run it on an event loop of its own.
+
+    SIGINT, SIGTERM and the end of its terminal cancel it, so that it cleans up; not what this
+    process is to ignore, as ``nohup`` has it.
 
     Raises:
         SystemExit: it was cancelled.
     """
+    status = INTERRUPTED
 
     async def cancellable() -> None:
         task = asyncio.ensure_future(bench)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def end(number: int) -> None:
+            nonlocal status
+            status = 128 + number
+            task.cancel()
+
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(each, end, each)
         await task
 
     try:
         asyncio.run(cancellable())
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except asyncio.CancelledError:
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise SystemExit(status) from None

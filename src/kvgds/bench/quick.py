@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvgds.bench.grid import copies, field_of, moves, ticker
 from kvgds.bench.machine import report
 from kvgds.bench.measure import quiet
+from kvgds.blocks import PAGE
 from kvgds.errors import PathUnavailable
 from kvgds.memory.device import cuda
 
@@ -80,7 +81,7 @@ async def quick(below: Path, gpu: int | None, scale: Scale, told: Told) -> Async
                 "machine": report(root, [plan for each in places.values() for plan in each.plans])
             }
             stack.enter_context(quiet())
-            for row in await copies(places[None], min(MIB, scale.nbytes // 2)):
+            for row in await copies(places[None], min(MIB, scale.nbytes // 2 // PAGE * PAGE)):
                 yield row
             for n, (memory, (block, in_flight)) in enumerate(steps):
                 told("measuring", n, len(steps) + 1)

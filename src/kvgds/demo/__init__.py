@@ -30,6 +30,7 @@ from rich.table import Table
 
 from kvgds.demo.report import Report, differences
 from kvgds.demo.workload import SIZES
+from kvgds.errors import KvgdsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,36 +53,40 @@ _STEPS = {
 
 
 def run(root: Path | None, console: Console, *, size: str = "full", tamper: bool = False) -> int:
-    """Run the demo; return the exit status: 1 if anything failed or differed.
+    """Run the demo; return the exit status: 1 if anything differed.
 
-    SIGINT and SIGTERM end it, with 128 more than their number. Call it on the main thread.
+    SIGINT, SIGTERM and SIGHUP end it, with 128 more than their number. Call it on the main thread.
 
     Args:
         root: directory for the blocks; a temporary one by default.
         console: where progress and results are printed.
         size: a name in ``SIZES``.
         tamper: change a byte of a loaded block; then the demo must fail.
+
+    Raises:
+        DemoError: it could not be run to its end.
     """
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
-        return _fail(console, f"kvgds demo needs {' and '.join(missing)}: {_PACKAGES}")
-    ending, failure = Ending(), ""
+        raise DemoError(f"kvgds demo needs {' and '.join(missing)}: {_PACKAGES}")
+    ending = Ending()
     with ending.by_signals(), tempfile.TemporaryDirectory(prefix="kvgds-demo-") as scratch:
         processes = Processes(root or Path(scratch, "blocks"), Path(scratch), size, ending=ending)
         try:
             with _progress(console, processes):
                 first = processes.run("first")
                 second = processes.run("second", *(["--tamper"] if tamper else []))
-        except ChildFailed as error:
-            failure = str(error)
-    if ending.status or failure:
-        return ending.status or _fail(console, failure)
+        except DemoError:
+            if not ending.status:
+                raise
+    if ending.status:
+        return ending.status
     console.print(_table(first, second, SIZES[size]))
     return _verdict(console, first, second)
 
 
-class ChildFailed(Exception):
-    """One of the two processes did not end well."""
+class DemoError(KvgdsError):
+    """What it needs is not there, or one of its processes did not end well."""
 
 
 class Ending:
@@ -101,7 +106,8 @@ class Ending:
     @contextmanager
     def by_signals(self) -> Iterator[None]:
         """Listen to them, but for those that this process is to ignore."""
-        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {each: signal.getsignal(each) for each in ends}
         heard = [each for each, handler in before.items() if handler is not signal.SIG_IGN]
         for each in heard:
             signal.signal(each, self._end)
@@ -149,7 +155,7 @@ class Processes:
         """Run one process to its end.
 
         Raises:
-            ChildFailed: with what it said.
+            DemoError: with what it said.
         """
         path = self.scratch / f"{which}.report"
         command = [sys.executable, "-m", "kvgds.demo", which, os.fspath(self.root), os.fspath(path)]
@@ -160,7 +166,7 @@ class Processes:
             status = self._watch([*command, *options], stderr.fileno())
         if status != 0:
             said = errors.read_text("utf-8", "replace").strip() or f"it ended with status {status}"
-            raise ChildFailed(f"the {which} process failed: {said}")
+            raise DemoError(f"the {which} process failed: {said}")
         return Report.read(path)
 
     def _watch(self, command: list[str], stderr: int) -> int:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KEYS_AT_ONCE", "Batch", "Flights", "Memory", "listed", "pairs"]
 
-Memory: TypeAlias = Any
+Memory: TypeAlias = object
 """Memory of one block: a View (`cache.block(i)`, `region[a:b]`), a whole Region, or what
 :meth:`~kvgds.Engine.register` takes, which then bounces. Loads need it writable."""
 

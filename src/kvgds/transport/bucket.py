@@ -10,7 +10,6 @@ import errno
 import os
 import re
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
@@ -22,6 +21,7 @@ from kvgds.transport.contract import NotMoved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from obstore.store import ClientConfig, S3Config
 
@@ -271,7 +271,9 @@ def _credentials(settings: ObjectTier) -> dict[str, Any]:
 
 def _shared() -> dict[str, Any] | None:
     """Keys of the profile in AWS's shared credentials file; None: there are none."""
-    path = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws" / "credentials"
+    # Where nobody knows of a home, this names a file that there is not; Path's would raise.
+    home = os.path.expanduser("~/.aws/credentials")
+    path = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home
     profiles = configparser.ConfigParser(interpolation=None)
     try:
         profiles.read(path, encoding="utf-8")
