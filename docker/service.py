@@ -62,7 +62,7 @@ async def main() -> None:
     assert task is not None  # noqa: S101 - for the type checker
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     async with kvgds.open_engine(kvgds.load_config(None, os.environ)) as engine:
-        print(*engine.plan, flush=True)  # noqa: T201 - how bytes move, for the container's log
+        print(*engine.plan, sep="\n", flush=True)  # noqa: T201 - how bytes move, for the container's log
         cache = engine.register_cache(_cache())
         server, thread = prometheus_client.start_http_server(PORT, registry=engine.metrics.registry)
         try:
