@@ -84,7 +84,8 @@ class Tier(Protocol):
 
     The implementation settles every move that it was given exactly once, with ``status``
     or ``error`` set; a block is visible only when it is whole; a move that is abandoned is
-    not published; it never blocks the loop.
+    not published; it never blocks the loop. A subclass may leave out what has a body here, if it
+    always answers, is never the first tier of a stack, or lets nobody wait for the next one.
 
     Attributes:
         authoritative: whether ``contains`` is the whole truth. False where others may store
@@ -100,6 +101,7 @@ class Tier(Protocol):
     @property
     def out(self) -> str:
         """Why nothing should be asked of it at present; "": it answers."""
+        return ""
 
     def open(self, progress: Callable[[str, int, int], None]) -> None:
         """Make ready what lies there. Blocks: runs in the executor."""
@@ -132,24 +134,28 @@ class Tier(Protocol):
 
         Called once, after open. It may give some that the next tier has.
         """
+        return ()
 
-    def mirrored(self, moves: Sequence[Move]) -> None:
+    def mirrored(self, moves: Sequence[Move]) -> None:  # noqa: ARG002 - there is no next tier
         """The next tier has the blocks that these loads, which have ended, brought it.
 
         They are evicted rather than others from now on. That is noted on a best-effort basis:
         a crash may forget it, so that they are owed again.
         """
+        return
 
-    def is_mirrored(self, key: BlockKey) -> bool:
+    def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - none is known
         """Whether the next tier has the block, as far as is known without looking."""
+        return False
 
-    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
+    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:  # noqa: ARG002 - nobody waits
         """Those who wait for room look again: the backlog's ``out`` has changed, perhaps.
 
         Args:
             given_up: blocks that won't be taken until the tier is opened again: they may be
                 evicted as if the next tier had them.
         """
+        return
 
     def statistics(self) -> TierStatistics:
         """What it holds and has done."""

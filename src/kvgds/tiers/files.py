@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from kvgds.blocks import image_bytes
 from kvgds.errors import BlockCorrupt, ConfigError, StorageFull, TransferError, explain
-from kvgds.paths import PathPlan, try_directory
-from kvgds.tiers import Services, TierStatistics
+from kvgds.paths import try_directory
+from kvgds.tiers import Services, Tier, TierStatistics
 from kvgds.tiers.directory import prepare_root
 from kvgds.tiers.known import Known, known_as
 from kvgds.tiers.tree import Delete, Errands, Store, Tree, close_files, fail
@@ -57,20 +57,19 @@ class _Prefix:
     length: int = 0
 
 
-class Files:
+class Files(Tier):
     """The files layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``.
 
     What it knows without asking the directory are the blocks it has seen; others come and
     go by the hand of other processes. So that tells what need not be stored or is worth a wait,
-    and never that a load would miss.
+    and never that a load would miss. Whether the next tier has a block it does not say, for it
+    would have to look for a marker; and no store waits for that: what it lacks goes last, but goes.
     """
 
     authoritative = False
-    out = ""
 
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"files:{settings.root}"
-        self.plan: PathPlan
         self.checked = settings.verify == "full"
         self._settings = settings
         self._services = services
@@ -265,13 +264,6 @@ class Files:
         self._under_way += len(moves)
         self._errands.mirrored += moves
         self._do_errands()
-
-    def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - a marker would have to be looked for
-        """See ``Tier.is_mirrored``."""
-        return False
-
-    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
-        """Nobody waits for the next tier: what that lacks goes last, but it goes."""
 
     # --- storing, quarantining, deleting ----------------------------------------------
 

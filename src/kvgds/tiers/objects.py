@@ -35,14 +35,14 @@ from kvgds.errors import (
 )
 from kvgds.memory import Arena, region_of
 from kvgds.paths import PathPlan
-from kvgds.tiers import Services, TierStatistics
+from kvgds.tiers import Services, Tier, TierStatistics
 from kvgds.tiers.breaker import Breaker
 from kvgds.tiers.maps import KeyQueue
 from kvgds.transport import File, NotMoved
 from kvgds.transport.bucket import fix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from kvgds.blocks import BlockKey, Namespace
     from kvgds.config import ObjectTier
@@ -73,7 +73,7 @@ class _Turn(NamedTuple):
     move: Move | None = None  # whose store it is
 
 
-class Objects:
+class Objects(Tier):
     """The tier of an :class:`~kvgds.config.ObjectTier`; see ``tiers.Tier``.
 
     Args:
@@ -94,7 +94,6 @@ class Objects:
         changed: Callable[[], None] | None,
     ) -> None:
         self.name = f"objects:{settings.bucket}/{settings.prefix}"
-        self.plan: PathPlan
         self._settings = settings
         self._namespace = namespace
         self._space = namespace.digest.hex()
@@ -628,22 +627,6 @@ class Objects:
 
         self._under_way += 1
         self._in_turn(place, _Turn(partial(self._ask, remove, removed)))
-
-    # --- what only the first tier of a stack is asked ---------------------------------
-
-    def owed(self) -> Iterable[tuple[BlockKey, int]]:
-        """See ``Tier.owed``: nothing is behind it."""
-        return ()
-
-    def mirrored(self, moves: Sequence[Move]) -> None:
-        """See ``Tier.mirrored``."""
-
-    def is_mirrored(self, key: BlockKey) -> bool:  # noqa: ARG002 - nothing is behind it
-        """See ``Tier.is_mirrored``."""
-        return False
-
-    def look_again(self, given_up: Sequence[BlockKey] = ()) -> None:
-        """See ``Tier.look_again``."""
 
 
 class _Trial:

@@ -19,9 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvgds.errors import BlockCorrupt, ConfigError, TransferError
-from kvgds.paths import NO_ROOM, PathPlan, try_directory
+from kvgds.paths import NO_ROOM, try_directory
 from kvgds.threads import starting
-from kvgds.tiers import Services, TierStatistics, locks
+from kvgds.tiers import Services, Tier, TierStatistics, locks
 from kvgds.tiers.directory import lock_root, prepare_root
 from kvgds.tiers.index import Changes, Index, connect, unusable
 from kvgds.tiers.recovery import Recovery
@@ -41,15 +41,13 @@ _DELETED = "was deleted while the engine had it open"
 _TOUCHES = 1024  # about how many uses may be forgotten by a crash
 
 
-class Slabs:
+class Slabs(Tier):
     """The slab layout of a :class:`~kvgds.config.FileTier`; see ``tiers.Tier``."""
 
     authoritative = True
-    out = ""
 
     def __init__(self, settings: FileTier, namespace: Namespace, services: Services) -> None:
         self.name = f"slabs:{settings.root}"
-        self.plan: PathPlan
         self.checked = settings.verify == "full"
         self._settings = settings
         self._namespace = namespace
