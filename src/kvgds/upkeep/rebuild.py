@@ -143,8 +143,7 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
                 os.chown(path, folder.st_uid, folder.st_gid)
         database.execute("INSERT INTO meta VALUES ('opens', ?)", (latest >> _TICKS,))
         database.execute("INSERT INTO meta VALUES ('power', 0)")  # who knows what was promised
-    index = writing(path)
-    try:
+    with writing(path) as index:
         index.apply(Changes(add_slab=[(slab.id, slab.slot_bytes, slab.slots) for slab in slabs]))
         digests = {namespace for namespace, _ in blocks}
         numbers = {digest: index.namespace(digest, texts.get(digest, "")) for digest in digests}
@@ -153,8 +152,6 @@ def _write_index(path: Path, slabs: list[Slab], blocks: Blocks, texts: dict[byte
             for (namespace, key), row in blocks.items()
         ]
         index.apply(Changes(put=[(*row, row[3], 0) for row in rows]))
-    finally:
-        index.close()
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

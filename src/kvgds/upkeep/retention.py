@@ -65,15 +65,12 @@ def gc_slabs(root: Path, rule: Rule, done: Retention) -> None:
     done.freed_bytes = sum(slab.slots * slab.slot_bytes for slab in slabs)
     if done.dry_run or not drop:
         return
-    index = writing(root / "index.db")
-    try:
+    with writing(root / "index.db") as index:
         index.apply(Changes(drop=[slot for slot in slots if slot >> SLOT_BITS not in emptied]))
         _sweep(root, {slab_id for slab_id, _, _ in index.slabs()})
         for slab in slabs:
             index.apply(Changes(drop_slab=[slab.id]))
             slab.path.unlink(missing_ok=True)
-    finally:
-        index.close()
 
 
 def _sweep(root: Path, known: set[int]) -> None:

@@ -257,9 +257,9 @@ def _check_rows(rows: list[Row], report: Report, found: _Found, arena: Arena) ->
 # --- repairing ----------------------------------------------------------------------------
 
 
-def writing(path: Path) -> Index:
+def writing(path: Path) -> contextlib.closing[Index]:
     """The index, to be changed by :meth:`~kvgds.tiers.index.Index.apply`. Needs the lock."""
-    return Index(connect(path), _nothing, _nothing)
+    return contextlib.closing(Index(connect(path), _nothing, _nothing))
 
 
 def _nothing(*_: object) -> None:
@@ -268,14 +268,11 @@ def _nothing(*_: object) -> None:
 
 def _repair(root: Path, found: _Found, progress: Progress) -> None:
     """Mend: first never serve it again, then use its place again if that works."""
-    index = writing(root / "index.db")
-    try:
+    with writing(root / "index.db") as index:
         index.apply(Changes(drop=list(found.gone), quarantine=list(found.bad)))
         for slab_id, problem in found.cut.items():
             _make_whole(found.slabs[slab_id], problem)
         index.apply(Changes(drop=_usable(found, progress)))
-    finally:
-        index.close()
     for problem in found.gone.values():
         problem.repaired = True
     for path, problem in found.orphans.items():
