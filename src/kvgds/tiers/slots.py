@@ -52,13 +52,8 @@ class Forgotten(NamedTuple):
 
     slot: int
     key: BlockKey | None = None
-    block: Block = Block(0, 0, 0, 0)
+    used_at: int = 0
     state: int = _MIRRORED  # as far as there is a next tier
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether the next tier has it."""
-        return self.state == _MIRRORED
 
 
 class SizeClass:
@@ -442,7 +437,7 @@ class Slots:
     def count_evicted(self, gone: Sequence[Forgotten], step: int = 1) -> None:
         """Blocks were evicted (1), or are back after all (-1)."""
         self.evictions += step * len(gone)
-        self.dropped += step * sum(not block.mirrored for block in gone)
+        self.dropped += step * sum(block.state != _MIRRORED for block in gone)
 
     def touch(self, slot: int) -> None:
         """A block is used now."""
@@ -471,7 +466,7 @@ class Slots:
         if key is None:
             return Forgotten(slot, state=state)
         self.keys.remove(key)
-        return Forgotten(slot, key, self.block(slot), state)
+        return Forgotten(slot, key, slab.uses[place], state)
 
     def discard(self, slot: int) -> Forgotten:
         """Forget a block that its user has done with.
@@ -485,12 +480,12 @@ class Slots:
 
     def remember(self, gone: Forgotten) -> None:
         """The index still names a block, so its slot is not free: go on with it, used long ago."""
-        slot, key, block, state = gone
+        slot, key, used_at, state = gone
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         if key in self.keys:  # stored again meanwhile
             key, state = None, _MIRRORED
-        slab.used_at = max(slab.used_at, block.used_at)
-        self._use(slab, place, block.used_at, state)
+        slab.used_at = max(slab.used_at, used_at)
+        self._use(slab, place, used_at, state)
         self._order(slab, place).prepend(slot)
         if key is not None:
             slab.keys[place] = key
