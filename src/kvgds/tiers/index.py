@@ -108,9 +108,7 @@ class Changes:
     @property
     def one_statement(self) -> bool:
         """Whether they are only a few blocks that were stored."""
-        marks = self.touch or self.quarantine or self.mirrored
-        others = self.drop or marks or self.add_slab or self.drop_slab
-        return 0 < len(self.put) <= _ROWS and not others
+        return 0 < len(self.put) <= _ROWS and self == Changes(put=self.put)
 
     def merge(self, other: Changes) -> None:
         """Add another's changes; no slot is both dropped by one and put by the other."""

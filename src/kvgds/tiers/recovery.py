@@ -118,13 +118,7 @@ class Recovery:
         total, done = self._index.count(), 0
         wrong: list[int] = []
         for chunk in self._index.blocks():
-            for row in chunk:
-                slot = row[0]
-                unusable: int | None = slot
-                if slot & SLOT_MASK < self._usable.get(slot >> SLOT_BITS, 0):
-                    unusable = self._adopt(row)
-                if unusable is not None:
-                    wrong.append(unusable)
+            wrong += (slot for slot in map(self._adopt, chunk) if slot is not None)
             done += len(chunk)
             progress("recovering the index", done, total)
         self._index.apply(Changes(drop=wrong))
@@ -140,6 +134,8 @@ class Recovery:
         """
         slot, namespace, key, generation, nbytes, algorithm, mirrored = row
         slots = self._slots
+        if slot & SLOT_MASK >= self._usable.get(slot >> SLOT_BITS, 0):
+            return slot
         if key is None:
             slots.quarantine(slot)
             return None

@@ -216,7 +216,7 @@ class Slabs(Tier):
             settled.append(move)
         self._moving += len(going)
         if going:
-            self._services.transport.submit(going, self._loaded_soon)
+            self._services.transport.submit(going, partial(self._services.post, self._loaded))
             self._note_uses(_TOUCHES)
         if settled:
             self._services.settle(settled)
@@ -225,9 +225,6 @@ class Slabs(Tier):
         """Tell the index which blocks were used, if so many were; nobody waits for it."""
         if len(self._slots.touched) >= least:
             self._index.commit(Changes(touch=self._slots.take_touched()), _ignore)
-
-    def _loaded_soon(self, moves: list[Move]) -> None:
-        self._services.post(self._loaded, moves)
 
     def _loaded(self, moves: list[Move]) -> None:
         doubtful = [
