@@ -89,21 +89,14 @@ class Supply:
 
     def ask(self, moves: Sequence[Move]) -> None:
         """Give each store a slot and send it, now or when there is one; or refuse it."""
-        refused, going = [], []
+        refused = []
         for move in moves:
             slot_bytes = slot_bytes_for(move.nbytes)
             if slot_bytes > self._settings.capacity_bytes:
                 move.error = self._too_big(slot_bytes)
                 refused.append(move)
-                continue
-            size = self._slots.size_class(slot_bytes)
-            if size.waiting or not size.free:
-                size.waiting.append(move)
             else:
-                self._slots.take(move, size)
-                going.append(move)
-        if going:
-            self._send(going)
+                self._slots.size_class(slot_bytes).waiting.append(move)
         if refused:
             self._services.settle(refused)
         self.serve()
@@ -113,14 +106,14 @@ class Supply:
         """Give slots to waiting stores, or see to it that there will be some."""
         self._leave()
         sizes = tuple(self._slots.sizes.values())  # who is refused may let others in, of more sizes
+        going = []
         for size in sizes:
-            going = []
             while size.waiting and size.free:
                 move = size.waiting.popleft()
                 self._slots.take(move, size)
                 going.append(move)
-            if going:
-                self._send(going)
+        if going:
+            self._send(going)
         waiting = [size for size in sizes if size.waiting]
         for size in sorted(waiting, key=lambda size: size is not self._heir):
             if size.waiting:
