@@ -353,21 +353,13 @@ class Index:
 
     def _serve(self) -> bool:
         """Commit what has been asked for meanwhile. False: that was the last."""
-        group, last = self._take()
+        items = [self._inbox.get()]
+        while not self._inbox.empty():  # nobody else takes anything out
+            items.append(self._inbox.get())
+        group = [item for item in items if item is not None]
         if group:
             self._commit(group)
-        return not last
-
-    def _take(self) -> tuple[list[tuple[Changes, Any]], bool]:
-        group: list[tuple[Changes, Any]] = []
-        item = self._inbox.get()
-        try:
-            while item is not None:
-                group.append(item)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return group, False
-        return group, True
+        return len(group) == len(items)
 
     def _commit(self, group: list[tuple[Changes, Any]]) -> None:
         merged = Changes()
