@@ -533,24 +533,13 @@ class Objects(Tier):
         if self._turned_away(moves):
             return
         self._under_way += len(moves)
-        present = []
         for move in moves:
             move.place = self._place(move.key)
-            if move.place not in self._turns and self._has(move):
-                present.append(move)
-            else:
-                self._in_turn(move.place, _Turn(partial(self._store, move), move))
-        self._end(present)
-
-    def _has(self, move: Move) -> bool:
-        """Whether the block was seen there; then its store has ended."""
-        if self._seen_there(move.place) != image_bytes(move.nbytes):
-            return False
-        move.status = "present"
-        return True
+            self._in_turn(move.place, _Turn(partial(self._store, move), move))
 
     def _store(self, move: Move) -> None:
-        if self._has(move):
+        if self._seen_there(move.place) == image_bytes(move.nbytes):
+            move.status = "present"
             self._stored([move])
         elif self._missed_lately(move.place):
             self._upload(move)
