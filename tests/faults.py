@@ -255,9 +255,24 @@ class PowerDisk:
             os.close(fd)
 
     def restore(self) -> None:
-        """Mount it again, once nobody has a file of it open."""
+        """Mount it again, once nobody has it mounted, or a file of it open."""
         _unmount(self.root)
+        _wait_unused(self._device)
         _mount_or_skip(self._device, self.root, "ext4", "")
+
+
+def _wait_unused(device: str) -> None:
+    """Until no name space has it mounted: another that was made meanwhile has all that we had."""
+    deadline = time.monotonic() + STOP_S
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 @contextmanager
