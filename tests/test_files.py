@@ -441,6 +441,18 @@ async def test_a_name_may_cost_one_more_block_than_the_bytes(tmp_path: Path) -> 
             ]
 
 
+async def test_what_another_host_has_evicted_makes_no_room_here(tmp_path: Path) -> None:
+    """That host has counted it; this one's cache does not know yet that it has gone."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root, capacity_bytes=4 * IMAGE) as engine:
+            await put(engine, b"0", b"1", b"2", b"3")
+            disk.fail("unlink", errno.ENOENT, match="*.kv", count=2)  # here they stay: to be seen
+            await put(engine, b"new")
+            assert len(disk.seen("unlink", match="*.kv")) == 3
+            assert ledger(root) == taken(root) == 4 * IMAGE
+
+
 async def test_a_disk_smaller_than_the_capacity(tmp_path: Path) -> None:
     """Goes on within what there is; refuses, with advice, what can't fit."""
     with small_disk(tmp_path, 3 << 20, "ext4") as disk:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import pytest
 from faults import FaultyDisk
 from kvgds import Namespace, TransferError
 from kvgds.tiers.directory import prepare_root
+from kvgds.tiers.ledger import Owner
 from sharing import (
     HOUR,
     IMAGE,
@@ -265,7 +267,10 @@ async def test_a_look_that_sees_nothing_forgets_nothing(
 
 @pytest.mark.parametrize("alone", [True, False])
 async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:  # noqa: FBT001
-    """Of the dead at once; of those who can't be looked at, after an hour; of the living never."""
+    """Of the dead at once; of those who can't be looked at, after an hour; of the living never.
+
+    Who is alone knows that nobody else lives.
+    """
     root = tmp_path / "kv"
     async with contextlib.AsyncExitStack() as stack:
         async with opened(root) as engine:
@@ -289,9 +294,48 @@ async def test_only_what_is_stale_is_swept(tmp_path: Path, alone: bool) -> None:
             make_old(root / "tmp" / name, 2 * HOUR)
         make_old(root / "tmp" / remote[2], -2 * HOUR)  # its host's clock was put right
         async with opened(root) as engine:
-            assert temporaries(root) == sorted([*living, remote[1], stray[1]])
-            assert ledger(root) == taken(root) == 4 * IMAGE
+            left = [] if alone else [*living, remote[1]]
+            assert temporaries(root) == sorted([*left, stray[1]])
+            assert ledger(root) == taken(root) == (1 + len(left)) * IMAGE
             assert await get(engine, b"key")
+
+
+async def test_what_another_host_has_swept_is_given_up_once(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            await put(engine, b"key")
+            gone = leave(root, owner(os.getpid(), start=1))
+            write_ledger(root, 2 * IMAGE)
+            disk.fail("unlink", errno.ENOENT, match=f"*/{gone}")  # here it stays: to be seen
+            async with opened(root):
+                assert ledger(root) == 2 * IMAGE
+            disk.clear()
+            async with opened(root):
+                assert ledger(root) == taken(root) == IMAGE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="name spaces of its own take root")
+@pytest.mark.parametrize(
+    ("space", "alike"),
+    [
+        (["--pid", "--fork", "--mount-proc"], False),
+        (["--pid", "--fork"], False),  # /proc knows all by other numbers
+        (["--time", "--boottime", "100000", "--fork"], False),  # and when they started otherwise
+        (["--uts"], True),
+    ],
+)
+def test_only_who_can_tell_is_asked_who_lives(space: list[str], alike: bool) -> None:  # noqa: FBT001
+    program = "from kvgds.tiers.ledger import Owner; print(Owner.me().world)"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        ["unshare", *space, sys.executable, "-c", program],  # noqa: S607
+        env=environ,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert (done.stdout.strip() == Owner.me().world) == alike
 
 
 async def test_what_nfs_keeps_for_those_who_have_it_open(tmp_path: Path) -> None:

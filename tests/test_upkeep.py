@@ -32,6 +32,7 @@ from kvgds import (
 )
 from kvgds.upkeep import fsck, gc, layout_of, listing
 from kvgds.upkeep.images import WINDOW, Slab, arena_for
+from sharing import leave, owner, temporaries
 from support import SLOT_BITS, content, digest, image, places, read_at, spoil, write_at
 
 if TYPE_CHECKING:
@@ -1118,33 +1119,29 @@ def test_what_others_put_among_the_blocks_is_told_but_not_removed(tmp_path: Path
 def test_only_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     fill(config(root, "files"), keys(1))
-    world = f"{boot()}.{os.stat('/proc/self/ns/pid').st_ino}"
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
-        started = field_of(child.pid, 22)
+        gone = owner(child.pid)
         assert child.wait() == 0
-    dead = root / "tmp" / f"{world}.{child.pid}.{started}.{'0' * 16}.{TAKES}"
-    live = root / "tmp" / f"{world}.{os.getpid()}.{field_of(os.getpid(), 22)}.{'1' * 16}.{TAKES}"
-    other = root / "tmp" / f"{'9' * 32}.1.{child.pid}.5.{'2' * 16}.{TAKES}"
-    for path in (dead, live, other):
-        path.write_bytes(bytes(PAGE))
+    dead = leave(root, gone, TAKES)
+    others = [leave(root, owner(os.getpid()), TAKES), leave(root, owner(1, boot="9" * 32), TAKES)]
     count = int((root / "ledger").read_text())
     (root / "ledger").write_text(f"{count + 3 * TAKES:020}\n")
     report = fsck(root, repair=True)
-    assert [problem.place for problem in report.problems] == [f"tmp/{dead.name}"]
+    assert [problem.place for problem in report.problems] == [f"tmp/{dead}"]
     assert report.clean
-    assert sorted(path.name for path in (root / "tmp").iterdir()) == sorted([live.name, other.name])
+    assert temporaries(root) == sorted(others)
     assert int((root / "ledger").read_text()) == count + 2 * TAKES
 
 
-def boot() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip().replace("-", "")
-
-
-def field_of(pid: int, number: int) -> str:
-    """A field of /proc/PID/stat, counted as its manual does."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        return file.read().rpartition(")")[2].split()[number - 3]
+def test_what_an_engine_has_just_evicted_is_no_failure_of_gc(tmp_path: Path) -> None:
+    """On another host, of whose removal this one's cache does not know yet; it has counted that."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        fill(config(root, "files"), keys(3))
+        disk.fail("unlink", errno.ENOENT, match="*.kv", count=1)  # here it stays: to be seen
+        assert gc(root, keep_bytes=0).failed == 0
+        left = sum(path.stat().st_size for path in root.rglob("*.kv"))
+        assert int((root / "ledger").read_text()) == left == TAKES
 
 
 async def test_fsck_of_files_works_beside_a_running_engine(tmp_path: Path) -> None:

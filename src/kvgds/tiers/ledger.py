@@ -98,7 +98,7 @@ class Owner:
     """A process, told from all others on all hosts.
 
     Attributes:
-        world: boot and process namespace: who can tell whether it lives.
+        world: boot and name spaces of processes and time: who can tell whether it lives.
         pid: its number there.
         start: when it started, because numbers come again.
     """
@@ -112,8 +112,13 @@ class Owner:
         """This process."""
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip().replace("-", "")
-        space = os.stat("/proc/self/ns/pid").st_ino
-        return cls(f"{boot}.{space}", os.getpid(), _state_and_start("self")[1])
+        if os.readlink("/proc/self") != str(os.getpid()):  # it knows processes by other numbers
+            boot = secrets.token_hex(16)
+        # When a process started is told by the clock of who asks.
+        spaces = [f"/proc/self/ns/{kind}" for kind in ("pid", "time")]
+        numbers = [os.stat(path).st_ino for path in spaces if os.path.exists(path)]
+        world = f"{boot}.{''.join(map(str, numbers))}"
+        return cls(world, os.getpid(), _state_and_start("self")[1])
 
     def temporary(self, nbytes: int) -> str:
         """A new path for a temporary file of this owner, for which bytes are reserved."""

@@ -43,6 +43,7 @@ _SOON = 0.9  # of the capacity: no search before so much is taken
 _PACE = 16  # files that each job looks at for each of its stores; each store has two jobs
 _HURRY = 256  # files at most, beside those, where others evict as well
 _OWED_S = 1.0  # before it is looked again whether nothing may go that is to be spared
+_COUNTS = 3  # at a time at most, where what is known of files is old
 _FEW = 1024  # files, which are counted for each store that lacks room
 
 
@@ -172,6 +173,7 @@ class Room:
         self._behind = 0  # files that it would have looked at, had we removed what others have
         self._owed_until = 0.0  # by time.monotonic: all that might go is owed
         self._doubted = False  # the list: the next tier may have taken other blocks since
+        self._misled = False  # by what was known of a file
         self._total: int | None = None  # bytes seen by the one that has just ended
 
     def close(self) -> None:
@@ -204,8 +206,12 @@ class Room:
         # What is left in a list was owed when it was made, and so was all else.
         spared = known and spare and (self._list or time.monotonic() < self._owed_until)
         if not spared and (not known or not self._fits(need) or freed < forced):
-            self._count(need, max(forced - freed, 0))
-            freed += self._evict(need, forced - freed, spare=spare)
+            for _ in range(_COUNTS):
+                self._misled = False
+                self._count(need, max(forced - freed, 0))
+                freed += self._evict(need, forced - freed, spare=spare)
+                if not self._misled or (self._fits(need) and freed >= forced):
+                    break
             if spare and not self._fits(need):
                 self._owed_until = time.monotonic() + _OWED_S
         if self._files < _FEW:
@@ -262,20 +268,24 @@ class Room:
         return file.owed and self.debts.owes(file.place)
 
     def _remove(self, file: _File) -> int:
-        """Remove a file, unless it has been used since it was listed. Its bytes."""
+        """Remove a file, unless it has been used since it was listed. Bytes that are free so."""
         place = file.place
         found = status(place, self._root)
         if found is None or place in self.pins or self.last_use(place, found) != file.used:
             return 0
-        with contextlib.suppress(FileNotFoundError):  # asked twice, as a network may have been
+        freed, space = found.st_size, place.partition("/")[0]
+        try:
             os.unlink(place, dir_fd=self._root)
+            self.evictions += space != "quarantine"
+        except FileNotFoundError:
+            # What is known of it was old: another host has removed it, and has counted that. Or the
+            # network has asked twice; then the count stays too high, which is safe.
+            freed, self._misled = 0, True
         if file.owed:
             self.dropped += self.debts.unmark(place)
-        space = place.partition("/")[0]
-        self.evictions += space != "quarantine"
         if space == self._space:
             self._evicted.append(known_as(place))
-        return found.st_size
+        return freed
 
     # --- searching --------------------------------------------------------------------
 
@@ -345,8 +355,8 @@ class Room:
         for space in filter(SPACE.fullmatch, subfolders("", self._root)):
             yield from blocks_in(space, self._root)
 
-    def sweep(self) -> tuple[int, set[int], int]:
-        """Remove what dead owners left.
+    def sweep(self, *, alone: bool = False) -> tuple[int, set[int], int]:
+        """Remove what dead owners left; no other owner of anything lives (``alone``).
 
         Bytes reserved by the living, inodes for which they are, bytes given up.
         """
@@ -356,10 +366,10 @@ class Room:
             if name.startswith(_KEPT):
                 continue
             nbytes = reserved_by(name)
-            if self._owner.may_remove(name, now - found.st_mtime):
-                with contextlib.suppress(FileNotFoundError):
+            if (alone and nbytes) or self._owner.may_remove(name, now - found.st_mtime):
+                with contextlib.suppress(FileNotFoundError):  # by another, who has counted it
                     os.unlink(f"tmp/{name}", dir_fd=self._root)
-                freed += nbytes if found.st_nlink == 1 else 0
+                    freed += nbytes if found.st_nlink == 1 else 0
                 continue
             reserved += nbytes
             unfinished.add(found.st_ino)

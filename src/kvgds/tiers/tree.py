@@ -209,8 +209,9 @@ class Tree:
         except BlockingIOError:
             alone = False
         with self.ledger.held():
-            if self.ledger.sound and not alone:  # who counts anew sweeps as well
-                self.ledger.add(-self.room.sweep()[2])
+            given_up = self.room.sweep(alone=alone)[2]
+            if self.ledger.sound and not alone:  # who counts anew needs no sum
+                self.ledger.add(-given_up)
             self.room.make(0, 0, anew=alone)
         locks.lock(self._openers, fcntl.LOCK_SH)
 

@@ -244,9 +244,10 @@ def _remove(root: int, files: Sequence[_Seen]) -> set[_Seen]:
                         continue
                     if found.st_nlink > 1 and not seen.path.startswith("tmp/"):  # linked only just
                         forget_temporary(found.st_ino, root)
-                    os.unlink(seen.path, dir_fd=root)
+                    with contextlib.suppress(FileNotFoundError):  # by another, who has counted it
+                        os.unlink(seen.path, dir_fd=root)
+                        freed += seen.nbytes
                     unmark(seen.path, root)
-                    freed += seen.nbytes
                 gone.add(seen)
             if ledger.sound:  # else whoever uses it next counts anew
                 ledger.add(-freed)
