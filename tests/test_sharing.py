@@ -317,16 +317,20 @@ async def test_what_another_host_has_swept_is_given_up_once(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="name spaces of its own take root")
 @pytest.mark.parametrize(
-    ("space", "alike"),
+    ("space", "ours", "alike"),
     [
-        (["--pid", "--fork", "--mount-proc"], False),
-        (["--pid", "--fork"], False),  # /proc knows all by other numbers
-        (["--time", "--boottime", "100000", "--fork"], False),  # and when they started otherwise
-        (["--uts"], True),
+        (["--pid", "--fork", "--mount-proc"], False, True),
+        (["--pid", "--fork"], False, False),  # /proc knows processes by other numbers
+        (["--time", "--boottime", "100000", "--fork"], False, True),  # it tells other times
+        (["--uts"], True, True),
     ],
 )
-def test_only_who_can_tell_is_asked_who_lives(space: list[str], alike: bool) -> None:  # noqa: FBT001
-    program = "from kvgds.tiers.ledger import Owner; print(Owner.me().world)"
+def test_only_who_can_tell_is_asked_who_lives(
+    space: list[str],
+    ours: bool,  # noqa: FBT001
+    alike: bool,  # noqa: FBT001
+) -> None:
+    program = "from kvgds.tiers.ledger import Owner; print(Owner.me().world, Owner.me().world)"
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         ["unshare", *space, sys.executable, "-c", program],  # noqa: S607
@@ -335,7 +339,9 @@ def test_only_who_can_tell_is_asked_who_lives(space: list[str], alike: bool) -> 
         check=True,
         text=True,
     )
-    assert (done.stdout.strip() == Owner.me().world) == alike
+    one, another = done.stdout.split()
+    assert (one == Owner.me().world) == ours
+    assert (one == another) == alike
 
 
 async def test_what_nfs_keeps_for_those_who_have_it_open(tmp_path: Path) -> None:
