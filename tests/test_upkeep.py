@@ -573,6 +573,8 @@ ODD = (
     "UPDATE meta SET value = 'often' WHERE name = 'opens'",
     "UPDATE meta SET value = -1 WHERE name = 'opens'",
     "UPDATE meta SET value = 1 << 23 WHERE name = 'opens'",
+    "INSERT OR REPLACE INTO meta VALUES ('power', 'abc')",
+    "INSERT OR REPLACE INTO meta VALUES ('power', 2)",
     "ALTER TABLE block DROP COLUMN generation",
     "ALTER TABLE block RENAME COLUMN used TO unused",
     "DROP TABLE meta",

@@ -58,8 +58,8 @@ _UPGRADE = "ALTER TABLE block ADD COLUMN mirrored INTEGER NOT NULL DEFAULT 0"
 # Finds what no engine writes, a table each. SQLite takes any value in any column, so that without a
 # look at the types a text may turn up wherever a number is counted on.
 _ODD = {
-    "meta": "SELECT 1 FROM meta WHERE name = 'opens' "
-    "AND (typeof(value) != 'integer' OR value NOT BETWEEN 0 AND :opens)",
+    "meta": "SELECT 1 FROM meta WHERE name IN ('opens', 'power') AND (typeof(value) != 'integer' "
+    "OR value NOT BETWEEN 0 AND CASE name WHEN 'power' THEN 1 ELSE :opens END)",
     "namespace": "SELECT 1 FROM namespace "
     "WHERE typeof(digest) != 'blob' OR length(digest) != 16 OR typeof(text) != 'text'",
     "slab": "SELECT 1 FROM slab "
