@@ -181,8 +181,9 @@ def owner(pid: int, *, boot: str = "", start: int = 0) -> str:
     boot = boot or Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
     stat = Path(f"/proc/{pid}/stat")
     begun = start or int(stat.read_text().rpartition(")")[2].split()[19])
-    processes, times = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "time"))
-    return f"{boot}.{processes}{times}.{pid}.{begun}"
+    spaces = [Path(f"/proc/self/ns/{kind}") for kind in ("pid", "time")]
+    numbers = "".join(str(space.stat().st_ino) for space in spaces if space.exists())
+    return f"{boot}.{numbers}.{pid}.{begun}"
 
 
 def leave(root: Path, name: str, nbytes: int = IMAGE) -> str:

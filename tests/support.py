@@ -13,6 +13,7 @@ import itertools
 import json
 import mmap
 import os
+import signal
 import sqlite3
 import struct
 import time
@@ -197,6 +198,16 @@ async def opened(root: Path | None, *, lanes: int = 1, **changes: Any) -> AsyncI
     first = settings.tiers[0]
     if isinstance(first, FileTier) and first.layout == "slabs":
         await asyncio.to_thread(check_directory, first.root, first.capacity_bytes)
+
+
+@contextlib.contextmanager
+def heard(number: signal.Signals) -> Iterator[None]:
+    """Who is started meanwhile hears a signal, though we may have been started to ignore it."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -25,6 +25,7 @@ from kvgds.bench.measure import Contender, Sample, alternate
 from kvgds.bench.table import print_rows
 from kvgds.blocks import PAGE
 from simulator import environment
+from support import heard
 
 if TYPE_CHECKING:
     from kvgds.bench.measure import Row
@@ -463,9 +464,11 @@ def test_what_can_not_be_measured_is_told_in_one_line(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_bench_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "kvgds", "bench", "--root", str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
+    with heard(number):
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    with started as process:
         deadline = time.monotonic() + 20
         while not list(tmp_path.rglob("slab-*")):
             assert time.monotonic() < deadline

@@ -19,6 +19,7 @@ from rich.console import Console
 from kvgds.demo import DemoError, Processes, model, run
 from kvgds.demo.report import Reply, differences
 from kvgds.demo.workload import SIZES, KeyChain, prompts
+from support import heard
 
 PAGE = 4096
 SMALL = SIZES["small"]
@@ -89,13 +90,15 @@ def test_a_demo_that_is_ended_leaves_no_process(tmp_path: Path, how: signal.Sign
     root, scratch = tmp_path / "kv", tmp_path / "tmp"
     scratch.mkdir()
     path = os.pathsep.join(filter(None, sys.path))
-    with subprocess.Popen(
-        [sys.executable, "-m", "kvgds", "demo", "--root", str(root)],
-        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as parent:
+    with contextlib.nullcontext() if how == signal.SIGKILL else heard(how):
+        started = subprocess.Popen(
+            [sys.executable, "-m", "kvgds", "demo", "--root", str(root)],
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    with started as parent:
         while not (root / "lock").exists():  # it has an engine open
             assert parent.poll() is None
         children = f"/proc/{parent.pid}/task/{parent.pid}/children"

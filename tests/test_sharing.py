@@ -336,9 +336,11 @@ def test_only_who_can_tell_is_asked_who_lives(
         ["unshare", *space, sys.executable, "-c", program],  # noqa: S607
         env=environ,
         capture_output=True,
-        check=True,
+        check=False,
         text=True,
     )
+    if done.stderr.startswith("unshare: "):  # by privilege, kernel or its own version
+        pytest.skip(done.stderr)
     one, another = done.stdout.split()
     assert (one == Owner.me().world) == ours
     assert (one == another) == alike

@@ -87,8 +87,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    if os.environ.get("COLUMNS") == "0":  # as some schedulers of jobs set it: nothing is printed
-        del os.environ["COLUMNS"]
+    if not os.environ.get("COLUMNS", "80").strip("0"):
+        del os.environ["COLUMNS"]  # of 0, as some schedulers of jobs have it, nothing is printed
     try:
         end_in_order()
         app()

@@ -117,7 +117,7 @@ class Owner:
         # When a process started is told by the clock of who asks.
         spaces = [f"/proc/self/ns/{kind}" for kind in ("pid", "time")]
         numbers = [os.stat(path).st_ino for path in spaces if os.path.exists(path)]
-        world = f"{boot}.{''.join(map(str, numbers))}"
+        world = f"{boot}.{''.join(map(str, numbers)) or '0'}"
         return cls(world, os.getpid(), _state_and_start("self")[1])
 
     def temporary(self, nbytes: int) -> str:
