@@ -185,7 +185,7 @@ def test_the_command_measures_gpu_memory(
 ) -> None:
     """On a simulated GPU: whichever path it has is in every row, beside the copies' own rate."""
     env = {"NIXL_LOG_LEVEL": "FATAL", **environment(**machine)}
-    options = ("--rounds", "1", "--bytes", "1M", "--json", "--gpu", "0")
+    options = ("--rounds", "1", "--bytes", "128K", "--json", "--gpu", "0")
     _, *rows = rows_of(tmp_path, "-m", "kvgds", "bench", *options, env=env)
     ours = [row for row in rows if row["contender"] == "kvgds" and row["memory"] == "gpu"]
     assert {row["scenario"] for row in ours} == {"store", "load"}
