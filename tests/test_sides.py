@@ -14,7 +14,7 @@ from kvgds.testing import PlainTransfer
 from kvgds.transport import File, NixlTransport
 from kvgds.transport.agent import POOL_ROWS
 from kvgds.transport.sides import BLOCK_ROWS, GROUP_ROWS, Flight, Member, Side, sides
-from support import MIB, config, until
+from support import MIB, PAGE, config, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,6 +64,19 @@ def test_half_of_what_there_is_waits_unless_that_is_little(count: int, flying: i
     assert max(flight.nbytes for flight in flights) <= 4 * MIB
     land(side, flights)
     assert (side.flying_bytes, side.flying_rows) == (0, 0)
+
+
+def test_of_each_memory_a_flight() -> None:
+    """Those of others keep their turn."""
+    side = Side()
+    for gpu in (None, 1, 0, 1, None):
+        queue(side, 1, PAGE)
+        if gpu is not None:
+            transfer = cast("PlainTransfer", side.staged[-1].transfer)
+            transfer.device, transfer.device_rows = gpu, [(0, 0, PAGE)]
+    flights = [[each.gpu for each in flight.members] for flight in leave(side)]
+    assert flights == [[None, None], [1, 1], [0]]
+    assert (side.staged_bytes, side.queued_bytes, side.flying_bytes) == (0, 0, 5 * PAGE)
 
 
 def test_storage_has_no_less_while_the_loop_has_some_of_it() -> None:

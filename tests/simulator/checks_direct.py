@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import errno
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -550,6 +550,29 @@ async def test_cancelled_it_is_waited_for(gpu: Simulator, settings: EngineConfig
             await loading
         assert await engine.load(b"there", region)
         assert vram.read() == data
+
+
+@pytest.mark.parametrize("way", ["read", "write"])
+async def test_a_gpu_that_hangs_keeps_no_other_memory(
+    gpu: Simulator, settings: EngineConfig, way: Literal["read", "write"]
+) -> None:
+    """Though all of it was asked for in one turn of the loop."""
+    vrams = [filled(gpu, 2 * PAGE, "hangs", device)[0] for device in range(2)]
+    async with open_engine(settings) as engine:
+        act = engine.load if way == "read" else engine.store
+        memory: list[Any] = [*map(engine.register, vrams), bytearray(2 * PAGE)]
+        for i, each in enumerate(memory):
+            assert await engine.store(b"%d" % i, each)
+        names = [b"%d" % i if way == "read" else b"new %d" % i for i in range(3)]
+        gpu.fault(way, "hold", count=1)
+        try:
+            given = zip(names, memory, strict=True)
+            tasks = [asyncio.create_task(act(*each)) for each in given]
+            await until(lambda: sum(task.done() for task in tasks) == 2)
+            assert tasks[2].done()  # the host's
+        finally:
+            gpu.release_io()
+        assert await asyncio.gather(*tasks) == [True] * 3
 
 
 async def test_memory_is_let_go_before_it_is_freed(gpu: Simulator, tmp_path: Path) -> None:

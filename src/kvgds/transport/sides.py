@@ -55,6 +55,11 @@ class Member:
         self.rows: Rows = []
         self.retried = False
 
+    @property
+    def gpu(self) -> int | None:
+        """The GPU with whose memory storage moves it; None: with the host's. Once it has begun."""
+        return self.transfer.device if self.transfer.device_rows else None
+
 
 class Flight:
     """Transfers that travel together: a request for host memory, and one for GPUs'."""
@@ -146,11 +151,16 @@ class Side:
         return min(most, self.window())
 
     def board(self) -> Flight:
-        """The staged transfers that go next."""
-        flight = Flight()
-        most = self.group_bytes()
+        """The staged transfers that go next, of one memory: a GPU that hangs keeps no other's."""
+        flight, others = Flight(), deque[Member]()
+        most, gpu = self.group_bytes(), self.staged[0].gpu
         while self.staged and flight.rows < GROUP_ROWS and flight.nbytes < most:
-            flight.add(self.staged.popleft())
+            member = self.staged.popleft()
+            if member.gpu == gpu:
+                flight.add(member)
+            else:
+                others.append(member)
+        self.staged.extendleft(reversed(others))
         self.queued_bytes -= flight.nbytes
         self.staged_bytes -= flight.nbytes
         return flight
