@@ -400,7 +400,7 @@ class Relay:
         self._failed += error is not None
         if isinstance(error, TransferError):
             self.near.look_again([key])
-        text = f"{self.near.name} can't give it any more: {error or 'it was evicted'}"
+        text = f"{self.near.name} can't give it any more: {error or 'it was evicted, or deleted'}"
         self._refuse(key, TransferError(text, direction="store", key=key))
 
     def _arrived(self, upload: _Upload) -> None:

@@ -62,7 +62,7 @@ class Member:
 
 
 class Flight:
-    """Transfers that travel together: a request for host memory, and one for GPUs'."""
+    """Transfers that travel together: a request for host memory, and perhaps one for a GPU's."""
 
     __slots__ = ("members", "nbytes", "requests", "rows", "since")
 
