@@ -407,6 +407,7 @@ KEY_RULE = "must be neither empty nor with spaces or ends of lines in it"
         ({"endpoint": ""}, f"endpoint='': {ENDPOINT_RULE}"),
         ({"endpoint": "localhost:9000"}, f"endpoint='localhost:9000': {ENDPOINT_RULE}"),
         ({"endpoint": "http://h/path"}, f"endpoint='http://h/path': {ENDPOINT_RULE}"),
+        ({"endpoint": "http://h:0"}, f"endpoint='http://h:0': {ENDPOINT_RULE}"),
         ({"endpoint": "http://h:65536"}, f"endpoint='http://h:65536': {ENDPOINT_RULE}"),
         ({"endpoint": "http://h\n"}, f"endpoint='http://h\\n': {ENDPOINT_RULE}"),
         ({"endpoint": f"http://me:{SECRET}@h"}, f"endpoint: {ENDPOINT_RULE}"),
