@@ -64,7 +64,7 @@ class Directory(Room):
             if owed:
                 debts.mark(self.place(number), Folders(self.fd))
         with self.ledger.held():
-            self.make(0, 0, anew=True)
+            self.make(0, 0, alone=True)
 
     def walk(self) -> Generator[tuple[str, os.stat_result], None, None]:
         for each in super().walk():

@@ -195,20 +195,21 @@ class Room:
         """When a block was last used, as far as this engine knows; nanoseconds."""
         return max(found.st_mtime_ns, self._recent.get(place) or 0)
 
-    def make(self, need: int, forced: int, *, anew: bool = False, spare: bool = False) -> int:
+    def make(self, need: int, forced: int, *, alone: bool = False, spare: bool = False) -> int:
         """Evict until ``need`` fits, and ``forced`` in any case. Bytes evicted.
 
-        Counts anew if what is listed does not do, or in any case (``anew``). To spare means that
-        nothing goes which the next tier lacks, so that less may be evicted.
+        Counts anew if what is listed does not do, or in any case if nobody else has the directory
+        (``alone``). To spare means that nothing goes which the next tier lacks, so that less may be
+        evicted.
         """
-        known = self._ledger.sound and not anew
+        known = self._ledger.sound and not alone
         freed = self._evict(need, forced, spare=spare) if known else 0
         # What is left in a list was owed when it was made, and so was all else.
         spared = known and spare and (self._list or time.monotonic() < self._owed_until)
         if not spared and (not known or not self._fits(need) or freed < forced):
             for _ in range(_COUNTS):
                 self._misled = False
-                self._count(need, max(forced - freed, 0))
+                self._count(need, max(forced - freed, 0), alone=alone)
                 freed += self._evict(need, forced - freed, spare=spare)
                 if not self._misled or (self._fits(need) and freed >= forced):
                     break
@@ -231,12 +232,12 @@ class Room:
     def _low(self, need: int) -> int:
         return min(self._capacity - need, int(self._capacity * _LOW))
 
-    def _count(self, need: int, forced: int) -> None:
+    def _count(self, need: int, forced: int, *, alone: bool) -> None:
         """Look at every file; the ledger may have been too low to know how many are to go."""
         for _ in range(2):
             surplus = max(self._ledger.used, self._capacity) - self._low(need) + forced
             goal = max(surplus, int(self._capacity * _LISTED))
-            self.reserved, unfinished, _ = self.sweep()
+            self.reserved, unfinished, _ = self.sweep(alone=alone)
             search = self._new_search(goal, unfinished)
             search.look(None)
             self._ledger.set(self.reserved + search.total)

@@ -209,10 +209,9 @@ class Tree:
         except BlockingIOError:
             alone = False
         with self.ledger.held():
-            given_up = self.room.sweep(alone=alone)[2]
-            if self.ledger.sound and not alone:  # who counts anew needs no sum
-                self.ledger.add(-given_up)
-            self.room.make(0, 0, anew=alone)
+            if self.ledger.sound and not alone:  # who counts anew sweeps as well
+                self.ledger.add(-self.room.sweep()[2])
+            self.room.make(0, 0, alone=alone)
         locks.lock(self._openers, fcntl.LOCK_SH)
 
     def listing(self, progress: Callable[[str, int, int], None]) -> Iterator[set[bytes]]:
