@@ -318,6 +318,29 @@ async def test_who_gives_up_leaves_no_event(
         assert vram.read() == data
 
 
+async def test_a_call_refused_while_the_gpu_hangs_keeps_no_other_memory(
+    gpu: Simulator, tmp_path: Path
+) -> None:
+    """What had begun before it is waited for, but not by the thread that moves all."""
+    vram, data = filled(gpu, 2 * PAGE, "refused")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        region = engine.register(vram)
+        gpu.hold(await asyncio.to_thread(cuda().stream, 0))
+        started = asyncio.create_task(engine.store(b"started", region[:PAGE]))
+        await asyncio.to_thread(gpu.wait_counter, "pending", 1)
+        gpu.refuse("cudaMemcpyAsync")
+        refused = asyncio.create_task(engine.store(b"refused", region[PAGE:]))
+        for i in range(3):
+            assert await engine.store(b"host %d" % i, bytes(PAGE))
+        gpu.release()
+        with pytest.raises(TransferError):
+            await refused
+        assert await started
+        back = bytearray(PAGE)
+        assert await engine.load(b"started", back)
+        assert back == data[:PAGE]
+
+
 async def test_corrupt_bytes_never_reach_the_gpu(gpu: Simulator, tmp_path: Path) -> None:
     vram, data = filled(gpu, 2 * PAGE, "good")
     async with open_engine(config(tmp_path / "kv")) as engine:

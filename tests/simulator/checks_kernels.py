@@ -219,7 +219,7 @@ def test_memory_that_is_not_its_own_breaks_a_device(
         digests.event.synchronize()
     with pytest.raises(PathUnavailable, match="CUDA error 700"):
         digests.read()
-    with pytest.raises(CUDARuntimeError, match="IllegalAddress"):
+    with pytest.raises(PathUnavailable, match="CUDA error 700"):
         kernels.checksums(block(here), 0)
     assert there.read() == content("there")  # the other device is well
     gpu.clear()
@@ -242,23 +242,51 @@ def test_a_launch_keeps_its_memory_whoever_lets_go(
     assert live[1:] == live[:1] * 2
 
 
-@pytest.mark.parametrize(
-    ("function", "skip"),
-    [("simcuda_launch", 1), ("cudaEventCreateWithFlags", 0), ("cudaEventRecord", 0)],
-)
-@pytest.mark.parametrize("what", ["copy", "sum"])
-def test_a_launch_that_fails_half_way_has_ended(  # noqa: PLR0917 - parameters and fixtures
-    gpu: Simulator, filled: Filled, kernels: Kernels, what: str, function: str, skip: int
+def begin(kernels: Kernels, what: str, vram: Vram, stream: int) -> Any:
+    """A checksum, or copies by kernels or copy engine."""
+    if what == "sum":
+        return kernels.checksums(block(vram), stream)
+    copies = [(vram.address + 2048 + i, vram.address + i, 1024) for i in (0, 1024)]
+    return kernels.copy(copies, stream) if what == "copy" else cuda().copy(0, copies)
+
+
+@pytest.mark.parametrize("what", ["copy", "sum", "copy engine"])
+def test_what_is_refused_half_way_is_told_once_the_rest_has_ended(
+    gpu: Simulator, filled: Filled, kernels: Kernels, what: str
 ) -> None:
-    """What had begun uses memory that is given back then; that its own lives, the fixture sees."""
+    """That uses memory which is given back then. Nobody waits for it, so that others go on."""
+    vram, own = filled("refused"), new_stream()
+    stream = cuda().stream(0) if what == "copy engine" else own.ptr
+    gpu.hold(stream)
+    gpu.refuse("simcuda_launch", skip=what == "sum")
+    if what == "copy engine":
+        gpu.refuse("cudaMemcpyBatchAsync")
+        gpu.refuse("cudaMemcpyAsync", skip=1)
+    begun = begin(kernels, what, vram, stream)
+    gc.collect()
+    assert not begun.done
+    assert gpu.counter("pending")
+    gpu.release(stream)
+    gpu.call("cudaStreamSynchronize", ctypes.c_void_p(stream))
+    for _ in range(2):
+        with pytest.raises((PathUnavailable, CudaError), match=r"out of memory|Allocation"):
+            _ = begun.done
+    gpu.clear()
+    well = filled("well")
+    assert read(kernels.checksums(block(well), own.ptr)) == digest("well")
+
+
+@pytest.mark.parametrize("function", ["cudaEventCreateWithFlags", "cudaEventRecord"])
+@pytest.mark.parametrize("what", ["copy", "sum", "copy engine"])
+def test_what_can_not_be_watched_has_ended(
+    gpu: Simulator, filled: Filled, kernels: Kernels, what: str, function: str
+) -> None:
+    """It is told as failed, and what it used may be given back; its own lives, the fixture sees."""
     vram, stream = filled("failed"), new_stream()
     gpu.copy_delay(0.02)
-    gpu.refuse(function, skip=skip if what == "sum" else 0)
-    with pytest.raises(CUDARuntimeError):
-        if what == "sum":
-            kernels.checksums(block(vram), stream.ptr)
-        else:
-            kernels.copy([(vram.address + 2048, vram.address, 2048)], stream.ptr)
+    gpu.refuse(function)
+    with pytest.raises((CUDARuntimeError, CudaError)):
+        begin(kernels, what, vram, stream.ptr)
     assert gpu.counter("pending") == 0
     assert read(kernels.checksums(block(vram), stream.ptr))
 
@@ -270,13 +298,7 @@ def test_what_can_not_be_asked_for_has_ended(
     """It is told as failed, and what it used may be given back."""
     vram, stream = filled("unasked"), new_stream()
     gpu.copy_delay(0.02)
-    copies = [(vram.address + 2048, vram.address, 2048)]
-    if what == "sum":
-        begun: Any = kernels.checksums(block(vram), stream.ptr)
-    elif what == "copy":
-        begun = kernels.copy(copies, stream.ptr)
-    else:
-        begun = cuda().copy(0, copies)
+    begun = begin(kernels, what, vram, stream.ptr)
     gpu.refuse("cudaEventQuery")
     with pytest.raises((PathUnavailable, CudaError)):
         _ = begun.done

@@ -2,7 +2,7 @@
 
 Called through ctypes: kvgds is no CUDA program, and a serving process has the runtime already.
 Copies run on streams of kvgds's own and are watched through events; nothing here waits for the GPU,
-save :meth:`Cuda.copy_now`, and a copy that failed half-way.
+save :meth:`Cuda.copy_now`, and copies whose event can't be recorded or asked for.
 """
 
 from __future__ import annotations
@@ -151,8 +151,11 @@ class Cuda:
                     ends = ctypes.c_void_p(to), ctypes.c_void_p(source)
                     size = ctypes.c_size_t(nbytes)
                     self._call("cudaMemcpyAsync", *ends, size, _DEFAULT_KIND, ours)
+        except CudaError as error:  # those before it must not go on in memory that is given back
+            copying.refused = str(error)  # itself it would hold on to all of this
+        try:
             self._call("cudaEventRecord", copying.event, ours)
-        except CudaError:  # those before it must not go on in memory that is given back
+        except CudaError:
             self._call("cudaStreamSynchronize", ours)
             raise
         return copying
@@ -223,11 +226,13 @@ class Copying:
 
     Attributes:
         event: what the stream comes to then, gone with this: who waits may give up.
+        refused: why one was not started, told once those before it have ended.
     """
 
     def __init__(self, cuda: Cuda, event: ctypes.c_void_p) -> None:
         self._cuda = cuda
         self.event = event
+        self.refused = ""
         self._over = False
 
     def __del__(self) -> None:
@@ -238,9 +243,11 @@ class Copying:
         """Whether they have ended.
 
         Raises:
-            CudaError: they failed.
+            CudaError: they failed, or some were refused.
         """
         self._over = self._over or self._cuda.done(self.event)
+        if self._over and self.refused:
+            raise CudaError(self.refused)
         return self._over
 
 

@@ -3,8 +3,8 @@
 Owns the compiled kernels (``kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
 is for so long. Making :class:`Kernels` reads a file, compiles and waits, a second or so; a launch
-waits for nothing but its own memory, which comes from CuPy's pools, or if it fails half-way, for
-what had begun. One thread at a time.
+waits for nothing but its own memory, which comes from CuPy's pools; if it fails half-way, that is
+told once what had begun has run. One thread at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SHORTEST = 241  # XXH3 hashes what is shorter in other ways; that is left to the
 DIGEST_BYTES = 16
 LANES = 8
 SUM_BYTES = 64  # a row: one sum for each lane
+WORD_BYTES = 8
 SPARE_ROWS = 64  # the chains read ahead, past the last
 
 _KIB = 1024
@@ -118,20 +119,32 @@ class Launch:
 
     Attributes:
         event: CuPy's event (``event.ptr`` for other libraries), recorded behind the kernels.
+        memory: what they use besides the blocks.
+        refused: why some were not launched, told once those before them have run.
     """
 
-    def __init__(self, event: Any, memory: tuple[Any, ...], query: Callable[[int], int]) -> None:  # noqa: ANN401 - CuPy has no types
-        self.event = event
-        self._query = query  # Event.done takes an error for an event that is yet to come
-        self._memory = memory
+    def __init__(self, cupy: Any) -> None:  # noqa: ANN401 - CuPy has no types
+        self.event = cupy.cuda.Event(disable_timing=True)
+        self.memory: list[Any] = []
+        self.refused = ""
+        # Event.done takes an error for an event that is yet to come
+        self._query: Callable[[int], int] = cupy.cuda.runtime.eventQuery
 
     @property
     def done(self) -> bool:
         """Whether they have run. Doesn't wait, unless that can't be asked.
 
         Raises:
-            PathUnavailable: the GPU failed; they run no more.
+            PathUnavailable: the GPU failed, they run no more; or some were refused.
         """
+        over = self.over
+        if over and self.refused:
+            raise PathUnavailable(self.refused)
+        return over
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing uses their memory any more; see :attr:`done`."""
         status = self._query(self.event.ptr)
         if status not in {0, NOT_READY}:
             with contextlib.suppress(Exception):  # CuPy's; of a GPU that is gone
@@ -195,14 +208,14 @@ class Kernels:
             there = self._cupy.asarray(data)
             turned = self._cupy.empty(data.size, np.uint8)
         start, to = there.data.ptr, turned.data.ptr
-        self.copy([(to, start + 4096, 6144), (to + 6144, start, 4096)], stream.ptr)
+        copying = self.copy([(to, start + 4096, 6144), (to + 6144, start, 4096)], stream.ptr)
         blocks = [[(start, 4096), (start + 4096, 6128)], [(to + 6144, 4096), (to, 6128)]]
         digests = self.checksums(blocks, stream.ptr)
         digests.event.synchronize()
         first, copied = digests.read()
         if first != xxhash.xxh3_128_digest(data.tobytes()[: 4096 + 6128]):
             raise PathUnavailable(f"GPU {self.device} makes checksums that are not xxhash's")
-        if copied != first:
+        if not copying.done or copied != first:
             raise PathUnavailable(f"GPU {self.device} copies other bytes than there are")
 
     def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> Launch:
@@ -212,15 +225,12 @@ class Kernels:
             ConfigError: something is no multiple of :data:`COPY_UNIT`.
         """
         table = np.array(copies, np.uint64).reshape(-1, 3)
-        grids, cupy = copy_grids(table), self._cupy
-        with self._behind(stream) as queue:
-            said, there = self._table(table, queue)
+        grids = copy_grids(table)
+        with self._launching(Launch, stream) as (launch, queue):
+            there = self._table(launch, table, queue)
             for first, grid in grids:
                 self._copy(grid, (COPY_THREADS,), (there, np.uint32(first)))
-            event = cupy.cuda.Event(disable_timing=True)
-            return self._under_way(
-                Launch(event, (said, there), cupy.cuda.runtime.eventQuery), queue
-            )
+        return launch
 
     def checksums(self, blocks: Sequence[Sequence[tuple[int, int]]], stream: int) -> Digests:
         """Start on blocks given as gather lists of (address, bytes), behind what is on `stream`.
@@ -233,30 +243,35 @@ class Kernels:
             ConfigError: a block is shorter than :data:`SHORTEST`, or there are none or too many.
         """
         plan = plan_of(blocks)
-        with self._behind(stream) as queue:
-            return self._under_way(self._enqueue(plan, queue), queue)
+        with self._launching(Digests, stream) as (digests, queue):
+            self._enqueue(plan, digests, queue)
+        return digests
 
     @contextlib.contextmanager
-    def _behind(self, stream: int) -> Iterator[Any]:
-        """Make a stream the one that is given work."""
+    def _launching(self, kind: type[T], stream: int) -> Iterator[tuple[T, Any]]:
+        """Make a stream the one that is given work; its memory is kept until that has run."""
         with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
+            launch = kind(self._cupy)
             try:
-                yield queue
-            except BaseException:  # what was begun must not go on in memory that is given back
+                yield launch, queue
+            except Exception as error:  # noqa: BLE001 - told once nothing begun goes on any more
+                launch.refused = str(error) or type(error).__name__
+            try:
+                launch.event.record(queue)
+            except Exception:
                 queue.synchronize()
                 raise
+            while self._launched and self._launched[0].over:
+                self._launched.popleft()
+            self._launched.append(launch)
 
-    def _enqueue(self, plan: Plan, queue: Any) -> Digests:  # noqa: ANN401 - CuPy has no types
-        cupy = self._cupy
-        answer = self._pinned(DIGEST_BYTES * plan.blocks)
-        said, table = self._table(plan.table, queue)
-        sums = cupy.empty((plan.rows + SPARE_ROWS) * SUM_BYTES, np.uint8)
-        lanes = cupy.empty(plan.blocks * LANES, np.uint64)
-        out = cupy.empty(DIGEST_BYTES * plan.blocks, np.uint8)
-        memory = (said, answer, table, sums, lanes, out)
-        event = cupy.cuda.Event(disable_timing=True)
-        digests = Digests(event, memory, cupy.cuda.runtime.eventQuery)
-        digests.host = np.frombuffer(answer, np.uint8, out.nbytes)
+    def _enqueue(self, plan: Plan, digests: Digests, queue: Any) -> None:  # noqa: ANN401 - CuPy has no types
+        answer = self._pinned(digests, DIGEST_BYTES * plan.blocks)
+        digests.host = np.frombuffer(answer, np.uint8, DIGEST_BYTES * plan.blocks)
+        table = self._table(digests, plan.table, queue)
+        sums = self._empty(digests, (plan.rows + SPARE_ROWS) * SUM_BYTES // WORD_BYTES)
+        lanes = self._empty(digests, plan.blocks * LANES)
+        out = self._empty(digests, DIGEST_BYTES * plan.blocks // WORD_BYTES)
         count = np.uint32(plan.blocks)
         arguments = (table, count, sums), (table, sums, lanes), (table, count, lanes, out)
         for kernel, grid, threads, given in zip(
@@ -264,23 +279,14 @@ class Kernels:
         ):
             kernel(grid, (threads,), given)
         out.data.copy_to_host_async(answer.ptr, out.nbytes, queue)
-        return digests
 
-    def _table(self, table: NDArray[np.uint64], queue: Any) -> tuple[Any, Any]:  # noqa: ANN401 - see above
-        """A table on its way to the GPU: where it comes from, and where it will be."""
-        said = self._pinned(table.nbytes)
+    def _table(self, launch: Launch, table: NDArray[np.uint64], queue: Any) -> Any:  # noqa: ANN401 - see above
+        """A table on its way to the GPU: where it will be."""
+        said = self._pinned(launch, table.nbytes)
         np.frombuffer(said, np.uint64, table.size)[:] = table.ravel()
-        there = self._cupy.empty(table.size, np.uint64)
+        there = self._empty(launch, table.size)
         there.data.copy_from_host_async(said.ptr, table.nbytes, queue)
-        return said, there
-
-    def _under_way(self, launch: T, queue: Any) -> T:  # noqa: ANN401 - see above
-        """Keep a launch's memory until all that is queued now has run."""
-        launch.event.record(queue)
-        while self._launched and self._launched[0].done:
-            self._launched.popleft()
-        self._launched.append(launch)
-        return launch
+        return there
 
     def _stream(self, stream: int) -> Any:  # noqa: ANN401 - CuPy has no types
         if stream not in self._streams:
@@ -291,5 +297,10 @@ class Kernels:
                 self._streams[stream] = self._cupy.cuda.ExternalStream(stream)
         return self._streams[stream]
 
-    def _pinned(self, nbytes: int) -> Any:  # noqa: ANN401 - CuPy has no types
-        return self._cupy.cuda.alloc_pinned_memory(nbytes)
+    def _pinned(self, launch: Launch, nbytes: int) -> Any:  # noqa: ANN401 - CuPy has no types
+        launch.memory.append(self._cupy.cuda.alloc_pinned_memory(nbytes))
+        return launch.memory[-1]
+
+    def _empty(self, launch: Launch, words: int) -> Any:  # noqa: ANN401 - CuPy has no types
+        launch.memory.append(self._cupy.empty(words, np.uint64))
+        return launch.memory[-1]

@@ -203,6 +203,7 @@ class Move:
     def fail(self, error: Exception) -> None:
         """Record why the bytes did not move; see ``transport.Transfer``."""
         self.vacate()
+        self.work = None  # it knows this move
         if isinstance(error, TransferError | BlockCorrupt):
             self.error = error
             return
