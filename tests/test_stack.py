@@ -476,6 +476,21 @@ async def test_a_damaged_block_that_nobody_has(place: Place) -> None:
         assert await load(engine, b"key") is None
 
 
+async def test_a_damaged_block_whose_bucket_is_away_is_told_as_both(place: Place) -> None:
+    """The bucket may have it yet: its error, and what was wrong with the file beside it."""
+    async with place.opened("through") as engine:
+        await fill(engine, b"key")
+    await asyncio.to_thread(support.spoil, place.root, b"key")
+    async with place.opened() as engine:
+        place.wire.refuse()
+        with pytest.raises(TransferError) as caught:
+            await load(engine, b"key")
+        (note,) = caught.value.__notes__
+        assert "checksum" in note
+        place.wire.ok()
+        assert await load(engine, b"key") == content(b"key", SIZE)
+
+
 async def test_closing_does_not_wait_for_the_backlog(place: Place) -> None:
     """What is owed is uploaded after the next opening."""
     async with place.opened("back") as engine:

@@ -503,7 +503,7 @@ class Flights:
         if not (flight.write or hit or move.abandoned):
             if self._ask_next(flight, move.error):
                 return
-            move.error = move.error or flight.doubt
+            move.error = flight.verdict(move.error)
         if relay and move.status == "stored":
             relay.stored(move)
         if relay and flight.write and move.status and not move.abandoned:
@@ -526,7 +526,7 @@ class Flights:
     def _ask_next(self, flight: Flight, error: Exception | None) -> bool:
         """Ask the next tier for a block that this one lacks, or has damaged. False: there is none.
 
-        What was wrong here is told if the next one lacks it as well.
+        What was wrong here is told if the next one lacks it as well, or beside what is wrong there.
         """
         if isinstance(error, ConfigError):
             return False

@@ -231,3 +231,9 @@ class Flight:
         if not self.write and not one.region.device is other.region.device is None:
             return False
         return one.nbytes == other.nbytes and bool(self.waiters) and not self.copying
+
+    def verdict(self, error: Exception | None) -> Exception | None:
+        """What is told when the last tier had no block either, or the error that it gave."""
+        if error is not None and self.doubt is not None:
+            error.add_note(f"and before that: {self.doubt}")
+        return error or self.doubt
