@@ -124,6 +124,36 @@ async def test_what_was_loaded_during_a_delete_is_not_taken_back(
         assert await load(engine, b"key") is None
 
 
+async def test_who_left_past_its_deadline_lends_no_memory_to_the_bucket(place: Place) -> None:
+    """The directory's block proves damaged after that: those who still wait load it alone."""
+    async with place.opened(bounce_bytes=support.MIB) as engine:
+        payload = content(b"key", 2 * support.MIB // 16)
+        assert await engine.store(b"key", payload)
+        await until(lambda: relay(engine)[0] == 0)
+        await asyncio.to_thread(support.spoil, place.root, b"key")
+        engine.held.hold("landing")
+        buffer, other = support.aligned(len(payload)), bytearray(len(payload))
+        lent = engine.register(buffer)
+        late = asyncio.ensure_future(engine.load(b"key", lent, timeout_s=1000))
+        await engine.held.wait_held("landing")
+        loading = asyncio.ensure_future(engine.load(b"key", other, timeout_s=10000))
+        await turns()
+        skip_time(1000)
+        with pytest.raises(TransferTimeout) as caught:
+            await late
+        assert caught.value.settled is not None
+        assert engine.held_objects is not None
+        engine.held_objects.hold("start")
+        engine.held.release()
+        await caught.value.settled
+        buffer[:] = 7
+        await engine.held_objects.wait_held("start")
+        engine.held_objects.release()
+        assert await loading
+        assert other == payload
+        assert set(buffer.tobytes()) == {7}
+
+
 async def test_what_is_stored_while_the_bucket_is_asked_for_it_is_found(place: Place) -> None:
     """By who asks after the store: it shares no load that was told that there is nothing."""
     async with place.opened() as engine:
