@@ -505,6 +505,30 @@ async def test_a_replaced_block_stays_gone(tmp_path: Path) -> None:
         assert await engine.prefix([b"other"]) == 1
 
 
+async def test_a_block_whose_removal_fails_does_not_come_back(tmp_path: Path) -> None:
+    """Another of its key has taken its place: that stays the one, and counts once."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        assert await engine.store(b"key", content(b"old", SIZE))
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
+            )
+        new = content(b"new", 2 * SIZE)
+        assert await engine.store(b"key", new)
+        await until(engine.tier_idle)
+        memory = bytearray(2 * SIZE)
+        assert await engine.load(b"key", memory)
+        assert memory == new
+        assert engine.statistics().tiers[0].blocks == 1
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute("DROP TRIGGER no")
+    async with opened(root) as engine:
+        memory = bytearray(2 * SIZE)
+        assert await engine.load(b"key", memory)
+        assert memory == new
+
+
 async def test_a_block_without_a_checksum_does_not_outlive_a_stricter_engine(
     tmp_path: Path,
 ) -> None:
