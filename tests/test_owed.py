@@ -434,6 +434,24 @@ async def test_an_eviction_that_fails_leaves_given_up_what_was(tmp_path: Path) -
         assert engine.evicted == (1, 1)
 
 
+async def test_what_was_replaced_and_could_not_be_removed_is_not_owed(tmp_path: Path) -> None:
+    """No key leads to it any more: it waits for no next tier, but goes when there is need."""
+    root = tmp_path / "kv"
+    async with stacked(root, 4) as engine:
+        await engine.fill(A)
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
+            )
+        await engine.fill(A, nbytes=2 * SIZE)
+        await until(engine.tier_idle)
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute("DROP TRIGGER no")
+        await engine.fill(B)
+        assert await engine.store(C, content(C, SIZE), timeout_s=10)
+        assert await engine.there(A, B, C) == [A, B, C]
+
+
 @pytest.mark.usefixtures("hasty_index")
 async def test_an_eviction_that_fails_leaves_what_another_namespace_owes(tmp_path: Path) -> None:
     """It is not spared, but counted once it has gone."""
