@@ -29,7 +29,7 @@ from kvgds import (
     TransferError,
     TransferTimeout,
 )
-from kvgds.testing import FileTierContract
+from kvgds.testing import FileTierContract, skip_time
 from kvgds.tiers.directory import prepare_root
 from sharing import (
     HOUR,
@@ -42,6 +42,7 @@ from sharing import (
     ledger,
     locked,
     make_old,
+    open_files,
     opened,
     path_of,
     put,
@@ -727,6 +728,26 @@ async def test_a_store_abandoned_while_it_is_renamed_is_taken_back(
             disk.hang("rename", match="*.kv")
             await is_taken_back(disk, engine, bytes(NBYTES))
             assert ledger(root) == taken(root) == IMAGE
+
+
+async def test_what_another_has_linked_is_not_taken_back(tmp_path: Path) -> None:
+    """By a store of the same block that finds it there, and passes its deadline just then."""
+    root = tmp_path / "kv"
+    async with opened(root) as late, opened(root) as other:
+        late.held.hold("landing")
+        storing = asyncio.ensure_future(late.store(b"key", content(b"key", NBYTES)))
+        await late.held.wait_held("landing")
+        await put(other, b"key")
+        with locked(root):
+            late.held.release()
+            await until(lambda: not open_files(root))  # it tries to link, and waits for the lock
+            skip_time(HOUR)
+            with pytest.raises(TransferTimeout):
+                await storing
+        await late.delete(b"x")  # comes after whatever was going on
+        assert await get(other, b"key")
+        assert temporaries(root) == []
+        assert ledger(root) == taken(root) == IMAGE
 
 
 async def test_who_stores_after_a_delete_shares_no_store_that_it_has_dropped(
