@@ -1147,3 +1147,23 @@ async def test_a_deadline_that_passes_while_a_batch_is_taken_in(tmp_path: Path) 
         assert type(wrong.error) is ConfigError
         engine.held.release()
         assert await engine.prefix([b"0"]) == 0
+
+
+async def test_who_is_being_copied_to_is_waited_for(tmp_path: Path) -> None:
+    """Past its deadline, too: until the copy has ended, the memory is not the caller's."""
+    size = 4 * MIB
+    async with opened(tmp_path / "kv") as engine:
+        payload = content(b"a", size)
+        assert await engine.store(b"a", engine.register(aligned(size, payload)))
+        engine.held.hold("start")
+        memory = [bytearray(size) for _ in range(12)]
+        loads = [engine.load(b"a", engine.register(aligned(size)), timeout_s=LATE_S)]
+        loads += [engine.load(b"a", each, timeout_s=LATE_S) for each in memory]
+        loading = asyncio.gather(*loads)
+        await engine.held.wait_held("start")
+        engine.held.release()
+        running = engine._flights.running  # noqa: SLF001 - what is copied just now
+        await until(lambda: loading.done() or any(flight.copying for flight in running))
+        skip_time(LATE_S)
+        assert await loading == [True] * 13
+        assert all(each == payload for each in memory)
