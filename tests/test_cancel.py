@@ -1149,6 +1149,20 @@ async def test_a_deadline_that_passes_while_a_batch_is_taken_in(tmp_path: Path) 
         assert await engine.prefix([b"0"]) == 0
 
 
+async def test_blocks_taken_in_long_after_the_deadline(tmp_path: Path) -> None:
+    """All that came before has ended, so that nobody looks for late ones any more: none starts."""
+    async with opened(tmp_path / "kv") as engine:
+        await store(engine, b"there")
+        items = [(b"%d" % i, bytearray(SIZE)) for i in range(300)]
+        task = soon(engine.load_many([*items, (b"there", bytearray(SIZE))], timeout_s=LATE_S))
+        await turns(1)
+        skip_time(LATE_S)
+        *misses, last = await task
+        assert misses[0].status == "miss"
+        assert type(last.error) is TransferTimeout
+        assert engine.held.submitted == 1
+
+
 async def test_who_is_being_copied_to_is_waited_for(tmp_path: Path) -> None:
     """Past its deadline, too: until the copy has ended, the memory is not the caller's."""
     size = 4 * MIB
