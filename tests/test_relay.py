@@ -154,6 +154,25 @@ async def test_who_left_past_its_deadline_lends_no_memory_to_the_bucket(place: P
         assert set(buffer.tobytes()) == {7}
 
 
+async def test_no_load_brings_back_what_was_deleted_during_it(place: Place) -> None:
+    """Though another load of the key, into memory of another size, has begun since."""
+    place.put(b"key")
+    async with place.opened() as engine:
+        assert engine.held_objects is not None
+        engine.held_objects.hold("landing")
+        loading = asyncio.ensure_future(load(engine, b"key"))
+        await engine.held_objects.wait_held("landing")
+        other = asyncio.ensure_future(engine.load(b"key", bytearray(PAGE)))
+        await engine.held_objects.wait_held("landing", 2)
+        assert await engine.delete(b"key")
+        engine.held_objects.release()
+        assert await loading == content(b"key", SIZE)
+        await asyncio.gather(other, return_exceptions=True)
+        await until(lambda: not engine.busy())
+        assert not engine.near(b"key")
+        assert await load(engine, b"key") is None
+
+
 async def test_what_is_stored_while_the_bucket_is_asked_for_it_is_found(place: Place) -> None:
     """By who asks after the store: it shares no load that was told that there is nothing."""
     async with place.opened() as engine:
