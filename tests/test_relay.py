@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import sqlite3
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,23 @@ async def test_who_stores_after_a_delete_waits_for_no_upload_of_what_it_has_drop
                 await before
             assert await after
             assert await load(engine, b"key") == content(b"key", SIZE)
+
+
+async def test_a_block_that_can_not_be_deleted_is_still_owed(place: Place) -> None:
+    """It is there as before, and gets to the bucket as if nobody had asked."""
+    async with place.opened("back") as engine:
+        place.wire.answer(s3_error(500, "InternalError"), method="PUT", target="*.kv")
+        await fill(engine, b"key")
+        await until(lambda: relay(engine)[2] > 0)
+        with contextlib.closing(sqlite3.connect(place.root / "index.db")) as database, database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
+            )
+        with pytest.raises(TransferError, match=": no"):
+            await engine.delete(b"key")
+        place.wire.ok()
+        await until(lambda: relay(engine)[0] == 0)
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"key", SIZE)}
 
 
 async def test_a_store_that_a_delete_overtakes_is_told_so(place: Place) -> None:
