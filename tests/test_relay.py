@@ -753,6 +753,17 @@ async def test_a_block_that_cannot_be_read_keeps_no_store_waiting(place: Place) 
         await load(engine, b"2")
 
 
+async def test_what_grew_too_large_to_be_carried_on_keeps_no_store_waiting(place: Place) -> None:
+    """The bounce region has become smaller: it will never be uploaded, so it may go."""
+    tier = {"capacity_bytes": SLOT}
+    async with place.opened("demote", tier=tier) as engine:
+        await fill(engine, b"large")
+    async with place.opened("demote", tier=tier, bounce_bytes=6 * PAGE) as engine:
+        assert relay(engine)[0] == 0
+        assert await engine.store(b"small", content(b"small", PAGE))
+        assert not engine.near(b"large")
+
+
 async def test_a_block_that_another_has_replaced_is_not_tried_for_ever(place: Place) -> None:
     """In a shared directory: whoever stored the other size uploads that."""
     async with place.opened("back", tier={"layout": "files"}) as engine:
