@@ -548,6 +548,22 @@ async def test_through_waits_for_the_block_that_was_stored(place: Place, layout:
         assert await asyncio.to_thread(place.there) == {name_of(b"key"): content(b"new", 2 * SIZE)}
 
 
+async def test_through_waits_for_what_has_replaced_a_damaged_block(place: Place) -> None:
+    """That the first can't be read any more says nothing of the second."""
+    async with place.opened("through") as engine:
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        first = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+        await engine.held.wait_held("start")
+        await asyncio.to_thread(support.spoil, place.root, b"key")
+        new = content(b"new", 2 * SIZE)
+        second = asyncio.ensure_future(engine.store(b"key", new))
+        await until(lambda: relay(engine)[0] == 2)
+        engine.held.release()
+        assert await second
+        await asyncio.gather(first, return_exceptions=True)
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
+
+
 @pytest.mark.parametrize("layout", ["slabs", "files"])
 async def test_a_promotion_replaces_nothing(place: Place, tmp_path: Path, layout: str) -> None:
     """A block of another size that was stored meanwhile stays, and gets to the bucket."""
