@@ -750,6 +750,25 @@ async def test_what_another_has_linked_is_not_taken_back(tmp_path: Path) -> None
         assert ledger(root) == taken(root) == IMAGE
 
 
+async def test_what_was_written_in_vain_does_not_stay(tmp_path: Path) -> None:
+    """Another has the name, and the ledger can't be opened: who comes next removes it."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine, opened(root) as other:
+            engine.held.hold("landing")
+            storing = asyncio.ensure_future(engine.store(b"key", content(b"key", NBYTES)))
+            await engine.held.wait_held("landing")
+            await put(other, b"key")
+            disk.fail("open", errno.EIO, match="ledger")
+            engine.held.release()
+            with pytest.raises(TransferError):
+                await storing
+            disk.clear()
+            await put(engine, b"next")
+            assert temporaries(root) == []
+            assert ledger(root) == taken(root) == 2 * IMAGE
+
+
 async def test_who_stores_after_a_delete_shares_no_store_that_it_has_dropped(
     tmp_path: Path,
 ) -> None:
