@@ -779,8 +779,10 @@ async def test_an_axis_may_be_any_integer(tmp_path: Path) -> None:
 async def test_layers_that_overlap(tmp_path: Path) -> None:
     """The same tensor twice, or two that share some bytes of a block."""
     pool = values(4, 64)
+    places = np.lib.stride_tricks.as_strided
     async with opened(tmp_path / "kv") as engine:
         for layers in (
+            [places(pool, (4, 8), (32, 2)), places(pool[0, 8:], (4, 8), (48, 2))],
             [pool, pool],
             [pool[:, :40], pool[:, 39:]],
             [pool, pool[1:3]],
