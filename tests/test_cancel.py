@@ -733,7 +733,7 @@ async def test_many_leave_in_many_turns(tmp_path: Path, leave: str) -> None:
 async def test_calls_called_off_half_admitted_keep_no_deadline(tmp_path: Path) -> None:
     """All that was admitted has ended at once: the rest never comes."""
     async with opened(tmp_path / "kv") as engine:
-        items = [(b"%d" % i, bytearray(1)) for i in range(33)]
+        items = [(b"%d" % i, bytearray(1)) for i in range(100)]
         for _ in range(200):
             call = soon(engine.load_many(items))
             await turns(1)
