@@ -630,6 +630,28 @@ async def test_the_first_of_many_leave_one_after_another(tmp_path: Path, leave: 
         assert not any(each.any() for each in memory[:97])
 
 
+async def test_one_that_can_not_follow_is_passed_over(tmp_path: Path) -> None:
+    """The first has left, the second needs more bounce memory than there is: the third leads."""
+    size = 3 * MIB
+    async with opened(tmp_path / "kv", inflight_ops=1) as engine:
+        assert await engine.store(b"hot", engine.register(aligned(size, 1)))
+        await store(engine, b"ahead")
+        engine.hold_first()
+        ahead = soon(engine.load(b"ahead", bytearray(SIZE)))
+        await engine.held.wait_held("start")
+        memory = engine.register(aligned(size)), bytearray(size), engine.register(aligned(size))
+        first, second, third = (soon(engine.load(b"hot", each)) for each in memory)
+        await turns()
+        assert engine.statistics().joined == 2
+        first.cancel()
+        await is_cancelled(first)
+        with pytest.raises(ConfigError, match="bounce_bytes"):
+            await second
+        engine.held.release()
+        assert await ahead
+        assert await third
+
+
 async def test_who_joins_hastens(tmp_path: Path) -> None:
     """A request needs what is being prefetched: it waits no longer than for a load of its own."""
     async with opened(tmp_path / "kv", inflight_ops=1) as engine:
