@@ -56,7 +56,6 @@ from support import NAMESPACE, PAGE, aligned, content, digest, image, turns, unt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from kvgds.engine import Engine
 
@@ -904,6 +903,22 @@ async def test_a_temporary_that_has_gone_fails_no_other_store(tmp_path: Path) ->
             await storing
             assert temporaries(root) == []
             assert ledger(root) == taken(root) == IMAGE
+
+
+@pytest.mark.parametrize("how", ["linked", "renamed"])
+async def test_names_outlast_power_before_anybody_is_told(tmp_path: Path, how: str) -> None:
+    """Its folder, which was there before, is synced; so it is when a name goes."""
+    folder = str(path_of(Path("kv"), b"key").parent)
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv", durable="power") as engine:
+            await put(engine, b"key")
+            before = len(disk.seen("fsyncdir", folder))
+            assert await engine.delete(b"key")
+            assert len(disk.seen("fsyncdir", folder)) == before + 1
+            if how == "renamed":
+                disk.fail("link", errno.EPERM)
+            await put(engine, b"key")
+            assert len(disk.seen("fsyncdir", folder)) == before + 2
 
 
 async def test_an_abandoned_store_is_never_linked(tmp_path: Path) -> None:
