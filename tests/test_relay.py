@@ -155,6 +155,22 @@ async def test_who_left_past_its_deadline_lends_no_memory_to_the_bucket(place: P
         assert set(buffer.tobytes()) == {7}
 
 
+async def test_a_delete_waits_for_an_upload_that_reads_the_block(place: Place) -> None:
+    """Else the bucket would be given the block once it had been asked to drop it."""
+    async with place.opened("back") as engine:
+        engine.held.hold("start", lambda transfer: not transfer.write)
+        await fill(engine, b"key")
+        await engine.held.wait_held("start")
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        await turns()
+        assert engine.near(b"key")
+        engine.held.release()
+        assert await deleting
+        await until(lambda: not engine.busy())
+        assert not engine.near(b"key")
+        assert await asyncio.to_thread(place.there) == {}
+
+
 async def test_no_load_brings_back_what_was_deleted_during_it(place: Place) -> None:
     """Though another load of the key, into memory of another size, has begun since."""
     place.put(b"key")
