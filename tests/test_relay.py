@@ -171,6 +171,25 @@ async def test_a_delete_waits_for_an_upload_that_reads_the_block(place: Place) -
         assert await asyncio.to_thread(place.there) == {}
 
 
+async def test_a_delete_waits_for_a_promotion(place: Place) -> None:
+    """Else the directory would be given the block once it had been asked to drop it."""
+    place.put(b"key")
+    async with place.opened() as engine:
+        engine.held.hold("landing", lambda transfer: transfer.write)
+        assert await load(engine, b"key") == content(b"key", SIZE)
+        await engine.held.wait_held("landing")
+        place.wire.hold(method="HEAD")
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        await turns()
+        assert engine._flights.relay.far.idle()  # noqa: SLF001
+        place.wire.ok()
+        engine.held.release()
+        assert await deleting
+        await until(lambda: not engine.busy())
+        assert not engine.near(b"key")
+        assert await load(engine, b"key") is None
+
+
 async def test_no_load_brings_back_what_was_deleted_during_it(place: Place) -> None:
     """Though another load of the key, into memory of another size, has begun since."""
     place.put(b"key")
