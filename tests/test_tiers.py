@@ -529,6 +529,33 @@ async def test_a_block_whose_removal_fails_does_not_come_back(tmp_path: Path) ->
         assert memory == new
 
 
+async def test_what_was_replaced_and_could_not_be_removed_is_deleted_as_well(
+    tmp_path: Path,
+) -> None:
+    """It would be back after a restart."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        assert await engine.store(b"key", content(b"old", SIZE))
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute(
+                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
+            )
+        new = content(b"new", 2 * SIZE)
+        assert await engine.store(b"key", new)
+        await until(engine.tier_idle)
+        with pytest.raises(TransferError, match=": no"):
+            await engine.delete(b"key")
+        memory = bytearray(2 * SIZE)
+        assert await engine.load(b"key", memory)
+        assert memory == new
+        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
+            database.execute("DROP TRIGGER no")
+        assert await engine.delete(b"key")
+        assert engine.statistics().tiers[0].bytes_used == 0
+    async with opened(root) as engine:
+        assert await engine.prefix([b"key"]) == 0
+
+
 async def test_a_block_without_a_checksum_does_not_outlive_a_stricter_engine(
     tmp_path: Path,
 ) -> None:

@@ -149,6 +149,7 @@ class Slots:
         touched: uses that the index does not know of, by slot.
         holds: loads in flight, by slot.
         orphans: slots to be freed when their last hold ends.
+        replaced: slots of blocks that others have replaced, but whose rows could not be removed.
         bytes_used: of slots that blocks use, those of other namespaces included.
         dropped: blocks evicted before the next tier had them.
     """
@@ -163,6 +164,7 @@ class Slots:
         self.touched: dict[int, int] = {}
         self.holds: dict[int, int] = {}
         self.orphans: set[int] = set()
+        self.replaced: set[int] = set()
         self.bytes_used = 0
         self.slab_bytes = 0
         self.evictions = 0
@@ -464,6 +466,7 @@ class Slots:
         self.bytes_used -= slab.size.slot_bytes
         self.touched.pop(slot, None)
         if key is None:
+            self.replaced.discard(slot)
             return Forgotten(slot, state=state)
         self.keys.remove(key)
         return Forgotten(slot, key, slab.uses[place], state)
@@ -484,6 +487,7 @@ class Slots:
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
         if key in self.keys:  # stored again meanwhile
             key, state = None, _MIRRORED
+            self.replaced.add(slot)
         slab.used_at = max(slab.used_at, used_at)
         self._use(slab, place, used_at, state)
         self._order(slab, place).prepend(slot)

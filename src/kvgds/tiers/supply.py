@@ -243,22 +243,30 @@ class Supply:
     def drop(
         self, gone: list[Forgotten], done: Callable[[Exception | None], None] | None = None
     ) -> None:
-        """Commit the removal of forgotten blocks, then free their slots."""
+        """Commit the removal of forgotten blocks, then free their slots.
+
+        And of replaced ones that could not be removed: what has replaced them may be among these.
+        """
         if not gone:
             return
-        slots = [block.slot for block in gone]
+        slots, replaced = [block.slot for block in gone], list(self._slots.replaced)
         for slot in slots:
             self._count_going(slot, 1)
         self._dropping += len(slots)
-        self._index.commit(Changes(drop=slots), partial(self._dropped, gone, done))
+        ended = partial(self._dropped, gone, replaced, done)
+        self._index.commit(Changes(drop=replaced + slots), ended)
 
     def _dropped(
         self,
         gone: list[Forgotten],
+        replaced: list[int],
         done: Callable[[Exception | None], None] | None,
         error: Exception | None,
     ) -> None:
         self._dropping -= len(gone)
+        if error is None:
+            for slot in self._slots.replaced.intersection(replaced):
+                self._slots.free(self._slots.forget(slot).slot)
         for block in reversed(gone):
             self._count_going(block.slot, -1)
             if error is None or not self._slots.slabs[block.slot >> SLOT_BITS].indexed:
