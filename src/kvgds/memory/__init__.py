@@ -18,7 +18,7 @@ import operator
 import re
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -296,7 +296,7 @@ class Region:
             rule = f"must be a non-empty slice within {self.nbytes} bytes"
             raise ConfigError("index", part, rule)
         base = self.spans[0].address
-        return View(self, _Flat(self, start, stop), ((base + start, base + stop),), stop - start)
+        return FlatView(self, ((base + start, base + stop),), stop - start)
 
     def check(self) -> None:
         """Raise unless the memory is still what was registered."""
@@ -335,62 +335,38 @@ class Region:
         self.maps = ()
 
 
-class _Gather(Protocol):
-    def pieces(self) -> list[memoryview]: ...
-    def rows(self) -> list[tuple[int, int]]: ...
-
-    @property
-    def units(self) -> Units | None: ...
-
-    @property
-    def blocks(self) -> Sequence[int]: ...  # which of those
-
-    @property
-    def alignment(self) -> int: ...
-
-    @property
-    def fragments(self) -> int: ...
-
-
 class View:
     """One block's memory: a gather list over a region. Cheap; made anew for each call."""
 
-    __slots__ = ("_gather", "_ranges", "nbytes", "region")
+    __slots__ = ("_ranges", "nbytes", "region")
 
-    def __init__(
-        self, region: Region, gather: _Gather, ranges: Sequence[tuple[int, int]], nbytes: int
-    ) -> None:
+    def __init__(self, region: Region, ranges: Sequence[tuple[int, int]], nbytes: int) -> None:
         self.region = region
         self.nbytes = nbytes
         self._ranges = ranges  # what it claims: addresses, or in a cache, blocks
-        self._gather = gather
 
     def copy(self, payload: memoryview, *, write: bool) -> None:
         """Copy the host's memory into a payload of as many bytes (``write``), or out of it."""
-        units = self._gather.units
-        if units is not None and not contention.busy():  # numpy gives up the interpreter lock
-            units.copy(self._gather.blocks, payload, write=write)
-            return
         pieces, whole = self.pieces(), [payload]
         copy_pieces(*((pieces, whole) if write else (whole, pieces)))
 
     def pieces(self) -> list[memoryview]:
         """The extents' bytes, in order."""
-        return self._gather.pieces()
+        raise NotImplementedError
 
     def rows(self) -> list[tuple[int, int]]:
         """The extents in order, each its address and bytes."""
-        return self._gather.rows()
+        raise NotImplementedError
 
     @property
     def alignment(self) -> int:
         """Largest power of two, up to a page, that divides every address and length."""
-        return self._gather.alignment
+        raise NotImplementedError
 
     @property
     def fragments(self) -> int:
         """How many extents it has."""
-        return self._gather.fragments
+        raise NotImplementedError
 
     def claim(self, *, write: bool) -> None:
         """Mark the memory as used by a transfer; raise BusyError if it already is."""
@@ -414,29 +390,25 @@ class View:
             self.region.release()  # whoever looks at the view a moment longer
 
 
-class _Flat:
-    """A gather list of one extent."""
+class FlatView(View):
+    """One extent."""
 
-    __slots__ = ("_region", "_start", "_stop")
+    __slots__ = ()
     fragments = 1
-    units = None
-    blocks = ()
-
-    def __init__(self, region: Region, start: int, stop: int) -> None:
-        self._region = region
-        self._start = start
-        self._stop = stop
 
     def pieces(self) -> list[memoryview]:
-        return [self._region.maps[0][self._start : self._stop]]
+        """See ``View``."""
+        start = self._ranges[0][0] - self.region.spans[0].address
+        return [self.region.maps[0][start : start + self.nbytes]]
 
     def rows(self) -> list[tuple[int, int]]:
-        address = self._region.spans[0].address + self._start
-        return [(address, self._stop - self._start)]
+        """See ``View``."""
+        return [(self._ranges[0][0], self.nbytes)]
 
     @property
     def alignment(self) -> int:
-        merged = self._region.spans[0].address + self._start | self._stop - self._start | PAGE
+        """See ``View``."""
+        merged = self._ranges[0][0] | self.nbytes | PAGE
         return merged & -merged
 
 
@@ -500,12 +472,11 @@ class Cache:
         """
         index = self._number(index)
         if not more:
-            return View(self.region, _Paged(self, index), ((index, index + 1),), self.block_bytes)
+            return PagedView(self, (index,), ((index, index + 1),))
         indices = [index, *map(self._number, more)]
         if len(set(indices)) < len(indices):
             raise ConfigError("block", indices, "must name each block once")
-        runs = _runs(indices)
-        return View(self.region, _PagedRuns(self, runs), runs, len(indices) * self.block_bytes)
+        return PagedView(self, indices, _runs(indices))
 
     def _number(self, index: int) -> int:
         try:
@@ -529,58 +500,44 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-class _Paged:
-    """A gather list over the layers of a cache."""
+class PagedView(View):
+    """Some blocks of a cache, layer by layer."""
 
-    __slots__ = ("_cache", "_index")
+    __slots__ = ("_blocks", "_cache")
 
-    def __init__(self, cache: Cache, index: int) -> None:
+    def __init__(
+        self, cache: Cache, blocks: Sequence[int], runs: Sequence[tuple[int, int]]
+    ) -> None:
+        super().__init__(cache.region, runs, len(blocks) * cache.block_bytes)
         self._cache = cache
-        self._index = index
+        self._blocks = blocks
+
+    def copy(self, payload: memoryview, *, write: bool) -> None:
+        """See ``View``."""
+        units = self._cache._units  # noqa: SLF001 - one class in two parts
+        if units is None or contention.busy():  # numpy gives up the interpreter lock
+            super().copy(payload, write=write)
+        else:
+            units.copy(self._blocks, payload, write=write)
 
     def pieces(self) -> list[memoryview]:
-        i = self._index
-        return [m[o + i * step : o + i * step + n] for m, o, step, n in self._cache._extents]  # noqa: SLF001 - one class in two parts
-
-    def rows(self) -> list[tuple[int, int]]:
-        i = self._index
-        return [(base + i * step, n) for base, step, n in self._cache._bases]  # noqa: SLF001 - see pieces
-
-    @property
-    def alignment(self) -> int:
-        return self._cache.alignment
-
-    @property
-    def fragments(self) -> int:
-        return len(self._cache._bases)  # noqa: SLF001 - see pieces
-
-    @property
-    def units(self) -> Units | None:
-        return self._cache._units  # noqa: SLF001 - see pieces
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        return (self._index,)
-
-
-class _PagedRuns:
-    """A gather list over several blocks of a cache, layer by layer."""
-
-    __slots__ = ("_cache", "_runs")
-
-    def __init__(self, cache: Cache, runs: Sequence[tuple[int, int]]) -> None:
-        self._cache = cache
-        self._runs = runs
-
-    def pieces(self) -> list[memoryview]:
-        extents = self._cache._extents  # noqa: SLF001 - one class in three parts
+        """See ``View``."""
+        extents = self._cache._extents  # noqa: SLF001 - see copy
+        if len(self._blocks) == 1:  # as nearly always, and quicker
+            i = self._blocks[0]
+            return [m[at + i * step : at + i * step + n] for m, at, step, n in extents]
         return [m[at : at + n] for m, *layer in extents for at, n in self._places(*layer)]
 
     def rows(self) -> list[tuple[int, int]]:
-        return [row for layer in self._cache._bases for row in self._places(*layer)]  # noqa: SLF001 - see pieces
+        """See ``View``."""
+        bases = self._cache._bases  # noqa: SLF001 - see copy
+        if len(self._blocks) == 1:  # see pieces
+            i = self._blocks[0]
+            return [(at + i * step, n) for at, step, n in bases]
+        return [row for layer in bases for row in self._places(*layer)]
 
     def _places(self, base: int, step: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        for start, stop in self._runs:
+        for start, stop in self._ranges:
             if step == nbytes:
                 yield base + start * step, (stop - start) * step
             else:
@@ -588,20 +545,14 @@ class _PagedRuns:
 
     @property
     def alignment(self) -> int:
+        """See ``View``."""
         return self._cache.alignment
 
     @property
     def fragments(self) -> int:
-        dense, every = self._cache._dense, len(self._cache._bases)  # noqa: SLF001 - see pieces
-        return dense * len(self._runs) + (every - dense) * sum(b - a for a, b in self._runs)
-
-    @property
-    def units(self) -> Units | None:
-        return self._cache._units  # noqa: SLF001 - see pieces
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        return [*itertools.chain.from_iterable(itertools.starmap(range, self._runs))]
+        """See ``View``."""
+        dense, every = self._cache._dense, len(self._cache._bases)  # noqa: SLF001 - see copy
+        return dense * len(self._ranges) + (every - dense) * len(self._blocks)
 
 
 class Territory:
