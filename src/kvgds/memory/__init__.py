@@ -249,7 +249,7 @@ class Region:
     Attributes:
         spans: the address ranges.
         nbytes: bytes of all spans.
-        zero_copy: whether transfers may touch this memory directly.
+        zero_copy: whether transfers may touch this memory directly; not if it is lent for one call.
         device: the GPU that it lies in; None: host memory.
         readonly: whether it may only be stored from.
     """
@@ -268,7 +268,6 @@ class Region:
         self.territory: Territory | None = None  # whose claims are heeded
         self.uses = 0  # of its views, now
         self.closed = False
-        self.lent = False  # for one operation, and let go of when that ends
         self._arrays = arrays
         self._movable = [array for array in arrays if array.movable]
         # Addresses in GPU memory mean nothing to the host.
@@ -386,8 +385,8 @@ class View:
         for start, stop in self._ranges:
             self.region.claims.remove(start, stop, write=write)
         self.region.uses -= 1
-        if self.region.lent and not self.region.uses:
-            self.region.release()  # whoever looks at the view a moment longer
+        if not (self.region.zero_copy or self.region.uses):
+            self.region.release()  # it was lent; whoever looks at the view a moment longer
 
 
 class FlatView(View):
@@ -609,7 +608,6 @@ class Territory:
         """A region for one operation on memory that nobody registered."""
         region = self._here(region_of(buffer, self._claims, zero_copy=False))
         _check_apart("memory", region, self._paged)
-        region.lent = True
         return region
 
 
