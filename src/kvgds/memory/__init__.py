@@ -591,18 +591,14 @@ class Territory:
         cache = cache_of(layers, block_axis)
         self._here(cache.region)
         _check_apart("layers", cache.region, (*self._flat, *self._paged))
-        self._check_idle(cache.region)
+        for start, nbytes in cache.region.spans:  # some of it may be lent for one operation
+            self._claims.check(start, start + nbytes, write=True)
         self._paged.add(cache.region)
         return cache
 
     def _here(self, region: Region) -> Region:
         region.territory = self
         return region
-
-    def _check_idle(self, region: Region) -> None:
-        """Raise BusyError if some of it is lent for one operation."""
-        for start, nbytes in region.spans:
-            self._claims.check(start, start + nbytes, write=True)
 
     def borrow(self, buffer: object) -> Region:
         """A region for one operation on memory that nobody registered."""
