@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
     from kvgds.memory.kernels import Launch
-    from kvgds.paths.move import Move, Path, Work
+    from kvgds.paths.move import Move, Work
     from kvgds.transport import Later
     from kvgds.transport.contract import Memory, Rows
 
@@ -166,18 +166,6 @@ class _Gpu:
         return self.kernels.result().copy(copies, cuda().stream(self.device))
 
 
-class Gpus:
-    """The GPUs that blocks have come from. Kernels that could not be made are made anew."""
-
-    def __init__(self) -> None:
-        self._gpus: dict[int, _Gpu] = {}
-
-    def __getitem__(self, device: int) -> _Gpu:
-        if device not in self._gpus or self._gpus[device].failed:
-            self._gpus[device] = _Gpu(device)
-        return self._gpus[device]
-
-
 class Room(NamedTuple):
     """Part of a staging buffer, until it is given back."""
 
@@ -296,9 +284,15 @@ class GpuDirect:
 
     holds = True
 
-    def __init__(self, name: str, gpus: Gpus) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._gpus = gpus
+        self._gpus: dict[int, _Gpu] = {}
+
+    def gpu(self, device: int) -> _Gpu:
+        """The kernels of a GPU; those that could not be made are made anew."""
+        if device not in self._gpus or self._gpus[device].failed:
+            self._gpus[device] = _Gpu(device)
+        return self._gpus[device]
 
     def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
         """See ``Path``."""
@@ -325,7 +319,7 @@ class GpuDirect:
         if move.enter() and move.write:
             checksum = NOTHING
             if move.algorithm != NO_CHECKSUM:
-                checksum = yield from _summed(self._gpus[move.device], move.view.rows())
+                checksum = yield from _summed(self.gpu(move.device), move.view.rows())
             move.stamp(checksum)
 
     def end(self, move: Move) -> Later | None:
@@ -333,7 +327,7 @@ class GpuDirect:
         if move.write:
             return None
         if move.work is None:
-            move.work = Steps(_checked(self._gpus[move.device], move, move.view.rows()))
+            move.work = Steps(_checked(self.gpu(move.device), move, move.view.rows()))
         return None if move.work.done else LATER
 
 
@@ -360,10 +354,9 @@ class GpuGathered:
 
     holds = False
 
-    def __init__(self, direct: GpuDirect, gpus: Gpus, nbytes: int) -> None:
+    def __init__(self, direct: GpuDirect, nbytes: int) -> None:
         self.name = direct.name
-        self._direct: Path = direct
-        self._gpus = gpus
+        self._direct = direct
         self._nbytes = nbytes
         self._stagings: dict[int, _Staging] = {}
 
@@ -395,7 +388,7 @@ class GpuGathered:
         staging = self._stagings[move.device]
         yield cuda().reached(move.device, move.stream)
         if not staging.failed:
-            gpu = self._gpus[move.device]
+            gpu = self._direct.gpu(move.device)
             yield staging.make(gpu)
         if staging.failed:
             move.go_by(self._direct)
@@ -429,7 +422,7 @@ class GpuGathered:
         return None
 
     def _landing(self, move: Move) -> Iterator[Work]:
-        gpu = self._gpus[move.device]
+        gpu = self._direct.gpu(move.device)
         yield from _checked(gpu, move, move.in_room)
         if move.enter():
             yield gpu.copy(pairs(move.in_room, move.view.rows()))

@@ -17,7 +17,7 @@ from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
 from kvgds.memory.copies import pairs
 from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
-from kvgds.paths.gpu import GpuDirect, GpuGathered, Gpus, after_stream, payload_rows
+from kvgds.paths.gpu import GpuDirect, GpuGathered, after_stream, payload_rows
 from kvgds.paths.move import checksum_of
 from kvgds.transport import LATER
 from kvgds.transport.agent import GPU_PLUGIN
@@ -196,9 +196,8 @@ class Ways:
             host = replace(host, evidence=(*host.evidence, most.rule))
         self.plans += (host, *self._gpu_plans(host, gds))
         if gds.path:
-            gpus = Gpus()
-            self.gds = GpuDirect(gds.path, gpus)
-            self.gathered = GpuGathered(self.gds, gpus, gather_bytes)
+            self.gds = GpuDirect(gds.path)
+            self.gathered = GpuGathered(self.gds, gather_bytes)
             self._most_gathered = _Scattered(gather_bytes, gds.gather)
 
     def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
