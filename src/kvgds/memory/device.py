@@ -233,7 +233,6 @@ class Copying:
         self._cuda = cuda
         self.event = event
         self.refused = ""
-        self._over = False
 
     def __del__(self) -> None:
         self._cuda.forget(self.event)
@@ -245,10 +244,10 @@ class Copying:
         Raises:
             CudaError: they failed, or some were refused.
         """
-        self._over = self._over or self._cuda.done(self.event)
-        if self._over and self.refused:
+        over = self._cuda.done(self.event)
+        if over and self.refused:
             raise CudaError(self.refused)
-        return self._over
+        return over
 
 
 class Copied:
