@@ -16,7 +16,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from kvgds.blocks import Outcome, check_key, image_bytes
+from kvgds.blocks import PAGE, Outcome, check_key, image_bytes
 from kvgds.config import ObjectTier
 from kvgds.deadlines import Deadlines
 from kvgds.errors import (
@@ -324,7 +324,7 @@ class Flights:
         """Queue a flight for its tier."""
         view, plan = flight.leader.view, self.tiers[flight.level].plan
         flight.path = self.ways.path_for(view, plan)
-        lease = flight.path.lease_bytes(view.nbytes)
+        lease = image_bytes(view.nbytes) if flight.path.whole else PAGE
         needed = lease if self.relay is None else 2 * image_bytes(view.nbytes)
         if needed > self._config.bounce_bytes:
             rule = f"a block of {view.nbytes:,} bytes needs {needed:,}; raise it"
@@ -742,8 +742,7 @@ class Flights:
         while flight.waiters:
             flight.leader = waiter = next(iter(flight.waiters))
             path = self.ways.path_for(waiter.view, plan)
-            same = path.lease_bytes(waiter.view.nbytes) == ticket.bounce_bytes
-            if same and ticket.state == "queued":
+            if path.whole == flight.path.whole and ticket.state == "queued":
                 flight.path = path
                 return
             self.scheduler.cancel(ticket)

@@ -283,6 +283,7 @@ class GpuDirect:
     """By cuFile, which knows no streams: what uses the memory is waited for before it moves."""
 
     holds = True
+    whole = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -293,10 +294,6 @@ class GpuDirect:
         if device not in self._gpus or self._gpus[device].failed:
             self._gpus[device] = _Gpu(device)
         return self._gpus[device]
-
-    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
-        """See ``Path``."""
-        return PAGE
 
     def regions(self, move: Move) -> tuple[Memory, ...]:
         """See ``Path``."""
@@ -353,16 +350,13 @@ class GpuGathered:
     """
 
     holds = False
+    whole = False
 
     def __init__(self, direct: GpuDirect, nbytes: int) -> None:
         self.name = direct.name
         self._direct = direct
         self._nbytes = nbytes
         self._stagings: dict[int, _Staging] = {}
-
-    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
-        """See ``Path``."""
-        return PAGE
 
     def regions(self, move: Move) -> tuple[Memory, ...]:
         """See ``Path``."""

@@ -294,13 +294,12 @@ class Path(Protocol):
 
     Attributes:
         holds: whether storage uses the caller's memory itself, from ``begin`` to ``end``.
+        whole: whether the lease takes the whole image; False: the stamp's page.
     """
 
     name: str
     holds: bool
-
-    def lease_bytes(self, nbytes: int) -> int:
-        """Bytes of the bounce region that a block of ``nbytes`` needs, whole pages."""
+    whole: bool
 
     def regions(self, move: Move) -> tuple[Memory, ...]:
         """What storage uses beside the bounce region."""

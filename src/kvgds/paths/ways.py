@@ -39,9 +39,7 @@ _log = logging.getLogger("kvgds")
 class _Direct:
     name = "direct"
     holds = True
-
-    def lease_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - only the stamp is leased
-        return PAGE
+    whole = False
 
     def regions(self, move: Move) -> tuple[Memory, ...]:
         return (move.view.region,)
@@ -64,9 +62,7 @@ class _Bounce:
 
     name = "bounce"
     holds = False
-
-    def lease_bytes(self, nbytes: int) -> int:
-        return image_bytes(nbytes)
+    whole = True
 
     def regions(self, move: Move) -> tuple[Memory, ...]:  # noqa: ARG002 - copies need none
         return ()
@@ -116,9 +112,7 @@ class _Relay:
 
     name = "bounce"
     holds = True
-
-    def lease_bytes(self, nbytes: int) -> int:
-        return image_bytes(nbytes)
+    whole = True
 
     def regions(self, move: Move) -> tuple[Memory, ...]:  # noqa: ARG002 - it lies in the lease
         return ()
