@@ -301,8 +301,9 @@ class Path(Protocol):
     holds: bool
     whole: bool
 
-    def regions(self, move: Move) -> tuple[Memory, ...]:
+    def regions(self, move: Move) -> tuple[Memory, ...]:  # noqa: ARG002 - nothing, where not told
         """What storage uses beside the bounce region."""
+        return ()
 
     def begin(self, move: Move) -> Rows | Later | None:
         """Make ready what is to be stored; the rows to move, or None if it was abandoned."""

@@ -18,7 +18,7 @@ from kvgds.errors import PathUnavailable
 from kvgds.memory.copies import pairs
 from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.paths.gpu import GpuDirect, GpuGathered, after_stream, payload_rows
-from kvgds.paths.move import checksum_of
+from kvgds.paths.move import Path, checksum_of
 from kvgds.transport import LATER
 from kvgds.transport.agent import GPU_PLUGIN
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvgds.memory import Arena, Region, View
     from kvgds.memory.device import Cuda
     from kvgds.paths.gds import Gds
-    from kvgds.paths.move import Move, Path, Work
+    from kvgds.paths.move import Move, Work
     from kvgds.paths.plan import PathPlan
     from kvgds.transport import Later
     from kvgds.transport.contract import Memory, Rows
@@ -57,15 +57,12 @@ class _Direct:
             move.check(lambda: checksum_of(move.view.pieces()))
 
 
-class _Bounce:
+class _Bounce(Path):
     """By way of the lease: a host's copies end at once, a GPU runs them on engines of its own."""
 
     name = "bounce"
     holds = False
     whole = True
-
-    def regions(self, move: Move) -> tuple[Memory, ...]:  # noqa: ARG002 - copies need none
-        return ()
 
     def begin(self, move: Move) -> Rows | Later | None:
         if move.write:
@@ -107,15 +104,12 @@ def _seal(move: Move) -> None:
     move.stamp(checksum_of([payload[: move.nbytes]]) if full else NOTHING)
 
 
-class _Relay:
+class _Relay(Path):
     """A block whose payload lies in the lease, behind its stamp, and stays there."""
 
     name = "bounce"
     holds = True
     whole = True
-
-    def regions(self, move: Move) -> tuple[Memory, ...]:  # noqa: ARG002 - it lies in the lease
-        return ()
 
     def begin(self, move: Move) -> Rows | None:
         if not move.enter():
