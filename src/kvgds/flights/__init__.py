@@ -444,21 +444,21 @@ class Flights:
 
     def _make_move(self, flight: Flight, ticket: Ticket[Flight]) -> Move:
         view, tier = flight.leader.view, self.tiers[flight.level]
-        move = Move(
+        flight.move = Move(
             namespace=self._digest,
             key=flight.key,
             view=view,
             write=flight.write,
             path=flight.path,
             full=tier.checked,
+            ways=self.ways,
+            ticket=ticket,
             owner=flight,
             backend=tier.plan.backend,
             urgent=flight.urgent,
             stream=flight.leader.batch.stream,
         )
-        move.lend(self.ways, ticket.offset or 0, ticket.bounce_bytes)
-        flight.move = move
-        return move
+        return flight.move
 
     # --- settling ---------------------------------------------------------------------
 

@@ -486,19 +486,19 @@ class _Carried:
 
     def _move(self, tier: Tier, *, write: bool) -> Move:
         ways, ticket = self.relay.flights.ways, self.ticket
-        offset = ticket.offset or 0
-        move = Move(
+        offset = (ticket.offset or 0) + PAGE
+        return Move(
             namespace=self.relay.namespace,
             key=self.key,
-            view=ways.region[offset + PAGE : offset + PAGE + self.nbytes],
+            view=ways.region[offset : offset + self.nbytes],
             write=write,
             path=RELAY,
             full=tier.checked,
+            ways=ways,
+            ticket=ticket,
             owner=self,
             backend=tier.plan.backend,
         )
-        move.lend(ways, offset, ticket.bounce_bytes)
-        return move
 
 
 class _Upload(_Carried):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvgds.memory import View
     from kvgds.paths.gpu import Room
     from kvgds.paths.ways import Ways
+    from kvgds.schedule import Ticket
     from kvgds.transport import File, Later
     from kvgds.transport.contract import Memory, Rows
 
@@ -88,8 +89,10 @@ class Move:
         write: bool,
         path: Path,
         full: bool,
-        owner: object = None,
-        backend: str = "",
+        ways: Ways,
+        ticket: Ticket[Any],  # has its lease of the bounce region
+        owner: object,
+        backend: str,
         urgent: bool = False,
         stream: int = 0,
     ) -> None:
@@ -108,33 +111,27 @@ class Move:
         self.abandoned = False
         self.entered = False
         self.mirrored = False
-        self.lease: memoryview = memoryview(b"")
-        self.lease_address = 0
-        self.regions: Sequence[Memory] = ()
         self.room: Room | None = None  # of a staging buffer
         self.file: File = None  # type: ignore[assignment]  # the tier sets it before submitting
         self.offset = 0
         self.device = view.region.device or 0
         self.device_rows: Rows = _NO_ROWS
         self.stream = stream
-        self.ways: Ways
         self.work: Work | None = None
         self.generation: int | None = None  # of a load: the one expected; None: any
         self.place = ""
         self.slot = 0  # slab tier only
         self._gate = threading.Lock()
+        self.ways = ways
+        leased = ticket.offset or 0
+        self.lease = ways.arena.bytes[leased : leased + ticket.bounce_bytes]
+        self.lease_address = ways.arena.span.address + leased
+        self.regions: Sequence[Memory] = (ways.region, *path.regions(self))
 
     @property
     def direction(self) -> Literal["load", "store"]:
         """Seen from the caller's memory."""
         return "store" if self.write else "load"
-
-    def lend(self, ways: Ways, offset: int, nbytes: int) -> None:
-        """Give the move its lease of the bounce region."""
-        self.ways = ways
-        self.lease = ways.arena.bytes[offset : offset + nbytes]
-        self.lease_address = ways.arena.span.address + offset
-        self.regions = (ways.region, *self.path.regions(self))
 
     def go_by(self, path: Path) -> None:
         """Reactor: take another way to the same place, with the lease that there is."""
