@@ -29,7 +29,7 @@ from kvgds.errors import (
     untraced,
 )
 from kvgds.flights.batch import Batch, Flight, Overdue, Waiter, listed, pairs
-from kvgds.flights.relay import Errand, Relay
+from kvgds.flights.relay import Relay
 from kvgds.memory import Cache, Region, Territory, View
 from kvgds.memory.copies import copy_pieces
 from kvgds.metrics import Event, Metrics, Observer
@@ -420,27 +420,27 @@ class Flights:
         if not tickets:
             return
         self._handover.begin()
-        loads: list[tuple[int, Move]] = []
+        loads: list[list[Move]] = [[] for _ in self.tiers]
         stores: list[Move] = []
-        errands: list[tuple[Errand, Ticket[Any]]] = []
+        errands: list[Ticket[Any]] = []
         for ticket in tickets:
             flight = ticket.op
             if not isinstance(flight, Flight):
-                errands.append((flight, ticket))
+                errands.append(ticket)
                 continue
             move = self._make_move(flight, ticket)
             if flight.write:
                 stores.append(move)
             else:
-                loads.append((flight.level, move))
+                loads[flight.level].append(move)
             self.running.add(flight)
-        for level, tier in enumerate(self.tiers):
-            if mine := [move for at, move in loads if at == level]:
-                tier.load(mine)
+        for tier, moves in zip(self.tiers, loads, strict=True):
+            if moves:
+                tier.load(moves)
         if stores:
             self.tiers[0].store(stores)
-        for errand, ticket in errands:
-            errand.start(ticket)
+        for errand in errands:
+            errand.op.start(errand)
 
     def _make_move(self, flight: Flight, ticket: Ticket[Flight]) -> Move:
         view, tier = flight.leader.view, self.tiers[flight.level]

@@ -17,7 +17,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvgds.blocks import PAGE, image_bytes
 from kvgds.errors import TransferError
@@ -61,16 +61,6 @@ class RelayStatistics:
 
 
 Done: TypeAlias = "Callable[[bool, Exception | None], None]"
-
-
-class Errand(Protocol):
-    """Something of the relay's that has a lease, and moves that end."""
-
-    def start(self, ticket: Ticket[Any]) -> None:
-        """It has its lease."""
-
-    def ended(self, move: Move) -> None:
-        """One of its moves has ended."""
 
 
 class Relay:
@@ -476,7 +466,7 @@ class Relay:
 
 
 class _Carried:
-    """A block in the bounce region."""
+    """A block in the bounce region. Told when it has its lease, and when one of its moves ended."""
 
     def __init__(self, relay: Relay, key: BlockKey, nbytes: int) -> None:
         self.relay = relay
