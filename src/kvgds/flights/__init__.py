@@ -494,7 +494,7 @@ class Flights:
         flight.landed = False
         relay = self.relay
         hit = move.status == "hit" and not move.abandoned
-        promotes = hit and flight.level and flight.lasting and relay is not None
+        promotes = hit and flight.level and flight.lasting
         if not (promotes and relay and relay.promote(flight.ticket, move)):
             self.scheduler.finish(flight.ticket)
         self.running.discard(flight)
@@ -582,10 +582,9 @@ class Flights:
     def _end(self, waiter: Waiter, outcome: Outcome, path: str) -> None:
         flight = waiter.flight
         assert flight is not None  # noqa: S101 - only called for waiters without an outcome
-        write = flight.write
         waiter.flight = None
         if waiter.overdue is None:
-            waiter.view.release(write=not write)
+            waiter.view.release(write=not flight.write)
         tier = self.tiers[flight.level].name
         self._count(waiter.batch, outcome, waiter.view.nbytes, path, tier)
         waiter.batch.settle(waiter.index, outcome)
@@ -772,7 +771,6 @@ class Flights:
                 again = await _cancelled(asyncio.sleep(0)) or again
         while batch.left:
             again = await _cancelled(batch.news()) or again  # the memory is still not the caller's
-        batch.waiters.clear()
         late = [
             outcome.error
             for outcome in batch.outcomes

@@ -228,7 +228,8 @@ class Flight:
         What is loaded into a GPU's memory does not: a copy between two would wait for both streams.
         """
         one, other = self.leader.view, waiter.view
-        if not self.write and not one.region.device is other.region.device is None:
+        on_gpu = one.region.device is not None or other.region.device is not None
+        if on_gpu and not self.write:
             return False
         return one.nbytes == other.nbytes and bool(self.waiters) and not self.copying
 
