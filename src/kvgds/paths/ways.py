@@ -7,7 +7,6 @@ an engine has is decided once, when it opens.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from dataclasses import replace
@@ -189,19 +188,16 @@ class Ways:
             self._most_gathered = _Scattered(gather_bytes, gds.gather)
 
     def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
-        devices = 0
-        with contextlib.suppress(PathUnavailable):
-            devices = cuda().devices
-        if not devices:
+        try:
+            here = f"{cuda().devices} GPUs answer"
+        except PathUnavailable:
             return ()
-        here = f"{devices} GPUs answer"
-        if gds.path:
-            evidence = (here, *gds.evidence, "blocks whose parts are not whole pages bounce")
-            backend = f"{GPU_PLUGIN}, stamps {host.backend}"
-            plan = replace(host, memory="gpu", path=gds.path, backend=backend, alignment=PAGE)
-            return (replace(plan, evidence=evidence, refused=gds.refused),)
-        evidence = (f"{here}; copies through page-locked host memory",)
-        return (replace(host, memory="gpu", path="bounce", evidence=evidence, refused=gds.refused),)
+        plan = replace(host, memory="gpu", path=gds.path or "bounce", refused=gds.refused)
+        if not gds.path:
+            return (replace(plan, evidence=(f"{here}; copies through page-locked host memory",)),)
+        evidence = (here, *gds.evidence, "blocks whose parts are not whole pages bounce")
+        backend = f"{GPU_PLUGIN}, stamps {host.backend}"
+        return (replace(plan, backend=backend, alignment=PAGE, evidence=evidence),)
 
     def path_for(self, view: View, plan: PathPlan) -> Path:
         """The path that a view takes to the tier that has this plan."""
