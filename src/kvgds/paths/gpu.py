@@ -354,7 +354,7 @@ class GpuGathered:
 
     def __init__(self, direct: GpuDirect, nbytes: int) -> None:
         self.name = direct.name
-        self._direct = direct
+        self.direct = direct  # the way of what is not gathered
         self._nbytes = nbytes
         self._stagings: dict[int, _Staging] = {}
 
@@ -382,10 +382,10 @@ class GpuGathered:
         staging = self._stagings[move.device]
         yield cuda().reached(move.device, move.stream)
         if not staging.failed:
-            gpu = self._direct.gpu(move.device)
+            gpu = self.direct.gpu(move.device)
             yield staging.make(gpu)
         if staging.failed:
-            move.go_by(self._direct)
+            move.go_by(self.direct)
             return
         yield staging.turn(move)
         if move.write:
@@ -416,7 +416,7 @@ class GpuGathered:
         return None
 
     def _landing(self, move: Move) -> Iterator[Work]:
-        gpu = self._direct.gpu(move.device)
+        gpu = self.direct.gpu(move.device)
         yield from _checked(gpu, move, move.in_room)
         if move.enter():
             yield gpu.copy(pairs(move.in_room, move.view.rows()))

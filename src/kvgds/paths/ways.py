@@ -161,15 +161,14 @@ class Ways:
     """The ways that one engine has, and its bounce region: host memory that lies in NIXL's hands.
 
     Attributes:
-        gds: how GPU memory moves without a copy, once that is proved; None: it bounces.
+        gds: how GPU memory moves to storage and back, once that is proved; None: it bounces.
         plans: how each kind of memory moves, once that is settled.
     """
 
     def __init__(self, arena: Arena, region: Region) -> None:
         self.arena = arena
         self.region = region
-        self.gds: GpuDirect | None = None
-        self.gathered: GpuGathered | None = None
+        self.gds: GpuGathered | None = None
         self.plans: tuple[PathPlan, ...] = ()
         self._most_gathered = _NEVER  # of a GPU's memory
         self._most_bounced = _NEVER  # of the host's
@@ -183,8 +182,7 @@ class Ways:
             host = replace(host, evidence=(*host.evidence, most.rule))
         self.plans += (host, *self._gpu_plans(host, gds))
         if gds.path:
-            self.gds = GpuDirect(gds.path)
-            self.gathered = GpuGathered(self.gds, gather_bytes)
+            self.gds = GpuGathered(GpuDirect(gds.path), gather_bytes)
             self._most_gathered = _Scattered(gather_bytes, gds.gather)
 
     def _gpu_plans(self, host: PathPlan, gds: Gds) -> tuple[PathPlan, ...]:
@@ -209,9 +207,7 @@ class Ways:
             return DIRECT if direct and not self._most_bounced.has(view) else BOUNCE
         if self.gds is None or not region.zero_copy or view.alignment < PAGE:
             return BOUNCE
-        if self.gathered is not None and self._most_gathered.has(view):
-            return self.gathered
-        return self.gds
+        return self.gds if self._most_gathered.has(view) else self.gds.direct
 
     def spares_bounce(self, region: Region, plan: PathPlan) -> bool:
         """Whether such memory would move without the bounce region, registered and aligned."""
@@ -227,8 +223,8 @@ class Ways:
 
     def close(self) -> None:
         """Unlock the pages, free staging memory; nothing may copy any more. Blocks."""
-        if self.gathered is not None:
-            self.gathered.close()
+        if self.gds is not None:
+            self.gds.close()
         if self._pinned is not None:
             try:
                 cuda().unpin(self._pinned, self.arena.span)
