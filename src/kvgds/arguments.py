@@ -107,18 +107,17 @@ def place(
     bucket, _, prefix = text.removeprefix(_SCHEME).partition("/")
     for tier in configured(config):
         if isinstance(tier, ObjectTier) and tier.bucket == bucket:
-            given = {name: getattr(tier, name) for name in ObjectTier.model_fields}
+            given = dict(tier)
             if changes.get("endpoint", "").startswith("http://"):
                 given["ca_bundle"] = None
-            changes = given | changes
             break
     else:
         if config is not None:
             raise ConfigError("config", os.fspath(config), f"has no tier in the bucket {bucket!r}")
-        changes = _of_aws() | changes
-    if prefix or "prefix" not in changes:
-        changes["prefix"] = prefix
-    return ObjectTier(**{**changes, "bucket": bucket})
+        given = {"bucket": bucket, **_of_aws()}
+    if prefix:
+        given["prefix"] = prefix
+    return ObjectTier(**given | changes)
 
 
 def _of_aws() -> dict[str, str]:
