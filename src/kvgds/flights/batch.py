@@ -97,8 +97,8 @@ class Batch:
         "since",
         "stream",
         "stream_owner",
-        "waiter",
         "waiters",
+        "wakeup",
         "write",
     )
 
@@ -127,7 +127,7 @@ class Batch:
         self.admitted = 0  # blocks so far
         self.admission: asyncio.Handle | None = None  # of the next; None: there are no more
         self.arrivals: deque[Outcome] | None = deque() if each else None
-        self.waiter: asyncio.Future[None] | None = None
+        self.wakeup: asyncio.Future[None] | None = None  # of its task
         self.expired = False
 
     def settle(self, index: int, outcome: Outcome) -> None:
@@ -140,8 +140,8 @@ class Batch:
             return
         if not self.left:
             self._over()
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        if self.wakeup is not None and not self.wakeup.done():
+            self.wakeup.set_result(None)
 
     def admit_no_more(self) -> None:
         """Those that were not admitted never will be."""
@@ -159,13 +159,13 @@ class Batch:
 
     async def news(self) -> None:
         """Wait until something has ended that the task has not seen."""
-        if self.waiter is not None:
+        if self.wakeup is not None:
             raise BusyError("another task awaits this operation; it wakes one alone")
-        self.waiter = self.loop.create_future()
+        self.wakeup = self.loop.create_future()
         try:
-            await self.waiter
+            await self.wakeup
         finally:
-            self.waiter = None
+            self.wakeup = None
 
 
 class Waiter:
