@@ -32,7 +32,7 @@ from kvgds.errors import (
 )
 from kvgds.flights import KEYS_AT_ONCE, Batch, Flights, Memory, listed, pairs
 from kvgds.handover import Handover
-from kvgds.memory import Arena, Cache, Region, region_of
+from kvgds.memory import Arena, Cache, Region
 from kvgds.metrics import Metrics, Observer
 from kvgds.paths import Gds, Ways, settle_gds
 from kvgds.schedule import Priority
@@ -188,11 +188,10 @@ class Engine:
             fill(self._copier, 1)
             for transport in self._transports:
                 transport.start()
-            arena = _arena(self.config.bounce_bytes)
+            ways = Ways(_arena(self.config.bounce_bytes))
             for tier in self._tiers:
                 tier.open(progress)
                 stack.callback(tier.close)
-            ways = Ways(arena, region_of(arena.bytes))
             self._settle(ways)
             if self._flights.relay is not None:
                 self._flights.relay.recover()

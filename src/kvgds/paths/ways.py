@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.blocks import NO_CHECKSUM, PAGE, Stamp, image_bytes
 from kvgds.errors import PathUnavailable
+from kvgds.memory import region_of
 from kvgds.memory.copies import pairs
 from kvgds.memory.device import COPIED, NOTHING, CudaError, cuda
 from kvgds.paths.gpu import GpuDirect, GpuGathered, after_stream, payload_rows
@@ -165,9 +166,9 @@ class Ways:
         plans: how each kind of memory moves, once that is settled.
     """
 
-    def __init__(self, arena: Arena, region: Region) -> None:
+    def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.region = region
+        self.region = region_of(arena.bytes)
         self.gds: GpuGathered | None = None
         self.plans: tuple[PathPlan, ...] = ()
         self._most_gathered = _NEVER  # of a GPU's memory
