@@ -136,7 +136,7 @@ class Content:
     def _copy(self, *, store: bool, down: bool) -> None:
         ends = self.near(store=store).address, self.far(store=store)
         to, source = ends if down else ends[::-1]
-        cuda().copy_now([(to, source, self.nbytes)])
+        cuda().copy_now(to, source, self.nbytes)
 
 
 class Blocks:

@@ -187,11 +187,10 @@ class Cuda:
         self._batches = code not in _NO_BATCHES
         return bool(code == 0)
 
-    def copy_now(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copy (to, from, bytes), and wait for it."""
-        for to, source, nbytes in copies:
-            arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
-            self._call("cudaMemcpy", *arguments, _DEFAULT_KIND)
+    def copy_now(self, to: int, source: int, nbytes: int) -> None:
+        """Copy, and wait for it."""
+        ends = ctypes.c_void_p(to), ctypes.c_void_p(source)
+        self._call("cudaMemcpy", *ends, ctypes.c_size_t(nbytes), _DEFAULT_KIND)
 
     def done(self, event: ctypes.c_void_p) -> bool:
         """Whether a stream has reached an event."""

@@ -107,13 +107,13 @@ def _round_trip(agent: Agent, fd: int) -> None:
     host, back = arena.span.address, arena.span.address + _NBYTES
     with ExitStack() as stack:
         sender, receiver = (_memory(agent, _NBYTES, stack) for _ in range(2))
-        runtime.copy_now([(sender.address, host, _NBYTES)])
+        runtime.copy_now(sender.address, host, _NBYTES)
         _move(agent, [(sender.address, 0, _NBYTES)], fd, write=True)
         if os.preadv(fd, [arena.bytes[_NBYTES:]], 0) != _NBYTES or arena.bytes[_NBYTES:] != data:
             raise PathUnavailable("the file holds other bytes than the GPU sent")
         arena.bytes[_NBYTES:] = bytes(_NBYTES)
         _move(agent, [(receiver.address, 0, _NBYTES)], fd, write=False)
-        runtime.copy_now([(back, receiver.address, _NBYTES)])
+        runtime.copy_now(back, receiver.address, _NBYTES)
         if arena.bytes[_NBYTES:] != data:
             raise PathUnavailable("the GPU received other bytes than the file holds")
 
