@@ -675,7 +675,7 @@ class Flights:
     def _give_up(self, waiter: Waiter, flight: Flight) -> bool:
         """End one waiter with TransferTimeout. False: try again in a moment."""
         if self._leave_queue(waiter, flight):
-            self._time_out(waiter, flight, None)
+            self._time_out(waiter, flight)
             return True
         if flight.copying:
             return False
@@ -689,7 +689,7 @@ class Flights:
             else:
                 return False
         del flight.waiters[waiter]
-        self._time_out(waiter, flight, waiter.overdue)
+        self._time_out(waiter, flight)
         if not flight.waiters and not move.abandoned:
             move.abandoned = True  # nobody is left to be told: publish nothing
             self._quarantine(flight, move)
@@ -700,18 +700,18 @@ class Flights:
         self.quarantined += len(move.lease)
         self._close_boarding(flight)
 
-    def _time_out(self, waiter: Waiter, flight: Flight, settled: Overdue | None) -> None:
+    def _time_out(self, waiter: Waiter, flight: Flight) -> None:
         path = flight.move.path.name if flight.move else ""
         kept_in = self.tiers[0].name if flight.mirroring else ""
         more = ""
-        if settled is not None:
+        if waiter.overdue is not None:
             more = "; its memory is in use: await .settled"
         elif kept_in:
             more = f"; {kept_in} has the block"
         error = self._late_error(
             flight.key, write=flight.write, path=path, level=flight.level, more=more
         )
-        error.settled, error.kept_in = settled, kept_in
+        error.settled, error.kept_in = waiter.overdue, kept_in
         self._end(waiter, Outcome(flight.key, "error", error), path or "none")
 
     def _late_error(
