@@ -376,7 +376,9 @@ class Relay:
             self._not_carried(upload, error)
         else:
             self._uploaded += 1
-            self._take_well()
+            if self._refusals >= _REFUSALS:  # it takes blocks again
+                self._loop.call_soon(self.near.look_again)
+            self._refusals = 0
             self._arrived(upload)
         if key in self._deleting:
             self._delete(key)
@@ -409,12 +411,6 @@ class Relay:
     def is_last(self, key: BlockKey) -> bool:
         """Whether the first tier has had no newer block of this key since it was read."""
         return key not in self._owed
-
-    def _take_well(self) -> None:
-        """The next tier takes blocks."""
-        refused, self._refusals = self._refusals, 0
-        if refused >= _REFUSALS:
-            self._loop.call_soon(self.near.look_again)
 
     def _not_carried(self, upload: _Upload, error: Exception) -> None:
         self._failed += 1
