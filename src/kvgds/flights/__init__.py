@@ -844,7 +844,7 @@ def _lanes(config: EngineConfig) -> dict[str, Lane]:
             least = min(_FEW, ops)
             if len(config.tiers) > 1 and (level or write):
                 most, least = min(most, config.bounce_bytes // 4), 1 if write else min(2, ops)
-            lanes[_lane(level, write=write)] = Lane(ops, max(most, 1), part=level, least=least)
+            lanes[_lane(level, write=write)] = Lane(ops, most, part=level, least=least)
     return lanes
 
 
