@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import sharing
-from faults import FaultyDisk
+from faults import FaultyDisk, small_disk
 from kvgds import BusyError, ConfigError, FileTier, open_engine
 from kvgds.doctor import diagnose
+from kvgds.paths import filesystem_of
 from kvgds.tiers import locks
 from kvgds.tiers.directory import lock_root, owner_of
 from kvgds.tiers.ledger import Ledger
@@ -194,3 +195,17 @@ async def test_a_path_that_is_too_long_for_the_index_says_so(tmp_path: Path) -> 
             with pytest.raises(ConfigError, match="takes paths of 504 bytes at most"):
                 async with open_engine(config(root)):
                     pass
+
+
+# --- what is mounted there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "a\tb\n", "a\\040b", "a\rb\u00a0c", "a\udcffb"])
+def test_what_is_mounted_is_known_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """Whether a directory is shared, and copies on write, is told by it."""
+    outside = filesystem_of(tmp_path)
+    with small_disk(tmp_path / name, 2 << 20, "ext4") as disk:
+        assert filesystem_of(disk / "kv") == "ext4"
+        with small_disk(disk, 1 << 20) as inner:
+            assert filesystem_of(inner) == "tmpfs"
+    assert filesystem_of(disk) == outside

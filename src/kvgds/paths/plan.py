@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TRIAL_BYTES = (PAGE, (1 << 20) + PAGE)
 _STATX_DIOALIGN = 0x2000
+_ESCAPE = re.compile(rb"\\([0-7]{3})")  # a byte that would be taken for the end of a mount point
 _FULL = "the disk is full: it was not tried"
 
 
@@ -152,15 +154,15 @@ def _try_direct(path: FilePath) -> tuple[bool, str]:
 
 def filesystem_of(root: FilePath) -> str:
     """Type of the file system below ``root``, from the longest mount point above it."""
-    best, kind = "", "an unknown file system"
-    real = os.path.realpath(root)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+    best, kind = b"", b"an unknown file system"
+    real = os.fsencode(os.path.realpath(root))
+    with open("/proc/self/mountinfo", "rb") as mounts:
         for line in mounts:
-            left, _, right = line.partition(" - ")
-            point = left.split()[4].replace("\\040", " ")
-            if len(point) >= len(best) and (real + "/").startswith(point.rstrip("/") + "/"):
+            left, _, right = line.partition(b" - ")
+            point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), left.split(b" ")[4])
+            if len(point) >= len(best) and (real + b"/").startswith(point.rstrip(b"/") + b"/"):
                 best, kind = point, right.split()[0]
-    return kind
+    return kind.decode()
 
 
 def _dio_alignment(path: FilePath) -> list[str]:
