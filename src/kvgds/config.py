@@ -246,8 +246,8 @@ class EngineConfig(_Settings):
         inflight_ops: blocks that may be in flight, per tier and direction; of a bucket no more than
             twice its ``connections``.
         inflight_bytes: bytes that may be in flight, per tier and direction; four blocks may be,
-            whatever their size. With two tiers no more than a quarter of `bounce_bytes`, and one
-            block of any size, but for loads from the first.
+            whatever their size. With two tiers, but for loads from the first, no more than a
+            quarter of `bounce_bytes`, and whatever their size one store, or two loads.
         transport_threads: NIXL agents, each with a thread of its own.
     """
 

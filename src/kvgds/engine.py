@@ -339,6 +339,7 @@ class Engine:
         Raises:
             ConfigError: not contiguous, empty, part of a cache or of other registered GPU memory,
                 or no buffer.
+            PathUnavailable: it says that it is GPU memory, but there is no CUDA, or it fails.
         """
         self._check_open()
         return self._flights.territory.register(buffer)
@@ -353,6 +354,7 @@ class Engine:
                 number of blocks or their device, overlap, are empty, or are registered already,
                 or no such axis.
             BusyError: a transfer uses some of it.
+            PathUnavailable: as :meth:`register`.
         """
         self._check_open()
         return self._flights.territory.register_cache(_list_of(layers), block_axis)
@@ -363,6 +365,7 @@ class Engine:
         Raises:
             BusyError: a transfer uses it.
             ConfigError: it is neither a region nor a cache, or another engine's.
+            ClosedError: called on another event loop, or in a forked child.
         """
         self._check_loop()
         region: object = memory.region if isinstance(memory, Cache) else memory
@@ -412,7 +415,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time.
             StorageFull: no room.
             BusyError: a load into this memory is in flight, or others keep the directory locked.
-            ConfigError: an argument can't be. ClosedError: the engine or memory is closed.
+            ConfigError: an argument can't be, or the block does not fit into ``bounce_bytes``.
+            ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, [(key, memory)])
@@ -445,8 +449,8 @@ class Engine:
             TransferError: the bytes did not arrive. TransferTimeout: not in time. The
                 memory's content is then undefined.
             BusyError: another transfer uses this memory.
-            ConfigError: an argument can't be, or the block has another size than the memory, which
-                is then undefined, too.
+            ConfigError: an argument can't be, the block does not fit into ``bounce_bytes``, or it
+                has another size than the memory, which is then undefined, too.
             ClosedError: the engine or memory is closed.
         """
         batch = self._open_batch(1, priority, timeout_s, stream, write=False)
@@ -461,7 +465,13 @@ class Engine:
         timeout_s: float | None = None,
         stream: object = None,
     ) -> list[Outcome]:
-        """Store blocks; an outcome for each, in order. One bad block fails no other."""
+        """Store blocks; an outcome for each, in order. One bad block fails no other.
+
+        Raises:
+            ConfigError: an argument can't be; what is wrong with one block is in its outcome.
+            ClosedError: the engine is closed.
+            TransferTimeout: the call was cancelled, and memory of it is in use past its deadline.
+        """
         items = pairs(items)
         batch = self._open_batch(len(items), priority, timeout_s, stream, write=True)
         await self._flights.carry_out(batch, items)
@@ -475,7 +485,10 @@ class Engine:
         timeout_s: float | None = None,
         stream: object = None,
     ) -> list[Outcome]:
-        """Load blocks; an outcome for each, in order. One bad block fails no other."""
+        """Load blocks; an outcome for each, in order. One bad block fails no other.
+
+        Raises: as :meth:`store_many`.
+        """
         items = pairs(items)
         batch = self._open_batch(len(items), priority, timeout_s, stream, write=False)
         await self._flights.carry_out(batch, items)
@@ -508,6 +521,8 @@ class Engine:
         the one that came first in the call may well be the one that ends last.
 
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
+
+        Raises: as :meth:`store_many`, once the first is awaited or the iterator is closed.
         """
         self._check_open()
         return self._flights.each(items, priority, timeout_s, write=False, stream=stream)
@@ -684,6 +699,7 @@ def open_engine(
         PathUnavailable: NIXL, or a path that was asked for, can't be had, or a bucket that stands
             alone does not answer.
         CapacityError: the system allows no more threads.
+        TransferTimeout: when it is left, see :meth:`Engine.aclose`.
     """
     if not isinstance(config, EngineConfig):
         raise ConfigError("config", type(config).__name__, "must be an EngineConfig")

@@ -163,9 +163,11 @@ class Settled(Protocol):
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """The operation passed its deadline. What becomes visible later is a delete at most.
+    """The operation passed its deadline.
 
-    But in a bucket: there a store that was under way may appear later, whole.
+    A delete may still happen. A store's block may be there: where ``kept_in`` says so; with
+    ``layout="files"``, if only its acknowledgement was missing; in a bucket, where it may also
+    appear later, whole.
 
     Attributes:
         settled: ``None`` where the caller's memory is free already (the transfer was

@@ -18,7 +18,7 @@ class Statistics:
     """What an engine is doing, and has done since it was opened.
 
     Attributes:
-        queued: blocks waiting to start, those to be uploaded included.
+        queued: blocks waiting to start, and uploads whose turn has come; ``relay.owed`` has all.
         in_flight: blocks under way, likewise.
         hits: loads that found their block.
         misses: loads that did not.

@@ -190,7 +190,8 @@ class Simulator:
     def refuse(self, function: str, error: int = 2, *, skip: int = 0, count: int = 1) -> None:
         """Let so many calls of a function of libcudart fail, behind the next `skip`; -1: for ever.
 
-        Those that allocate, register, create, record, copy and launch (``simcuda_launch``) heed it.
+        Those that allocate, register, look up, create, record, copy and launch heed it; the last
+        are one, ``simcuda_launch``.
         """
         numbers = ctypes.c_int(error), ctypes.c_int64(skip), ctypes.c_int64(count)
         self.call("simcuda_refuse", function.encode(), *numbers)

@@ -17,6 +17,7 @@ from kvgds import (
     EngineConfig,
     FileTier,
     Namespace,
+    PathUnavailable,
     TransferError,
     TransferTimeout,
     open_engine,
@@ -350,6 +351,20 @@ async def test_corrupt_bytes_never_reach_the_gpu(gpu: Simulator, tmp_path: Path)
         with pytest.raises(BlockCorrupt):
             await engine.load(b"k", region)
         assert vram.read() == data
+
+
+async def test_memory_that_can_not_be_looked_up_is_refused(gpu: Simulator, tmp_path: Path) -> None:
+    """The GPU has failed: one error of ours, whoever brings the memory."""
+    vram, _ = filled(gpu, PAGE, "unknown")
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        gpu.refuse("cudaPointerGetAttributes", count=3)
+        with pytest.raises(PathUnavailable, match="cudaPointerGetAttributes"):
+            engine.register(vram)
+        with pytest.raises(PathUnavailable, match="cudaPointerGetAttributes"):
+            engine.register_cache([vram])
+        with pytest.raises(PathUnavailable, match="cudaPointerGetAttributes"):
+            await engine.store(b"k", vram)
+        assert await engine.store(b"k", engine.register(vram))
 
 
 async def test_freed_memory_is_an_error_of_that_block(gpu: Simulator, tmp_path: Path) -> None:

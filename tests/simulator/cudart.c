@@ -428,6 +428,8 @@ int cudaHostUnregister(void *address) {
 }
 
 int cudaPointerGetAttributes(struct attributes *attributes, const void *address) {
+    int refusal = refused(__func__);
+    if (refusal) return refusal;
     if (!attributes) return give(INVALID_VALUE);
     if (!devices) return give(NO_DEVICE);
     pthread_mutex_lock(&lock);

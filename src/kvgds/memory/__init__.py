@@ -24,9 +24,9 @@ import numpy as np
 
 from kvgds import contention
 from kvgds.blocks import PAGE
-from kvgds.errors import BusyError, ClosedError, ConfigError
+from kvgds.errors import BusyError, ClosedError, ConfigError, PathUnavailable
 from kvgds.memory.copies import Units, bytes_at, copy_pieces
-from kvgds.memory.device import cuda
+from kvgds.memory.device import CudaError, cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -141,7 +141,10 @@ def _describe_cuda(array: Any) -> _Strided:  # noqa: ANN401 - cupy's, or another
     strides = told.get("strides")
     if strides is None:
         strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    device = cuda().device_of(address) if math.prod(shape) else 0
+    try:
+        device = cuda().device_of(address) if math.prod(shape) else 0
+    except CudaError as error:
+        raise PathUnavailable(f"GPU memory can't be used now: {error}") from None
     return _Strided(address, shape, tuple(strides), itemsize, bool(readonly), array, device)
 
 

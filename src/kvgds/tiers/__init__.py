@@ -57,9 +57,12 @@ class TierStatistics:
     """What a tier holds and has done since it was opened.
 
     Attributes:
-        blocks: blocks that a load would find, of this engine's namespace.
-        bytes_used: bytes of blocks, stamps and padding included, of all namespaces.
-        capacity_bytes: the limit on them.
+        name: for example ``"slabs:/nvme/kv"``.
+        blocks: blocks that a load would find, of this engine's namespace; of a bucket or with
+            ``layout="files"`` those that were seen there.
+        bytes_used: bytes of blocks, stamps and padding included, of all namespaces; of a bucket
+            those that were seen there.
+        capacity_bytes: the limit on them; 0: a bucket, which has none.
         evictions: blocks dropped to make room.
         quarantined: places taken out of use because what they gave back was wrong.
         dropped: blocks evicted before the next tier had them.

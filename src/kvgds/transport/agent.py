@@ -1,7 +1,8 @@
 """One NIXL agent: its backends, what is registered with it, and requests under way.
 
-The only code that calls NIXL. All methods of an agent run on the thread that made it. A request is
-never released before it has ended: NIXL would free memory that storage still writes to.
+For files and GPU memory; ``objects`` calls NIXL for buckets. All methods of an agent run on the
+thread that made it. A request is never released before it has ended: NIXL would free memory that
+storage still writes to.
 
 It calls the C interface that lies in NIXL's wheels, and that its Rust bindings are made of. The
 Python bindings give up the interpreter lock in nearly every call, and while the event loop runs
