@@ -305,6 +305,20 @@ def test_what_can_not_be_asked_for_has_ended(
     assert gpu.counter("pending") == 0
 
 
+@pytest.mark.parametrize("what", ["copy", "sum"])
+def test_a_launch_that_can_not_be_asked_for_keeps_the_next_from_beginning(
+    gpu: Simulator, filled: Filled, kernels: Kernels, what: str
+) -> None:
+    """The next is told as failed, so its blocks are given back: nothing may go on in them."""
+    vram, stream = filled("next"), new_stream()
+    gpu.copy_delay(0.02)
+    begin(kernels, what, vram, stream.ptr)
+    gpu.refuse("cudaEventQuery")
+    with pytest.raises(PathUnavailable):
+        begin(kernels, what, vram, stream.ptr)
+    assert gpu.counter("pending") == 0
+
+
 def test_what_goes_too_early_is_told(machine: Simulator, filled: Filled) -> None:
     """What kernels are given, and the host's side of two copies."""
     freed, unpinned = too_early(machine)

@@ -251,6 +251,8 @@ class Kernels:
     def _launching(self, kind: type[T], stream: int) -> Iterator[tuple[T, Any]]:
         """Make a stream the one that is given work; its memory is kept until that has run."""
         with self._cupy.cuda.Device(self.device), self._stream(stream) as queue:
+            while self._launched and self._launched[0].over:  # this may fail: before all begins
+                self._launched.popleft()
             launch = kind(self._cupy)
             try:
                 yield launch, queue
@@ -261,8 +263,6 @@ class Kernels:
             except Exception:
                 queue.synchronize()
                 raise
-            while self._launched and self._launched[0].over:
-                self._launched.popleft()
             self._launched.append(launch)
 
     def _enqueue(self, plan: Plan, digests: Digests, queue: Any) -> None:  # noqa: ANN401 - CuPy has no types
