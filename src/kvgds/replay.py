@@ -22,7 +22,7 @@ import stat
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from kvgds.memory import Region
 
     Words = npt.NDArray[np.uint64]
-
-T = TypeVar("T")
 
 TOKENS = 512
 """Tokens of a block in Mooncake's traces."""
@@ -372,15 +370,16 @@ class Run:
     async def all(self, requests: Iterator[tuple[int, ...]], told: Callable[[int], None]) -> None:
         """Serve the requests, each as soon as there are buffers for it."""
         queue: asyncio.Queue[tuple[int, ...] | None] = asyncio.Queue(_AHEAD)
-        workers = len(self._free)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for buffers in self._free:
                     tasks.create_task(self._work(queue, buffers, told))
-                while ahead := await asyncio.to_thread(_take, requests, _AHEAD):
+                while ahead := await asyncio.to_thread(
+                    lambda: list(itertools.islice(requests, _AHEAD))
+                ):
                     for request in ahead:
                         await queue.put(request)
-                for _ in range(workers):
+                for _ in self._free:
                     await queue.put(None)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
@@ -479,7 +478,3 @@ class Run:
             messages=tuple(counts.messages),
             path="; ".join(str(plan).splitlines()[0] for plan in self._engine.plan),
         )
-
-
-def _take(requests: Iterator[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
-    return list(itertools.islice(requests, most))
