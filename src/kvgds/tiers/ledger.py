@@ -31,17 +31,20 @@ class Ledger:
 
     Attributes:
         used: the count when it was last read.
-        sound: whether there was one.
         stuck: whether there is too high a one, because there was no room for that below it.
     """
 
     def __init__(self, root: int) -> None:
         self.used = 0
-        self.sound = True
         self.stuck = False
-        self._written = 0
+        self._written = 0  # -1: nothing that is a count
         self._root = root
         self._fd = -1
+
+    @property
+    def sound(self) -> bool:
+        """Whether there was a count when it was last read."""
+        return self._written >= 0
 
     @contextlib.contextmanager
     def held(self, *, wait: bool = True) -> Iterator[None]:
@@ -50,8 +53,8 @@ class Ledger:
         try:
             (locks.lock if wait else locks.lock_nowait)(self._fd, fcntl.LOCK_EX)
             text = os.pread(self._fd, 32, 0)
-            self.sound = _COUNT.fullmatch(text) is not None
-            self.used = self._written = int(text) if self.sound else 0
+            self._written = int(text) if _COUNT.fullmatch(text) else -1
+            self.used = max(self._written, 0)
             yield
         finally:
             locks.close(self._fd)
@@ -76,15 +79,15 @@ class Ledger:
         count can be written again; that one too high stays there is safe.
         """
         nbytes = max(nbytes, 0)
-        if not self.sound or nbytes != self._written:
+        if nbytes != self._written:
             try:
                 os.pwrite(self._fd, b"%020d\n" % nbytes, 0)
             except OSError as error:
-                if error.errno not in NO_ROOM or not self.sound or nbytes > self._written:
+                if error.errno not in NO_ROOM or nbytes > self._written:
                     raise
                 self.stuck = True
             else:
-                self._written, self.sound, self.stuck = nbytes, True, False
+                self._written, self.stuck = nbytes, False
         self.used = nbytes
 
     def now(self) -> float:
