@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -99,21 +98,17 @@ def fulfil(function: Callable[[], None], future: Future[None]) -> None:
 
 
 def all_of(futures: Sequence[Future[None]]) -> Future[None]:
-    """A future that ends when all have; with the first error there was."""
+    """A future that ends when all have; with the first error that there is."""
     whole: Future[None] = Future()
-    left = [len(futures)]
-    errors: list[BaseException] = []
-    lock = threading.Lock()
+    left = iter(futures)
 
-    def ended(one: Future[None]) -> None:
-        with lock:
-            left[0] -= 1
-            if error := one.exception():
-                errors.append(error)
-            if left[0] or not whole.set_running_or_notify_cancel():
-                return
-        whole.set_exception(errors[0]) if errors else whole.set_result(None)
+    def await_next(_: Future[None] | None = None) -> None:
+        one = next(left, None)
+        if one is not None:
+            one.add_done_callback(await_next)
+        elif whole.set_running_or_notify_cancel():
+            error = next(filter(None, (each.exception() for each in futures)), None)
+            whole.set_exception(error) if error else whole.set_result(None)
 
-    for future in futures:
-        future.add_done_callback(ended)
+    await_next()
     return whole
