@@ -46,10 +46,10 @@ some of it has begun then, and goes on in memory that is taken to be free."""
 _LIBRARY = "libnixl_capi.so"
 _LEVEL = "NIXL_LOG_LEVEL"
 _FILE_BYTES = 1 << 46  # only a bound on offsets
-# The POSIX plugin only keeps a note of memory, so one does for all. NIXL looks no further than the
-# range that begins last before an address: with one for each region, those that overlap, or whose
-# memory is gone, would hide others.
-_ALL_MEMORY = (1 << 12, (1 << 56) - (1 << 12), 0)
+# The plugins for host memory do nothing with it, so one note does for all. NIXL looks no further
+# than the range that begins last before an address: with one for each region, those that overlap,
+# or whose memory is gone, would hide others.
+ALL_MEMORY = (1 << 12, (1 << 56) - (1 << 12), 0)
 _LEAST_PIECE = 16 << 20  # of GPU memory; what cuFile moves at a time
 GPU_PLUGIN, _GPU_SETTINGS = "GDS_MT", {"thread_count": "8"}
 _DRAM, _VRAM, _FILE = 0, 1, 4
@@ -172,6 +172,32 @@ def new_backend(agent: ctypes.c_void_p, plugin: str, settings: dict[str, str]) -
     options = library.make("opt_args")
     library.call("opt_args_add_backend", options, backend)
     return options
+
+
+def tell(
+    agent: ctypes.c_void_p,
+    options: ctypes.c_void_p,
+    kind: int,
+    entries: Descriptors,
+    key: bytes | None = None,
+) -> ctypes.c_void_p:
+    """Register memory, files, or an object by its key. The list by which ``untell`` undoes that."""
+    library = nixl()
+    listed = library.make("reg_dlist", kind)
+    for entry in entries:
+        library.call("reg_dlist_add_desc", listed, *entry, key, len(key or b""))
+    try:
+        library.call("register_mem", agent, listed, options)
+    except NixlError:
+        library.call("destroy_reg_dlist", listed)
+        raise
+    return listed
+
+
+def untell(agent: ctypes.c_void_p, options: ctypes.c_void_p, listed: ctypes.c_void_p) -> None:
+    """Take back what an agent was told."""
+    nixl().call("deregister_mem", agent, listed, options)
+    nixl().call("destroy_reg_dlist", listed)
 
 
 _claims: dict[Span, Agent] = {}  # who has told cuFile of memory: it is told once in a process
@@ -301,7 +327,7 @@ class Agent:
         self._agent, posix, self.backend = self._make(queues)
         self._posix = _Lists(self._nixl, _DRAM, posix)
         self._gpu: _Lists | None = None
-        self._memory = self._tell(self._posix, _DRAM, [_ALL_MEMORY])
+        self._memory = self._tell(self._posix, _DRAM, [ALL_MEMORY])
 
     def _make(self, queues: Sequence[str]) -> tuple[ctypes.c_void_p, ctypes.c_void_p, str]:
         report = []
@@ -363,21 +389,11 @@ class Agent:
         """The list by which ``_untell`` takes it back."""
         if lists is None:
             raise NixlError("register_mem: no backend for GPU memory", -6)
-        library = self._nixl
-        listed = library.make("reg_dlist", kind)
-        for entry in entries:
-            library.call("reg_dlist_add_desc", listed, *entry, None, 0)
-        try:
-            library.call("register_mem", self._agent, listed, lists.options)
-        except NixlError:
-            library.call("destroy_reg_dlist", listed)
-            raise
-        return listed
+        return tell(self._agent, lists.options, kind, entries)
 
     def _untell(self, lists: _Lists | None, listed: ctypes.c_void_p) -> None:
         if lists is not None:  # or nothing could be told
-            self._nixl.call("deregister_mem", self._agent, listed, lists.options)
-            self._nixl.call("destroy_reg_dlist", listed)
+            untell(self._agent, lists.options, listed)
 
     def _register_gpu(self, memory: Memory) -> None:
         """Whole if cuFile takes it so, else in pieces."""

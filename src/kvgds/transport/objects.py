@@ -29,17 +29,25 @@ from kvgds.errors import ClosedError, PathUnavailable
 from kvgds.memory.copies import bytes_at
 from kvgds.schedule import coalesce
 from kvgds.threads import fill, starting
-from kvgds.transport.agent import NixlError, new_agent, new_backend, nixl
+from kvgds.transport.agent import (
+    ALL_MEMORY,
+    NixlError,
+    new_agent,
+    new_backend,
+    nixl,
+    tell,
+    untell,
+)
 from kvgds.transport.bucket import Bucket
 from kvgds.transport.contract import LATER, NotMoved
-from kvgds.transport.inbox import Inbox, all_of, copy_pause, fulfil
+from kvgds.transport.inbox import Inbox, all_of, copy_pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvgds.config import ObjectTier
     from kvgds.memory import Region
-    from kvgds.transport.contract import File, Memory, Transfer
+    from kvgds.transport.contract import File, Transfer
 
     Deliver = Callable[[list[Any]], None]
 
@@ -67,12 +75,6 @@ class _Client(Protocol):
     def check(self, request: Any) -> bool:  # noqa: ANN401 - what post gave
         """Whether it has ended; raises NixlError or NotMoved if badly, once."""
 
-    def register(self, region: Memory) -> None:
-        """Memory that will be moved."""
-
-    def forget(self, thing: Memory | File) -> None:
-        """Memory that will not."""
-
     def close(self) -> None:
         """Nothing is under way."""
 
@@ -87,11 +89,11 @@ class _Nixl:
         self._prefix = settings.prefix
         self._library = nixl()
         self._ids = itertools.count(1)  # never again: the plugin knows each once
-        self._registered: dict[Memory | File, ctypes.c_void_p] = {}
         self._agent = new_agent(self._name)
         try:
             with environment.changed(_SDK if settings.access_key is None else _SDK | _SDK_KEYS):
                 self._options = new_backend(self._agent, "OBJ", _parameters(settings))
+            self._memory = tell(self._agent, self._options, _DRAM, [ALL_MEMORY])
         except NixlError as error:
             self._library.call("destroy_agent", self._agent)
             text = "NIXL's OBJ plugin can't be used; nixl-cu12 has one that loads"
@@ -99,27 +101,10 @@ class _Nixl:
         self._local = self._library.make("xfer_dlist", _DRAM)
         self._remote = self._library.make("xfer_dlist", _OBJ)
 
-    def register(self, region: Memory) -> None:
-        if region in self._registered or region.device is not None:
-            return
-        listed = self._library.make("reg_dlist", _DRAM)
-        for span in region.spans:
-            self._library.call("reg_dlist_add_desc", listed, *span, 0, None, 0)
-        self._library.call("register_mem", self._agent, listed, self._options)
-        self._registered[region] = listed
-
-    def forget(self, thing: Memory | File) -> None:
-        listed = self._registered.pop(thing, None)
-        if listed is not None:
-            self._deregister(listed)
-
     def post(self, name: str, address: int, nbytes: int, *, write: bool) -> _Request:
         library, number = self._library, next(self._ids)
         key = (self._prefix + name).encode()
-        listed = library.make("reg_dlist", _OBJ)
-        library.call("reg_dlist_add_desc", listed, 0, nbytes, number, key, len(key))
-        library.call("register_mem", self._agent, listed, self._options)
-        request = _Request(listed)
+        request = _Request(tell(self._agent, self._options, _OBJ, [(0, nbytes, number)], key))
         for dlist, row in (
             (self._local, (address, nbytes, 0)),
             (self._remote, (0, nbytes, number)),
@@ -147,18 +132,13 @@ class _Nixl:
             return False
         held.nixl_capi_release_xfer_req(self._agent, request.handle)
         held.nixl_capi_destroy_xfer_req(request.handle)
-        self._deregister(request.listed)
+        untell(self._agent, self._options, request.listed)
         if request.status < 0:
             raise NixlError("get_xfer_status", request.status)
         return True
 
-    def _deregister(self, listed: ctypes.c_void_p) -> None:
-        self._library.call("deregister_mem", self._agent, listed, self._options)
-        self._library.call("destroy_reg_dlist", listed)
-
     def close(self) -> None:
-        for region in list(self._registered):
-            self.forget(region)
+        untell(self._agent, self._options, self._memory)
         self._library.call("destroy_agent", self._agent)
 
 
@@ -216,12 +196,6 @@ class _Obstore:
             return False
         request.result()
         return True
-
-    def register(self, region: Memory) -> None:
-        """Any memory will do."""
-
-    def forget(self, thing: Memory | File) -> None:
-        """See register."""
 
     def close(self) -> None:
         """The pool is the transport's."""
@@ -318,13 +292,10 @@ class ObjectTransport:
         """See ``Transport``: there is none."""
         raise PathUnavailable("objects go by the network; GPU memory bounces")
 
-    def detach(self, thing: File | Region) -> Future[None]:
+    def detach(self, thing: File | Region) -> Future[None]:  # noqa: ARG002 - it knows of none
         """See ``Transport``."""
-        if self._closed:
-            return all_of([self._stopped])  # of its own: who waits may cancel it
-        future: Future[None] = Future()
-        self._inbox.put(lambda: fulfil(partial(self._client.forget, thing), future))
-        return future
+        # Not the one that says it has stopped: who waits may cancel it.
+        return all_of([self._stopped] if self._closed else [])
 
     def close(self) -> Future[None]:
         """See ``Transport``."""
@@ -439,9 +410,6 @@ class ObjectTransport:
                 whole = bytes_at(member.address, member.nbytes)
                 for part in (whole[:PAGE], whole[-PAGE:]):
                     part[:] = bytes(len(part))
-            for region in transfer.regions:
-                if not region.closed:
-                    self._client.register(region)
             member.tries += 1
             member.since = time.monotonic()
             member.asked = member.asked or member.since
