@@ -180,7 +180,9 @@ class _Obstore:
 
     name = "obstore"
 
-    def __init__(self, bucket: Bucket, pool: ThreadPoolExecutor, ring: Callable[[], None]) -> None:
+    def __init__(
+        self, bucket: Bucket, pool: ThreadPoolExecutor, ring: Callable[[Future[None]], None]
+    ) -> None:
         self._bucket = bucket
         self._pool = pool
         self._ring = ring
@@ -188,7 +190,7 @@ class _Obstore:
     def post(self, name: str, address: int, nbytes: int, *, write: bool) -> Future[None]:
         call = self._bucket.put if write else self._bucket.get
         request = self._pool.submit(call, name, address, nbytes)
-        request.add_done_callback(lambda _: self._ring())
+        request.add_done_callback(self._ring)
         return request
 
     def check(self, request: Future[None]) -> bool:
@@ -235,7 +237,7 @@ class ObjectTransport:
     def __init__(self, settings: ObjectTier) -> None:
         self.name = ""
         self.refused: tuple[str, ...] = ()
-        self._tell: Callable[[float], None] = _ignore
+        self._tell: Callable[[float], None] = lambda _: None
         self.bucket: Bucket
         self._settings = settings
         self._inbox = Inbox()
@@ -347,8 +349,8 @@ class ObjectTransport:
             self.refused = (f"OBJ: {'; '.join((str(error).partition(chr(10))[0], *error.report))}",)
         return _Obstore(self.bucket, self._pool, self._ring)
 
-    def _ring(self) -> None:
-        self._inbox.put(_nothing)
+    def _ring(self, _: Future[None]) -> None:
+        self._inbox.put(lambda: None)  # only to wake the thread
 
     def _stop(self) -> None:
         self._closing = True
@@ -527,11 +529,3 @@ class ObjectTransport:
 def _unwanted() -> NotMoved:
     """Why something was not sent: so it says nothing of the server."""
     return NotMoved(errno.ECANCELED, "nobody waits for it any more")
-
-
-def _nothing() -> None:
-    """Only wakes the thread that is asked for it."""
-
-
-def _ignore(_: float) -> None:
-    """Nobody watches."""
