@@ -109,7 +109,7 @@ class Bucket:
         Raises:
             NotMoved: it is not there, or perhaps it is.
         """
-        self._ask(lambda: self._store.put(name, bytes_at(address, nbytes), use_multipart=False))
+        self.write(name, bytes_at(address, nbytes))
 
     def get(self, name: str, address: int, nbytes: int) -> None:
         """Bring an object's first bytes into memory. A shorter one leaves the rest as it is.
@@ -123,14 +123,12 @@ class Bucket:
             raise NotMoved(errno.EIO, text)
         copy_pieces([memoryview(found).cast("B")], [bytes_at(address, len(found))])
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Make a small object. Raises NotMoved."""
         self._ask(lambda: self._store.put(name, data, use_multipart=False))
 
-    def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes:
-        """An object, or so many bytes of it, or those that there are. Raises NotMoved."""
-        if nbytes is None:
-            return bytes(self._ask(lambda: self._store.get(name).bytes()))
+    def read(self, name: str, start: int, nbytes: int) -> bytes:
+        """So many bytes of an object, or those that there are. Raises NotMoved."""
         try:
             return bytes(self._ask(lambda: self._store.get_range(name, start=start, length=nbytes)))
         except NotMoved as error:
