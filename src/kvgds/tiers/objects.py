@@ -23,8 +23,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xxhash
-
 from kvgds.blocks import PAGE, XXH3_128, Stamp, image_bytes, place_of
 from kvgds.errors import (
     BlockCorrupt,
@@ -34,7 +32,7 @@ from kvgds.errors import (
     TransferTimeout,
 )
 from kvgds.memory import Arena, region_of
-from kvgds.paths import PathPlan
+from kvgds.paths import PathPlan, checksum_of
 from kvgds.tiers import Services, Tier, TierStatistics
 from kvgds.tiers.breaker import Breaker
 from kvgds.tiers.maps import KeyQueue
@@ -123,7 +121,7 @@ class Objects(Tier):
             ConfigError: there is no such bucket, or it may not be used.
             PathUnavailable: it does not answer, or not as it should.
         """
-        transport, evidence = self._transport, ""
+        transport = self._transport
         transport.watch(partial(self._services.post, self._hangs))
         try:
             transport.bucket.check()
@@ -542,12 +540,9 @@ class Objects(Tier):
             move.status = "present"
             self._stored([move])
         elif self._missed_lately(move.place):
-            self._upload(move)
+            self._submit([move], self._written)
         else:
             self._ask(partial(self._transport.bucket.size, move.place), partial(self._asked, move))
-
-    def _upload(self, move: Move) -> None:
-        self._submit([move], self._written)
 
     def _stored(self, moves: list[Move]) -> None:
         for move in moves:
@@ -565,7 +560,7 @@ class Objects(Tier):
             move.status = "present"
             self._note(move.place, image_bytes(move.nbytes))
         else:
-            self._upload(move)
+            self._submit([move], self._written)
             return
         self._stored([move])
 
@@ -650,5 +645,5 @@ def _now() -> float:
 
 def _matches(stamp: Stamp, image: bytes) -> bool:
     """Whether a payload is the one that was stamped."""
-    payload = image[PAGE : PAGE + stamp.nbytes]
-    return stamp.algorithm == XXH3_128 and xxhash.xxh3_128_digest(payload) == stamp.checksum
+    payload = memoryview(image)[PAGE : PAGE + stamp.nbytes]
+    return stamp.algorithm == XXH3_128 and checksum_of([payload]) == stamp.checksum
