@@ -73,29 +73,11 @@ class _Passage:
     def __init__(self, transfer: Transfer, deliver: Callable[[list[Any]], None]) -> None:
         self.transfer = transfer
         self.deliver = deliver
-        self.write = transfer.write
-        self.file = transfer.file
-        self.regions = transfer.regions
-        self.nbytes = transfer.nbytes
-        self.device = transfer.device
-        self.place = transfer.place
         self._moved = False
         self._error: Exception | None = None
 
-    @property
-    def urgent(self) -> bool:
-        return self.transfer.urgent
-
-    @property
-    def device_rows(self) -> Rows:
-        return self.transfer.device_rows
-
-    @property
-    def abandoned(self) -> bool:
-        return self.transfer.abandoned
-
-    def begin(self) -> Rows | Later | None:
-        return self.transfer.begin()
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever it doesn't do itself
+        return getattr(self.transfer, name)
 
     def end(self) -> None:
         self._moved = True
@@ -224,7 +206,7 @@ class HeldTransport:
 
     def _go(self, passages: list[_Passage]) -> None:
         if passages:
-            self.inner.submit(passages, self._landed)
+            self.inner.submit(cast("list[Transfer]", passages), self._landed)
 
     def _landed(self, passages: list[_Passage]) -> None:
         with self._lock:
