@@ -332,9 +332,7 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> EngineConfig:
     Raises:
         ConfigError: a file that can't be read, an unknown key, a wrong value.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read(path)
+    tree = {} if path is None else _read(path)
     given = variables(environ)
     for steps, name in given.items():
         _set(tree, steps, _value(steps, environ[name]), name)
@@ -446,15 +444,10 @@ def _from_tree(tree: dict[str, Any]) -> EngineConfig:
         raise ConfigError("tiers", ..., rule)
     if not isinstance(tiers, list) or {type(tier) for tier in tiers} != {dict}:
         rule = "must be an array of one or two tables, with `root` or `bucket`"
-        raise ConfigError("tiers", _kinds(tiers), rule)
+        # What is in them may be secret.
+        kinds = [type(tier).__name__ for tier in tiers] if isinstance(tiers, list) else None
+        raise ConfigError("tiers", kinds or _shown(tiers), rule)
     return EngineConfig(namespace=_namespace(namespace), tiers=tuple(tiers), **tree)
-
-
-def _kinds(tiers: object) -> object:
-    """What to say of what are no tiers: what is in them may be secret."""
-    if isinstance(tiers, list):
-        return [type(tier).__name__ for tier in tiers]
-    return _shown(tiers)
 
 
 def _namespace(table: dict[str, Any]) -> Namespace:
