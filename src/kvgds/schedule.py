@@ -38,6 +38,8 @@ from heapq import heapify, heappop, heappush, heapreplace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeAlias, TypeVar
 
+from kvgds.blocks import PAGE, padded
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -56,9 +58,6 @@ __all__ = [
 T = TypeVar("T")
 Row: TypeAlias = tuple[int, int, int]
 """Memory address, file offset, bytes."""
-
-PAGE: Final = 4096
-"""Granularity of the bounce region: the least that direct I/O may ask for."""
 
 # Few enough that a take which finds nothing costs two microseconds, and enough that a zone of a
 # pool with thousands of leases holds tens of runs, not hundreds.
@@ -508,4 +507,4 @@ def coalesce(rows: list[Row], max_bytes: int) -> list[Row]:
 def _padded(nbytes: int) -> int:
     if nbytes < 0:
         raise ValueError(f"negative size: {nbytes}")
-    return -(-nbytes // PAGE) * PAGE
+    return padded(nbytes)
