@@ -427,8 +427,6 @@ class Relay:
 
     def _paused(self) -> None:
         self._pause = None
-        if self._closing and not self.flights.busy:
-            return
         self.near.look_again()
         self._go_on()
 
