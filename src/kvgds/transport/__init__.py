@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,14 @@ from kvgds.transport.sides import GROUP_ROWS, sides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from kvgds.memory import Region
 
 __all__ = ["LATER", "File", "Later", "NixlTransport", "NotMoved", "Transfer", "Transport"]
 
 _ids = itertools.count(1)
-_DETACHED: Future[None] = Future()
-_DETACHED.set_result(None)
+_DETACHED = all_of([])
 
 
 class NixlTransport:
