@@ -110,9 +110,12 @@ class Pages:
     First fit, so that consecutive takes on a fresh pool are neighbours in memory and `coalesce`
     can make one I/O of them. Free runs never touch: neighbours merge when a lease comes back.
     A region that is not a whole number of pages is rounded down, because it is the user's budget.
+
+    Attributes:
+        free: free bytes, whether contiguous or not.
     """
 
-    __slots__ = ("_bounds", "_free", "_leases", "_sizes", "_span", "_starts")
+    __slots__ = ("_bounds", "_leases", "_sizes", "_span", "_starts", "free")
 
     def __init__(self, nbytes: int) -> None:
         """Make a pool over ``nbytes`` bytes, all of them free."""
@@ -122,18 +125,13 @@ class Pages:
         self._starts: list[int] = []
         self._sizes: list[int] = []
         self._leases: dict[int, int] = {}
-        self._free = 0
+        self.free = 0
         # Per zone of the address space, never less than the biggest run that starts in it: first
         # fit passes by zones full of fragments, and each of their scans is paid for by a give.
         self._span = max(whole // _ZONES, PAGE)
         self._bounds = [0] * (whole // self._span + 1)
         if whole:
             self._release(0, whole)
-
-    @property
-    def free(self) -> int:
-        """Free bytes, whether contiguous or not."""
-        return self._free
 
     @property
     def largest(self) -> int:
@@ -191,12 +189,12 @@ class Pages:
             self._sizes[index] = size - need
             self._raise_bound(start + need, size - need)
         self._leases[start] = need
-        self._free -= need
+        self.free -= need
         return start
 
     def _release(self, start: int, size: int) -> None:
         starts, sizes = self._starts, self._sizes
-        self._free += size
+        self.free += size
         index = bisect_left(starts, start)
         if index < len(starts) and starts[index] == start + size:
             size += sizes[index]
@@ -322,11 +320,16 @@ class _Queue(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """Decides what starts, in which order; see the module's docstring for the rules."""
+    """Decides what starts, in which order; see the module's docstring for the rules.
+
+    Attributes:
+        queued: operations that wait.
+        queued_bytes: of those.
+        running: operations that have started and not finished.
+    """
 
     __slots__ = (
-        "_handicaps", "_lanes", "_parts",
-        "_queued", "_queued_bytes", "_running", "_sequence",
+        "_handicaps", "_lanes", "_parts", "_sequence", "queued", "queued_bytes", "running",
     )  # fmt: skip
 
     def __init__(
@@ -346,22 +349,7 @@ class Scheduler(Generic[T]):
         self._handicaps = tuple(handicap_s[priority] for priority in Priority)
         if not all(0 <= handicap < math.inf for handicap in self._handicaps):
             raise ValueError(f"handicap_s must be finite and not negative, got {handicap_s}")
-        self._sequence = self._queued = self._queued_bytes = self._running = 0
-
-    @property
-    def queued(self) -> int:
-        """Operations that wait."""
-        return self._queued
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of the operations that wait."""
-        return self._queued_bytes
-
-    @property
-    def running(self) -> int:
-        """Operations that have started and not finished."""
-        return self._running
+        self._sequence = self.queued = self.queued_bytes = self.running = 0
 
     @property
     def free_bounce(self) -> int:
@@ -382,8 +370,8 @@ class Scheduler(Generic[T]):
         # The sequence is unique, so that entries never compare by their tickets.
         heappush(queue.heap, (now + self._handicaps[priority], self._sequence, ticket))
         self._sequence += 1
-        self._queued += 1
-        self._queued_bytes += nbytes
+        self.queued += 1
+        self.queued_bytes += nbytes
         return ticket
 
     def cancel(self, ticket: Ticket[T]) -> bool:
@@ -393,8 +381,8 @@ class Scheduler(Generic[T]):
         # The entry stays in its heap until it comes up: finding it there would cost O(n).
         ticket.state = "done"
         del ticket.op
-        self._queued -= 1
-        self._queued_bytes -= ticket.nbytes
+        self.queued -= 1
+        self.queued_bytes -= ticket.nbytes
         self._lanes[ticket.lane].drop()
         return True
 
@@ -463,15 +451,15 @@ class Scheduler(Generic[T]):
         ticket.offset = None
         queue.ops -= 1
         queue.bytes -= ticket.nbytes
-        self._running -= 1
+        self.running -= 1
 
     def _start(self, ticket: Ticket[T], offset: int) -> _Entry[T] | None:
         """Mark the head of a lane as running and return the lane's next head."""
         ticket.state = "running"
         ticket.offset = offset
-        self._queued -= 1
-        self._queued_bytes -= ticket.nbytes
-        self._running += 1
+        self.queued -= 1
+        self.queued_bytes -= ticket.nbytes
+        self.running += 1
         queue = self._lanes[ticket.lane]
         queue.start_head()
         return queue.head()
