@@ -265,13 +265,6 @@ class EngineConfig(_Settings):
     inflight_bytes: Annotated[int, Field(ge=PAGE, le=_MOST)] = 64 << 20
     transport_threads: Annotated[int, Field(ge=1, le=64)] = 1
 
-    @model_validator(mode="after")
-    def _compat(self) -> Self:
-        if self.allow_compat and self.path != "gds":
-            rule = "means something with path='gds' only; leave one of them out"
-            raise ConfigError("EngineConfig.allow_compat", self.allow_compat, rule)
-        return self
-
     @field_validator("tiers", mode="before")
     @classmethod
     def _tiers(cls, tiers: object) -> object:
@@ -281,7 +274,10 @@ class EngineConfig(_Settings):
         return tuple(_tier(each) if isinstance(each, dict) else each for each in found)
 
     @model_validator(mode="after")
-    def _stack(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.allow_compat and self.path != "gds":
+            rule = "means something with path='gds' only; leave one of them out"
+            raise ConfigError("EngineConfig.allow_compat", self.allow_compat, rule)
         kinds = [type(tier) for tier in self.tiers]
         if kinds not in ([FileTier], [ObjectTier], [FileTier, ObjectTier]):
             raise ConfigError("EngineConfig.tiers", [kind.__name__ for kind in kinds], _TIERS_RULE)
