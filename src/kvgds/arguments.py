@@ -24,9 +24,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B?)", re.IGNORECASE)
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SCHEME = "s3://"
-_VARIABLES = {
-    "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+_OF_AWS = {  # what its own tools take from variables, beside the keys; of two the later counts
+    "AWS_ENDPOINT_URL": "endpoint",
+    "AWS_ENDPOINT_URL_S3": "endpoint",
+    "AWS_DEFAULT_REGION": "region",
+    "AWS_REGION": "region",
 }
 
 
@@ -114,16 +116,8 @@ def place(
     else:
         if config is not None:
             raise ConfigError("config", os.fspath(config), f"has no tier in the bucket {bucket!r}")
-        given = {"bucket": bucket, **_of_aws()}
+        aws = {_OF_AWS[name]: os.environ[name] for name in filter(os.environ.get, _OF_AWS)}
+        given = {"bucket": bucket, **aws}
     if prefix:
         given["prefix"] = prefix
     return ObjectTier(**given | changes)
-
-
-def _of_aws() -> dict[str, str]:
-    """What AWS's own tools take from variables, beside the keys."""
-    found: dict[str, str] = {}
-    for setting, names in _VARIABLES.items():
-        for name in filter(os.environ.get, names):
-            found.setdefault(setting, os.environ[name])
-    return found
