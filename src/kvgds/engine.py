@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import (
         AsyncGenerator,
         AsyncIterator,
+        Awaitable,
         Callable,
         Generator,
         Iterable,
@@ -79,11 +80,11 @@ class Operation:
     cancel that task is to cancel the operation: a block that waits is dropped, one under way ends.
     """
 
-    def __init__(self, run: Callable[[], Generator[Any, None, bool]]) -> None:
+    def __init__(self, run: Callable[[], Awaitable[bool]]) -> None:
         self._run = run
 
     def __await__(self) -> Generator[Any, None, bool]:
-        return self._run()
+        return self._run().__await__()
 
 
 class Engine:
@@ -667,7 +668,7 @@ class Engine:
             await self._flights.ended(batch)
             return _value(batch.outcomes[0])
 
-        return Operation(lambda: finish().__await__())
+        return Operation(finish)
 
     def _open_batch(
         self,
