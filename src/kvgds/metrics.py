@@ -12,15 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvgds.blocks import BlockKey
 
@@ -63,16 +58,6 @@ class Observer(Protocol):
         """A block's operation has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gauge:
-    """A number for whoever scrapes the registry, or one for each tier."""
-
-    name: str
-    text: str
-    value: float | dict[str, float]
-    counter: bool = False
-
-
 class _Row:
     """One combination of labels."""
 
@@ -91,7 +76,7 @@ class Metrics:
     counters, so rows are plain numbers that become metrics when they are scraped.
     """
 
-    def __init__(self, gauges: Callable[[], list[Gauge]]) -> None:
+    def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
         self.registry = CollectorRegistry()
         self._gauges = gauges
         self._rows: dict[tuple[str, str, str, str], _Row] = {}
@@ -123,12 +108,4 @@ class Metrics:
         yield ended
         yield moved
         yield taken
-        for gauge in self._gauges():
-            family = CounterMetricFamily if gauge.counter else GaugeMetricFamily
-            if isinstance(gauge.value, dict):
-                metric = family(gauge.name, gauge.text, labels=("tier",))
-                for tier, value in gauge.value.items():
-                    metric.add_metric((tier,), value)
-                yield metric
-            else:
-                yield family(gauge.name, gauge.text, value=gauge.value)
+        yield from self._gauges()

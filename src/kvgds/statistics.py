@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvgds.metrics import Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.core import Metric
+
     from kvgds.flights import Flights
     from kvgds.flights.relay import RelayStatistics
     from kvgds.tiers import TierStatistics
@@ -63,6 +67,11 @@ def statistics_of(flights: Flights) -> Statistics:
     )
 
 
+_ENGINE = (
+    ("kvgds_queued", "queued", "blocks waiting to start"),
+    ("kvgds_in_flight", "in_flight", "blocks under way"),
+    ("kvgds_quarantined_bounce_bytes", "quarantined_bytes", "bounce memory of late transfers"),
+)
 _TIERS = (
     ("kvgds_blocks", "blocks", "blocks that a load would find; of a bucket: that were seen there"),
     ("kvgds_used_bytes", "bytes_used", "bytes of blocks, padding included"),
@@ -81,26 +90,20 @@ _RELAY = (
 _COUNTERS = ("evictions", "dropped", "uploaded", "failed", "promoted")
 
 
-def gauges_of(found: Statistics) -> list[Gauge]:
+def gauges_of(found: Statistics) -> Iterator[Metric]:
     """The same for Prometheus, by tier where there may be several."""
-    gauges = [
-        Gauge("kvgds_queued", "blocks waiting to start", found.queued),
-        Gauge("kvgds_in_flight", "blocks under way", found.in_flight),
-        Gauge(
-            "kvgds_quarantined_bounce_bytes",
-            "bounce memory of late transfers",
-            found.quarantined_bytes,
-        ),
-    ]
+    for name, field, text in _ENGINE:
+        yield GaugeMetricFamily(name, text, value=getattr(found, field))
     for name, field, text in _TIERS:
-        values = {tier.name: _number(getattr(tier, field)) for tier in found.tiers}
-        gauges.append(Gauge(name, text, values, counter=field in _COUNTERS))
+        metric = _family(field)(name, text, labels=("tier",))
+        for tier in found.tiers:
+            value = getattr(tier, field)
+            metric.add_metric((tier.name,), value != "" if isinstance(value, str) else value)
+        yield metric
     if found.relay is not None:
         for name, field, text in _RELAY:
-            value = _number(getattr(found.relay, field))
-            gauges.append(Gauge(name, text, value, counter=field in _COUNTERS))
-    return gauges
+            yield _family(field)(name, text, value=getattr(found.relay, field))
 
 
-def _number(value: str | int) -> float:
-    return float(value != "" if isinstance(value, str) else value)
+def _family(field: str) -> type[CounterMetricFamily | GaugeMetricFamily]:
+    return CounterMetricFamily if field in _COUNTERS else GaugeMetricFamily
