@@ -1344,6 +1344,16 @@ def test_gc_by_age_goes_by_the_last_use(tmp_path: Path) -> None:
     assert ledger_is_right(root)
 
 
+def test_gc_by_size_heeds_no_age(tmp_path: Path) -> None:
+    """Not even of a file that says it is from before 1970."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(2))
+    os.utime(file_of(root, b"key-0"), (0, -86400))
+    done = gc(root, keep_bytes=2 * TAKES)
+    assert (done.blocks, done.kept_blocks) == (0, 2)
+    assert loads(config(root, "files"), keys(2)) == keys(2)
+
+
 def test_gc_leaves_a_slab_that_has_a_quarantined_place(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     settings = config(root, "slabs", capacity_bytes=64 * 4 * TAKES)
