@@ -132,6 +132,16 @@ def test_nixl_has_room_for_all_rows_that_may_be_in_flight() -> None:
     assert 3 * BLOCK_ROWS < flying <= POOL_ROWS
 
 
+def test_no_flight_leaves_that_nixl_has_no_rows_for() -> None:
+    """Few bytes may be of very many rows: then the next waits, though there is a window for it."""
+    side = Side()
+    queue(side, 2, rows=BLOCK_ROWS)
+    for _ in range(2):
+        flights = leave(side)
+        assert [flight.rows for flight in flights] == [BLOCK_ROWS]
+        land(side, flights)
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["loads", "stores"])
 @pytest.mark.parametrize(("loads", "flying"), [(0, 16), (1, 4), (10, 8), (80, 16)])
 def test_others_have_no_more_there_than_loads_that_somebody_waits_for(
