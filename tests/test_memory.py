@@ -777,7 +777,7 @@ async def test_an_axis_may_be_any_integer(tmp_path: Path) -> None:
 
 
 async def test_layers_that_overlap(tmp_path: Path) -> None:
-    """The same tensor twice, or two that share some bytes of a block."""
+    """The same tensor twice, or two that share some bytes of a block, or of the next one."""
     pool = values(4, 64)
     places = np.lib.stride_tricks.as_strided
     async with opened(tmp_path / "kv") as engine:
@@ -787,6 +787,7 @@ async def test_layers_that_overlap(tmp_path: Path) -> None:
             [pool[:, :40], pool[:, 39:]],
             [pool, pool[1:3]],
             [pool[:3], pool[1:]],
+            [pool[:3, :8], places(pool[0, 56:], (3, 16), (128, 2))],
         ):
             with pytest.raises(ConfigError, match=r"overlap|blocks"):
                 engine.register_cache(layers)
