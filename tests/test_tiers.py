@@ -205,6 +205,42 @@ async def test_a_corrupt_slot_is_never_used_again(tmp_path: Path) -> None:
             assert await engine.prefix([b"d"]) == 1
 
 
+async def test_a_slot_that_could_not_be_written_is_used_last(tmp_path: Path) -> None:
+    """If the place is bad, who stores again is not to meet it."""
+    tier = {"capacity_bytes": 64 * 3 * (PAGE + SIZE)}  # a slab has three slots
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv", tier=tier) as engine:
+            for key in (b"a", b"b", b"c"):
+                assert await engine.store(key, content(key, SIZE))
+            there = places(disk.root / "kv")
+            for key in (b"a", b"b"):
+                assert await engine.delete(key)
+            disk.fail("write", match="slab-*")
+            with pytest.raises(TransferError):
+                await engine.store(b"d", content(b"d", SIZE))
+            disk.clear()
+            assert await engine.store(b"d", content(b"d", SIZE))
+            assert places(disk.root / "kv")[b"d"].slot == there[b"a"].slot
+
+
+async def test_who_waits_for_room_gets_the_slot_of_a_store_that_fails(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path) as disk:
+        async with opened(disk.root / "kv", tier={"capacity_bytes": PAGE + SIZE}) as engine:
+            engine.held.hold("start")
+            first = asyncio.ensure_future(engine.store(b"a", content(b"a", SIZE)))
+            await engine.held.wait_held("start")
+            second = asyncio.ensure_future(engine.store(b"b", content(b"b", SIZE)))
+            await turns()
+            disk.fail("write", match="slab-*")
+            engine.held.step("start")
+            with pytest.raises(TransferError):
+                await first
+            disk.clear()
+            engine.held.release()
+            await until(second.done)
+            assert await second
+
+
 async def test_two_rows_for_one_key(tmp_path: Path) -> None:
     """A death between a replacement and the removal of the old row: the newer one counts."""
     root = tmp_path / "kv"
