@@ -190,6 +190,21 @@ async def test_a_delete_waits_for_a_promotion(place: Place) -> None:
         assert await load(engine, b"key") is None
 
 
+async def test_what_is_being_promoted_is_not_promoted_again(place: Place) -> None:
+    """It is loaded once more meanwhile: the first to end would end the other's bookkeeping, too."""
+    place.put(b"key")
+    async with place.opened() as engine:
+        engine.held.hold("start", lambda transfer: transfer.write)
+        assert await load(engine, b"key") == content(b"key", SIZE)
+        await engine.held.wait_held("start")
+        assert await load(engine, b"key") == content(b"key", SIZE)
+        await turns()
+        assert engine.held.held("start") == 1
+        engine.held.release()
+        await until(lambda: not engine.busy())
+        assert relay(engine)[3] == 1
+
+
 async def test_no_load_brings_back_what_was_deleted_during_it(place: Place) -> None:
     """Though another load of the key, into memory of another size, has begun since."""
     place.put(b"key")
@@ -596,6 +611,23 @@ async def test_through_waits_for_what_has_replaced_a_damaged_block(place: Place)
         engine.held.release()
         assert await second
         await asyncio.gather(first, return_exceptions=True)
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
+
+
+async def test_an_upload_that_fails_leaves_owed_what_has_replaced_its_block(place: Place) -> None:
+    """Of another size: asked for with the first one's it could not be read, nor ever uploaded."""
+    async with place.opened("back") as engine:
+        assert engine.held_objects is not None
+        engine.held_objects.hold("start", lambda transfer: transfer.write)
+        await fill(engine, b"key")
+        await engine.held_objects.wait_held("start")
+        new = content(b"new", 2 * SIZE)
+        assert await engine.store(b"key", new)
+        place.wire.answer(s3_error(500, "InternalError"), method="PUT", target="*.kv")
+        engine.held_objects.release()
+        await until(lambda: relay(engine)[2] == 1)
+        place.wire.ok()
+        await until(lambda: relay(engine)[0] == 0)
         assert await asyncio.to_thread(place.there) == {name_of(b"key"): new}
 
 
