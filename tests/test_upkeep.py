@@ -16,6 +16,7 @@ import textwrap
 import time
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,12 +33,11 @@ from kvgds import (
 )
 from kvgds.upkeep import fsck, gc, layout_of, listing
 from kvgds.upkeep.images import WINDOW, Slab, arena_for
-from sharing import leave, owner, temporaries
-from support import SLOT_BITS, content, digest, image, places, read_at, spoil, write_at
+from sharing import leave, locked, make_old, owner, temporaries
+from support import SLOT_BITS, content, digest, image, places, read_at, spoil, until, write_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from kvgds.upkeep import Report
 
@@ -1133,6 +1133,27 @@ def test_only_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert report.clean
     assert temporaries(root) == sorted(others)
     assert int((root / "ledger").read_text()) == count + 2 * TAKES
+
+
+async def test_gc_leaves_what_was_used_or_replaced_meanwhile(tmp_path: Path) -> None:
+    """After it was chosen, and before the ledger's lock was to be had."""
+    root = tmp_path / "kv"
+    await asyncio.to_thread(fill, config(root, "files"), keys(3))
+    used, replaced, _ = files = [file_of(root, key) for key in keys(3)]
+    for path in files:
+        make_old(path, 3600.0)
+    ledger = root / "ledger"
+    with locked(root):
+        dropping = asyncio.ensure_future(asyncio.to_thread(gc, root, older_than_s=60.0))
+        opened = Path("/proc/self/fd")
+        await until(lambda: [*map(os.path.realpath, opened.iterdir())].count(str(ledger)) == 2)
+        used.touch()
+        shutil.copy2(replaced, tmp_path / "other")
+        (tmp_path / "other").replace(replaced)
+    done = await dropping
+    assert (done.blocks, done.kept_blocks) == (1, 2)
+    assert [path for path in files if path.exists()] == [used, replaced]
+    assert ledger_is_right(root)
 
 
 def test_what_an_engine_has_just_evicted_is_no_failure_of_gc(tmp_path: Path) -> None:
