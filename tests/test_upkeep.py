@@ -1135,6 +1135,21 @@ def test_only_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert int((root / "ledger").read_text()) == count + 2 * TAKES
 
 
+def test_a_temporary_that_is_a_block_by_now_frees_nothing(tmp_path: Path) -> None:
+    """Its owner has died between giving it that name and taking the first away."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(1))
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        gone = owner(child.pid)
+        assert child.wait() == 0
+    dead = root / "tmp" / leave(root, gone, TAKES)
+    dead.unlink()
+    dead.hardlink_to(file_of(root, b"key-0"))
+    assert kinds(fsck(root, repair=True)) == ["orphan"]
+    assert temporaries(root) == []
+    assert ledger_is_right(root)
+
+
 async def test_gc_leaves_what_was_used_or_replaced_meanwhile(tmp_path: Path) -> None:
     """After it was chosen, and before the ledger's lock was to be had."""
     root = tmp_path / "kv"
@@ -1153,6 +1168,20 @@ async def test_gc_leaves_what_was_used_or_replaced_meanwhile(tmp_path: Path) -> 
     done = await dropping
     assert (done.blocks, done.kept_blocks) == (1, 2)
     assert [path for path in files if path.exists()] == [used, replaced]
+    assert ledger_is_right(root)
+
+
+@pytest.mark.parametrize("act", [partial(fsck, repair=True), partial(gc, keep_bytes=0)])
+def test_a_count_that_is_lost_is_not_made_up(tmp_path: Path, act: Any) -> None:
+    """One too low would let the directory grow beyond its capacity; the next engine counts anew."""
+    root = tmp_path / "kv"
+    fill(config(root, "files"), keys(2))
+    spoil_block(root, "files", b"key-0", PAGE)
+    (root / "ledger").write_bytes(b"")
+    act(root)
+    assert not file_of(root, b"key-0").exists()
+    assert (root / "ledger").read_bytes() == b""
+    loads(config(root, "files"), keys(2))
     assert ledger_is_right(root)
 
 
