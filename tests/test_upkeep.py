@@ -1347,6 +1347,18 @@ def test_gc_leaves_a_slab_alone_that_an_engine_would_not_remove(tmp_path: Path) 
     assert fsck(root, rebuild=True).blocks == 1
 
 
+def test_gc_leaves_slabs_alone_that_are_later_than_the_index(tmp_path: Path) -> None:
+    """More than a death leaves: their blocks are no waste, but what a rebuild takes in."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(5), 100_000)  # a slab each
+    slabs = sorted(root.glob("slab-*"))
+    sql(root, "DELETE FROM slab WHERE id >= 3")
+    sql(root, "DELETE FROM block WHERE slot >> ? >= 3", SLOT_BITS)
+    gc(root, namespace="first/*")
+    assert sorted(root.glob("slab-*")) == slabs[3:]
+    assert fsck(root, rebuild=True).blocks == 2
+
+
 def test_a_check_that_can_not_read_the_index_has_found_nothing(tmp_path: Path) -> None:
     """That is an error: what it holds may well be sound."""
     root = tmp_path / "kv"
