@@ -885,16 +885,31 @@ def test_a_rebuild_after_a_kill_has_every_acknowledged_block(tmp_path: Path) -> 
     assert loads(config(root, "slabs"), keys(40)) == keys(40)
 
 
-def test_the_later_of_two_stamps_for_one_block_wins_a_rebuild(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pages", [(3, 9), (3, 9, 3)], ids=["last", "first"])
+def test_the_later_of_two_stamps_for_one_block_wins_a_rebuild(
+    tmp_path: Path, pages: tuple[int, ...]
+) -> None:
+    """Whether it lies behind the other or before it."""
     root = tmp_path / "kv"
-    fill(config(root, "slabs"), [b"same"], 3 * PAGE)
-    fill(config(root, "slabs"), [b"same"], 9 * PAGE)  # other memory: stored anew, elsewhere
+    for count in pages:  # other memory: stored anew, elsewhere
+        fill(config(root, "slabs"), [b"same"], count * PAGE)
     (root / "index.db").unlink()
     assert fsck(root, rebuild=True).blocks == 1
-    assert loads(config(root, "slabs"), [b"same"], 9 * PAGE) == [b"same"]
+    assert loads(config(root, "slabs"), [b"same"], pages[-1] * PAGE) == [b"same"]
     before = sql(root, "SELECT max(generation) FROM block")[0][0]
     fill(config(root, "slabs"), [b"more"])
     assert sql(root, "SELECT generation > ? FROM block WHERE key = ?", before, b"more") == [(1,)]
+
+
+def test_a_rebuild_that_was_killed_can_be_done_again(tmp_path: Path) -> None:
+    """What it had begun to write is not gone on with."""
+    root = tmp_path / "kv"
+    fill(config(root, "slabs"), keys(3))
+    shutil.copy(root / "index.db", root / "index.db.new")
+    sql(root, "DELETE FROM block")
+    assert fsck(root, rebuild=True).blocks == 3
+    assert loads(config(root, "slabs"), keys(3)) == keys(3)
+    assert not (root / "index.db.new").exists()
 
 
 def test_a_rebuild_takes_only_what_is_proven_whole(tmp_path: Path) -> None:
