@@ -361,6 +361,19 @@ def test_a_place_that_cannot_be_read_leaves_its_neighbours_and_stays_in_quaranti
         assert loads(config(root, "slabs"), keys(5)) == [*keys(3), b"key-4"]
 
 
+def test_a_place_that_keeps_what_it_had_stays_in_quarantine(tmp_path: Path) -> None:
+    """The disk says that it has written, and has not."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        fill(config(root, "slabs"), keys(3))
+        spoil(root, b"key-1", PAGE, ONE)
+        disk.drop("write", match="slab-*")
+        report = fsck(root, repair=True)
+        assert "gives back other bytes" in report.problems[0].text
+        assert not report.clean
+        assert listing(root).quarantined == 1
+
+
 def test_fsck_and_gc_leave_a_slab_directory_to_its_engine(tmp_path: Path) -> None:
     async def run() -> None:
         async with open_engine(config(root, "slabs")) as engine:
