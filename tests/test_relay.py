@@ -256,6 +256,28 @@ async def test_what_was_kept_of_a_store_past_its_deadline_is_found(place: Place)
         await asyncio.gather(before, return_exceptions=True)  # it may find that, too, or neither
 
 
+async def test_who_shares_a_store_waits_on_when_its_first_leaves(place: Place) -> None:
+    """It was stored, and waits for the bucket alone: nothing is begun anew."""
+    async with place.opened("through") as engine:
+        place.wire.hold(method="PUT", target="*.kv")
+        payload = content(b"key", SIZE)
+        first = asyncio.ensure_future(engine.store(b"key", payload))
+        second = asyncio.ensure_future(engine.store(b"key", payload, timeout_s=1e5))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        await until(lambda: len(engine._flights.relay._waiting) == 1)  # noqa: SLF001
+        skip_time(60)
+        with pytest.raises(TransferTimeout, match="has the block"):
+            await first
+        await turns()
+        scheduler = engine._flights.scheduler  # noqa: SLF001
+        assert (scheduler.queued, scheduler.running, second.done()) == (0, 1, False)
+        assert [len(each) for each in engine._flights.relay._waiting.values()] == [1]  # noqa: SLF001
+        place.wire.ok()
+        await second
+        await until(lambda: not engine.busy())
+        assert await asyncio.to_thread(place.there) == {name_of(b"key"): payload}
+
+
 async def test_who_loads_after_a_store_shares_no_load_that_passes_by_the_first_tier(
     place: Place,
 ) -> None:
