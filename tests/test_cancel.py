@@ -514,6 +514,29 @@ async def test_a_follower_leaves_at_its_own_deadline(tmp_path: Path) -> None:
         assert (buffer == WORD).all()
 
 
+async def test_nobody_joins_a_load_that_was_given_up(tmp_path: Path) -> None:
+    """Storage may never end it: who comes later has its own, though some still wait for that."""
+    async with opened(tmp_path / "kv") as engine:
+        assert await engine.store(b"a", content(b"a", SIZE))
+        memory = [unaligned(SIZE) for _ in range(3)]
+        engine.held.hold("landing")
+        first = soon(engine.load(b"a", memory[0], timeout_s=LATE_S))
+        await engine.held.wait_held("landing")
+        second = soon(engine.load(b"a", memory[1], timeout_s=1e9))
+        await turns()
+        skip_time(LATE_S)
+        with pytest.raises(TransferTimeout):
+            await first
+        engine.held.hold("landing", lambda _: False)
+        third = soon(engine.load(b"a", memory[2], timeout_s=1e9))
+        await until(third.done)
+        assert not second.done()
+        engine.held.release()
+        assert await second
+        assert await third
+        assert all(each.tobytes() == content(b"a", SIZE) for each in memory[1:])
+
+
 async def test_all_leave_one_after_the_other(tmp_path: Path) -> None:
     """A direct load nobody waits for any more is quarantined, and its memory comes back."""
     async with opened(tmp_path / "kv") as engine:
