@@ -1226,3 +1226,22 @@ async def test_who_is_being_copied_to_is_waited_for(tmp_path: Path) -> None:
         skip_time(LATE_S)
         assert await loading == [True] * 13
         assert all(each == payload for each in memory)
+
+
+async def test_an_engine_is_busy_while_it_copies_to_those_who_share_a_load(tmp_path: Path) -> None:
+    """Closing waits for that: closed, it writes to nobody's memory any more."""
+    size = 4 * MIB
+    async with opened(tmp_path / "kv") as engine:
+        payload = content(b"a", size)
+        assert await engine.store(b"a", engine.register(aligned(size, payload)))
+        engine.held.hold("landing")
+        memory = [bytearray(size) for _ in range(12)]
+        loads = [engine.load(b"a", engine.register(aligned(size)))]
+        loading = asyncio.gather(*loads, *(engine.load(b"a", each) for each in memory))
+        await engine.held.wait_held("landing")
+        engine.held.release()
+        await until(lambda: not engine.busy())
+        await turns()
+        assert loading.done()
+        assert await loading == [True] * 13
+        assert all(each == payload for each in memory)
