@@ -488,6 +488,17 @@ async def test_a_tensor_whose_memory_was_freed_or_moved(tmp_path: Path) -> None:
         assert engine.held.submitted == before
 
 
+async def test_memory_that_another_engine_knows(tmp_path: Path) -> None:
+    """Neither would see what the other does with it."""
+    async with opened(tmp_path / "kv") as engine, opened(tmp_path / "other") as other:
+        region = other.register(aligned(SIZE))
+        layer = other.register_cache([aligned(SIZE).reshape(1, SIZE)]).block(0)
+        for memory in (region, region[:PAGE], layer):
+            for act in (engine.load, engine.store):
+                with pytest.raises(ConfigError, match=r"^memory=.another engine's"):
+                    await act(b"a", memory)
+
+
 class Counted:
     """A tensor that counts how often it is asked where its memory is."""
 
