@@ -287,6 +287,13 @@ class Far:
         return payload_of(self.server.get(self.bucket, name_of(key)))
 
 
+def told_once(engine: Watched) -> None:
+    """Whether of each transfer it was told once that it has ended."""
+    carrier = engine.held_objects
+    assert carrier is not None
+    assert carrier.delivered == carrier.submitted
+
+
 @pytest.fixture(params=BACKENDS)
 def far(request: pytest.FixtureRequest, s3: JuiceServer) -> Iterator[Far]:
     with Wire(s3.host, s3.port) as wire:
@@ -455,6 +462,7 @@ async def test_what_nobody_waits_for_is_not_tried_again(far: Far, method: str) -
         assert far.wire.requests[method] == tried
         far.wire.ok()
         assert await engine.load(b"key", bytearray(SIZE))
+    told_once(engine)
 
 
 async def test_what_waits_for_a_connection_is_let_go_at_its_deadline(far: Far) -> None:
@@ -472,6 +480,7 @@ async def test_what_waits_for_a_connection_is_let_go_at_its_deadline(far: Far) -
         assert not first.done()
         far.wire.ok()
         assert await first
+    told_once(engine)
 
 
 async def test_a_store_after_a_miss_does_not_look_again(far: Far) -> None:
