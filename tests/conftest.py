@@ -78,6 +78,14 @@ def never_block_the_loop(loop_guard: BlockBuster) -> Iterator[None]:
         loop_guard.deactivate()
 
 
+@pytest.fixture(autouse=True)
+def no_callback_raises(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What a callback of the event loop raises nobody awaits: the loop logs it, and goes on."""
+    yield
+    texts = [each.getMessage() for when in ("setup", "call") for each in caplog.get_records(when)]
+    assert [text for text in texts if text.startswith("Exception in callback")] == []
+
+
 @pytest.fixture
 def hasty_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that others have locked is given up soon."""
