@@ -730,6 +730,26 @@ async def test_through_sees_to_what_others_have_stored(place: Place) -> None:
         assert place.wire.requests == puts
 
 
+async def test_through_looks_no_more_for_what_is_deleted(place: Place) -> None:
+    """Whether the bucket has it says nothing any more to a store that was told of the delete."""
+    tier = {"layout": "files"}
+    async with support.opened(place.root, tier=tier) as engine:
+        await fill(engine, b"key")
+    place.put(b"key")
+    async with place.opened("through", tier=tier) as engine:
+        place.wire.hold(method="HEAD")
+        storing = asyncio.ensure_future(engine.store(b"key", content(b"key", SIZE)))
+        await asyncio.to_thread(place.wire.wait_held, 1)
+        deleting = asyncio.ensure_future(engine.delete(b"key"))
+        with pytest.raises(TransferError, match="deleted meanwhile"):
+            await storing
+        place.wire.ok()
+        assert await deleting
+        await until(lambda: not engine.busy())
+        assert relay(engine)[:3] == (0, 0, 0)
+        assert await asyncio.to_thread(place.there) == {}
+
+
 async def test_through_sees_to_what_could_not_be_read_once(place: Place, tmp_path: Path) -> None:
     """That a slab has it says nothing of the bucket, which has never got it."""
     with FaultyDisk(tmp_path) as disk:
