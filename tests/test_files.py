@@ -768,6 +768,20 @@ async def test_what_was_written_in_vain_does_not_stay(tmp_path: Path) -> None:
             assert ledger(root) == taken(root) == 2 * IMAGE
 
 
+async def test_a_temporary_that_is_a_block_by_now_frees_nothing(tmp_path: Path) -> None:
+    """It could not be removed when the block had its name, and is when the next one comes."""
+    with FaultyDisk(tmp_path) as disk:
+        root = disk.root / "kv"
+        async with opened(root) as engine:
+            disk.fail("unlink", errno.EIO, match="*/tmp/*")
+            await put(engine, b"key")
+            assert len(temporaries(root)) == 1
+            disk.clear()
+            await put(engine, b"next")
+            assert temporaries(root) == []
+            assert ledger(root) == taken(root) == 2 * IMAGE
+
+
 async def test_who_stores_after_a_delete_shares_no_store_that_it_has_dropped(
     tmp_path: Path,
 ) -> None:
