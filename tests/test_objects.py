@@ -697,6 +697,18 @@ async def test_garbage_is_put_away_and_costs_nobody_else(far: Far, nbytes: int) 
         assert engine.statistics().tiers[0].quarantined == 1
 
 
+async def test_the_block_of_another_key_is_put_away(far: Far) -> None:
+    """Sound as it is: no load would ever have it, and no store replace it."""
+    other = image(NAMESPACE, b"other", 0, content(b"other", SIZE))
+    async with far.engine() as engine:
+        await asyncio.to_thread(far.server.put, far.bucket, name_of(b"key"), other)
+        with pytest.raises(BlockCorrupt, match="another block"):
+            await engine.load(b"key", bytearray(SIZE))
+        assert not await engine.load(b"key", bytearray(SIZE))
+        assert await engine.store(b"key", content(b"key", SIZE))
+        assert await asyncio.to_thread(far.stored, b"key") == content(b"key", SIZE)
+
+
 async def doubting(far: Far, engine: Watched, *keys: bytes) -> asyncio.Future[list[bool]]:
     """Loads that take blocks for damaged, their memory being of another size, held as they look."""
     for key in keys:
