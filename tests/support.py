@@ -238,6 +238,16 @@ def index_held(root: Path) -> Iterator[None]:
         database.rollback()
 
 
+@contextlib.contextmanager
+def rows_kept(root: Path) -> Iterator[None]:
+    """A slab directory's index from which no block can be removed meanwhile: "no"."""
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
+        stay = "CREATE TRIGGER stay BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
+        database.execute(stay)
+        yield
+        database.execute("DROP TRIGGER stay")
+
+
 # --- memory ---------------------------------------------------------------------------------
 
 

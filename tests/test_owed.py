@@ -22,7 +22,7 @@ from kvgds import StorageFull, TransferError, TransferTimeout
 from kvgds.tiers.index import Changes, Index
 from kvgds.upkeep import fsck, listing
 from stacks import SIZE, SLOT, Stacked, marks, stacked
-from support import MIB, PAGE, config, content, index_held, opened, spoil, turns, until
+from support import MIB, PAGE, config, content, index_held, opened, rows_kept, spoil, turns, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -439,14 +439,9 @@ async def test_what_was_replaced_and_could_not_be_removed_is_not_owed(tmp_path: 
     root = tmp_path / "kv"
     async with stacked(root, 4) as engine:
         await engine.fill(A)
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute(
-                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
-            )
-        await engine.fill(A, nbytes=2 * SIZE)
-        await until(engine.tier_idle)
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute("DROP TRIGGER no")
+        with rows_kept(root):
+            await engine.fill(A, nbytes=2 * SIZE)
+            await until(engine.tier_idle)
         await engine.fill(B)
         assert await engine.store(C, content(C, SIZE), timeout_s=10)
         assert await engine.there(A, B, C) == [A, B, C]

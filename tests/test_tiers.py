@@ -25,6 +25,7 @@ from kvgds import (
     PathUnavailable,
     StorageFull,
     TransferError,
+    TransferTimeout,
     open_engine,
 )
 from kvgds.testing import FileTierContract, HeldTransport
@@ -41,6 +42,7 @@ from support import (
     opened,
     places,
     read_at,
+    rows_kept,
     spoil,
     stored,
     turns,
@@ -546,19 +548,14 @@ async def test_a_block_whose_removal_fails_does_not_come_back(tmp_path: Path) ->
     root = tmp_path / "kv"
     async with opened(root) as engine:
         assert await engine.store(b"key", content(b"old", SIZE))
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute(
-                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
-            )
-        new = content(b"new", 2 * SIZE)
-        assert await engine.store(b"key", new)
-        await until(engine.tier_idle)
-        memory = bytearray(2 * SIZE)
-        assert await engine.load(b"key", memory)
-        assert memory == new
-        assert engine.statistics().tiers[0].blocks == 1
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute("DROP TRIGGER no")
+        with rows_kept(root):
+            new = content(b"new", 2 * SIZE)
+            assert await engine.store(b"key", new)
+            await until(engine.tier_idle)
+            memory = bytearray(2 * SIZE)
+            assert await engine.load(b"key", memory)
+            assert memory == new
+            assert engine.statistics().tiers[0].blocks == 1
     async with opened(root) as engine:
         memory = bytearray(2 * SIZE)
         assert await engine.load(b"key", memory)
@@ -572,22 +569,51 @@ async def test_what_was_replaced_and_could_not_be_removed_is_deleted_as_well(
     root = tmp_path / "kv"
     async with opened(root) as engine:
         assert await engine.store(b"key", content(b"old", SIZE))
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute(
-                "CREATE TRIGGER no BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
-            )
-        new = content(b"new", 2 * SIZE)
-        assert await engine.store(b"key", new)
-        await until(engine.tier_idle)
-        with pytest.raises(TransferError, match=": no"):
-            await engine.delete(b"key")
-        memory = bytearray(2 * SIZE)
-        assert await engine.load(b"key", memory)
-        assert memory == new
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute("DROP TRIGGER no")
+        with rows_kept(root):
+            new = content(b"new", 2 * SIZE)
+            assert await engine.store(b"key", new)
+            await until(engine.tier_idle)
+            with pytest.raises(TransferError, match=": no"):
+                await engine.delete(b"key")
+            memory = bytearray(2 * SIZE)
+            assert await engine.load(b"key", memory)
+            assert memory == new
         assert await engine.delete(b"key")
         assert engine.statistics().tiers[0].bytes_used == 0
+    async with opened(root) as engine:
+        assert await engine.prefix([b"key"]) == 0
+
+
+async def test_what_was_replaced_and_evicted_in_vain_is_deleted_as_well(tmp_path: Path) -> None:
+    """An index from which nothing can be removed seldom fails once alone."""
+    root, tier = tmp_path / "kv", {"capacity_bytes": 2 * 64 * (PAGE + SIZE)}
+    async with opened(root, tier=tier) as engine:
+        assert await engine.store(b"key", content(b"old", SIZE))
+        with rows_kept(root):
+            assert await engine.store(b"key", content(b"new", 2 * SIZE))
+            await until(engine.tier_idle)
+            items = [(b"%d" % i, content(i, SIZE)) for i in range(2 * 64)]
+            outcomes = await engine.store_many(items)
+            assert any(": no" in str(each.error) for each in outcomes)
+            await until(engine.tier_idle)
+        assert await engine.delete(b"key")
+    async with opened(root, tier=tier) as engine:
+        assert await engine.prefix([b"key"]) == 0
+
+
+async def test_a_late_store_that_could_not_be_removed_is_deleted_as_well(tmp_path: Path) -> None:
+    """It has a row that leads to nothing here, but would after a restart."""
+    root = tmp_path / "kv"
+    async with opened(root) as engine:
+        assert await engine.store(b"other", content(b"other", SIZE))  # there is a slab then
+        with rows_kept(root):
+            with index_held(root), pytest.raises(TransferTimeout):
+                await engine.store(b"key", content(b"old", SIZE), timeout_s=0.5)
+            await until(engine.tier_idle)
+            assert await engine.prefix([b"key"]) == 0
+            assert await engine.store(b"key", content(b"new", 2 * SIZE))
+            await until(engine.tier_idle)
+        assert await engine.delete(b"key")
     async with opened(root) as engine:
         assert await engine.prefix([b"key"]) == 0
 

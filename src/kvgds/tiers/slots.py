@@ -54,6 +54,7 @@ class Forgotten(NamedTuple):
     key: BlockKey | None = None
     used_at: int = 0
     state: int = _MIRRORED  # as far as there is a next tier
+    foreign: bool = False  # of another namespace, whose engines find it
 
 
 class SizeClass:
@@ -149,7 +150,8 @@ class Slots:
         touched: uses that the index does not know of, by slot.
         holds: loads in flight, by slot.
         orphans: slots to be freed when their last hold ends.
-        replaced: slots of blocks that others have replaced, but whose rows could not be removed.
+        unwanted: slots of what no load is to find, replaced for example: their rows could not be
+            removed, and would be found after a restart.
         bytes_used: of slots that blocks use, those of other namespaces included.
         dropped: blocks evicted before the next tier had them.
     """
@@ -164,7 +166,7 @@ class Slots:
         self.touched: dict[int, int] = {}
         self.holds: dict[int, int] = {}
         self.orphans: set[int] = set()
-        self.replaced: set[int] = set()
+        self.unwanted: set[int] = set()
         self.bytes_used = 0
         self.slab_bytes = 0
         self.evictions = 0
@@ -466,8 +468,9 @@ class Slots:
         self.bytes_used -= slab.size.slot_bytes
         self.touched.pop(slot, None)
         if key is None:
-            self.replaced.discard(slot)
-            return Forgotten(slot, state=state)
+            foreign = slot not in self.unwanted
+            self.unwanted.discard(slot)
+            return Forgotten(slot, state=state, foreign=foreign)
         self.keys.remove(key)
         return Forgotten(slot, key, slab.uses[place], state)
 
@@ -483,11 +486,11 @@ class Slots:
 
     def remember(self, gone: Forgotten) -> None:
         """The index still names a block, so its slot is not free: go on with it, used long ago."""
-        slot, key, used_at, state = gone
+        slot, key, used_at, state, foreign = gone
         slab, place = self.slabs[slot >> SLOT_BITS], slot & SLOT_MASK
-        if key in self.keys:  # stored again meanwhile
+        if not foreign and (key is None or key in self.keys):  # stored again meanwhile
             key, state = None, _MIRRORED
-            self.replaced.add(slot)
+            self.unwanted.add(slot)
         slab.used_at = max(slab.used_at, used_at)
         self._use(slab, place, used_at, state)
         self._order(slab, place).prepend(slot)

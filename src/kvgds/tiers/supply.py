@@ -245,27 +245,27 @@ class Supply:
     ) -> None:
         """Commit the removal of forgotten blocks, then free their slots.
 
-        And of replaced ones that could not be removed: what has replaced them may be among these.
+        And of unwanted ones that could not be removed: what has replaced them may be among these.
         """
         if not gone:
             return
-        slots, replaced = [block.slot for block in gone], list(self._slots.replaced)
+        slots, unwanted = [block.slot for block in gone], list(self._slots.unwanted)
         for slot in slots:
             self._count_going(slot, 1)
         self._dropping += len(slots)
-        ended = partial(self._dropped, gone, replaced, done)
-        self._index.commit(Changes(drop=replaced + slots), ended)
+        ended = partial(self._dropped, gone, unwanted, done)
+        self._index.commit(Changes(drop=unwanted + slots), ended)
 
     def _dropped(
         self,
         gone: list[Forgotten],
-        replaced: list[int],
+        unwanted: list[int],
         done: Callable[[Exception | None], None] | None,
         error: Exception | None,
     ) -> None:
         self._dropping -= len(gone)
         if error is None:
-            for slot in self._slots.replaced.intersection(replaced):
+            for slot in self._slots.unwanted.intersection(unwanted):
                 self._slots.free(self._slots.forget(slot).slot)
         for block in reversed(gone):
             self._count_going(block.slot, -1)
