@@ -183,6 +183,19 @@ async def test_operations_leave_nothing(
     assert not found
 
 
+async def test_registering_leaves_nothing(tmp_path: Path) -> None:
+    async with open_engine(config(tmp_path / "kv")) as engine:
+        with Uncollected() as found:
+            for _ in range(3):
+                room = engine.register(aligned(SIZE))
+                await engine.store(b"key", room)
+                await engine.deregister(room)
+                cache = engine.register_cache([aligned(SIZE).reshape(1, SIZE)])
+                await engine.load(b"key", cache.block(0))
+                await engine.deregister(cache)
+    assert not found
+
+
 async def test_corrupt_blocks_leave_nothing(tmp_path: Path) -> None:
     async with open_engine(config(tmp_path / "kv")) as engine:
         for key in KEYS:

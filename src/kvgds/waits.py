@@ -7,6 +7,7 @@ cuts none of them short; so a task that waits like this is one that nobody can c
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -28,28 +29,34 @@ async def until_done(future: asyncio.Future[Any], deadline: float | None = None)
 
 def to_the_end(run: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
     """Run what takes no notice of cancels once it has begun; cancelled before, it begins again."""
-    loop = asyncio.get_running_loop()
-    whole: asyncio.Future[T] = loop.create_future()
-    begun = False
+    whole: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    _begin(run, whole)
+    return whole
+
+
+def _begin(run: Callable[[], Coroutine[Any, Any, T]], whole: asyncio.Future[T]) -> None:
+    begun = asyncio.Event()
 
     async def once() -> T:
-        nonlocal begun
-        begun = True
+        begun.set()
         return await run()
 
-    def begin() -> None:
-        loop.create_task(once()).add_done_callback(ended)
+    task = whole.get_loop().create_task(once())
+    task.add_done_callback(partial(_end, run, whole, begun))
 
-    def ended(task: asyncio.Task[T]) -> None:
-        if task.cancelled():
-            whole.cancel() if begun else begin()
-        elif (error := task.exception()) is not None:
-            whole.set_exception(error)
-        else:
-            whole.set_result(task.result())
 
-    begin()
-    return whole
+def _end(
+    run: Callable[[], Coroutine[Any, Any, T]],
+    whole: asyncio.Future[T],
+    begun: asyncio.Event,
+    task: asyncio.Task[T],
+) -> None:
+    if task.cancelled():
+        whole.cancel() if begun.is_set() else _begin(run, whole)
+    elif (error := task.exception()) is not None:
+        whole.set_exception(error)
+    else:
+        whole.set_result(task.result())
 
 
 async def outlast(future: asyncio.Future[T]) -> T:

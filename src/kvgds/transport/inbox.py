@@ -7,10 +7,11 @@ import select
 import time
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _POLL_LEAST_S = 1e-3  # poll(2) counts in milliseconds
 _COPY_S = (50e-6, 1e-3)  # between two looks at what GPUs do
@@ -100,15 +101,20 @@ def fulfil(function: Callable[[], None], future: Future[None]) -> None:
 def all_of(futures: Sequence[Future[None]]) -> Future[None]:
     """A future that ends when all have; with the first error that there is."""
     whole: Future[None] = Future()
-    left = iter(futures)
-
-    def await_next(_: Future[None] | None = None) -> None:
-        one = next(left, None)
-        if one is not None:
-            one.add_done_callback(await_next)
-        elif whole.set_running_or_notify_cancel():
-            error = next(filter(None, (each.exception() for each in futures)), None)
-            whole.set_exception(error) if error else whole.set_result(None)
-
-    await_next()
+    _await_next(iter(futures), [], whole)
     return whole
+
+
+def _await_next(
+    left: Iterator[Future[None]],
+    errors: list[BaseException],
+    whole: Future[None],
+    ended: Future[None] | None = None,
+) -> None:
+    if ended is not None and (error := ended.exception()):
+        errors.append(error)
+    one = next(left, None)
+    if one is not None:
+        one.add_done_callback(partial(_await_next, left, errors, whole))
+    elif whole.set_running_or_notify_cancel():
+        whole.set_exception(errors[0]) if errors else whole.set_result(None)
