@@ -523,7 +523,8 @@ class Engine:
 
         Leaving the loop early cancels the rest: close the iterator (``aclosing``) and wait.
 
-        Raises: as :meth:`store_many`, once the first is awaited or the iterator is closed.
+        Raises: as :meth:`store_many`; but for ClosedError once the first is awaited, or the
+            iterator is closed.
         """
         self._check_open()
         return self._flights.each(items, priority, timeout_s, write=False, stream=stream)

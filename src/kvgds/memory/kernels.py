@@ -3,8 +3,9 @@
 Owns the compiled kernels (``kernels.cu``) and the memory of every launch until its event
 has completed, whoever lets go of it before. The caller keeps the blocks' memory alive and as it
 is for so long. Making :class:`Kernels` reads a file, compiles and waits, a second or so; a launch
-waits for nothing but its own memory, which comes from CuPy's pools; if it fails half-way, that is
-told once what had begun has run. One thread at a time.
+waits for nothing but its own memory, which comes from CuPy's pools, and for what had begun if its
+event can't be recorded; if it fails half-way, that is told once what had begun has run. One thread
+at a time.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def filesystem_of(root: FilePath) -> str:
             point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), left.split(b" ")[4])
             if len(point) >= len(best) and (real + b"/").startswith(point.rstrip(b"/") + b"/"):
                 best, kind = point, right.split()[0]
-    return kind.decode()
+    return kind.decode(errors="replace")
 
 
 def _dio_alignment(path: FilePath) -> list[str]:

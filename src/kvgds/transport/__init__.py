@@ -1,8 +1,9 @@
 """The only user of NIXL: moves rows of bytes between memory and files.
 
-``contract`` says what a transport and a transfer promise each other; ``agent`` calls NIXL;
-``reactor`` is the thread that drives an agent, ``sides`` how much it lets storage have at once, and
-``inbox`` how it is asked and how it waits. Every NIXL call on an agent runs on its lane's thread.
+``contract`` says what a transport and a transfer promise each other; ``agent`` calls NIXL for
+files, ``objects`` for buckets; ``reactor`` is the thread that drives an agent, ``sides`` how much
+it lets storage have at once, and ``inbox`` how it is asked and how it waits. Every NIXL call on an
+agent runs on its lane's thread.
 """
 
 from __future__ import annotations
