@@ -276,14 +276,11 @@ def gc_files(path: Path, rule: Rule, done: Retention) -> None:
 
 def _choose(blocks: Sequence[_Seen], rule: Rule, total: int) -> list[_Seen]:
     """Which go, least recently used first."""
-    keep_bytes, age_s = rule.keep_bytes, rule.older_than_s
-    everything = keep_bytes is None and age_s is None
-    before_ns = None if age_s is None else time.time_ns() - int(age_s * 1e9)
+    before_ns = rule.before * 1e9
     chosen = []
     for seen in blocks:
-        too_many = keep_bytes is not None and total > keep_bytes
-        too_old = before_ns is not None and seen.used_ns < before_ns
-        if not (everything or too_many or too_old):
+        too_many = rule.keep_bytes is not None and total > rule.keep_bytes
+        if not (too_many or seen.used_ns < before_ns):
             break
         chosen.append(seen)
         total -= seen.nbytes

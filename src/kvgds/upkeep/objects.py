@@ -361,9 +361,7 @@ def _choice(
     bucket: Bucket, spaces: _Spaces, rule: Rule, progress: Progress
 ) -> Callable[[Found], bool]:
     """What tells, of each block once, whether it goes."""
-    everything = rule.keep_bytes is None and rule.older_than_s is None
-    before = time.time() - rule.older_than_s if rule.older_than_s is not None else 0.0
-    ages = Ages()
+    before, ages = rule.before, Ages()
     if rule.keep_bytes is not None:
         for _, found in _blocks(bucket, spaces, "listing", progress):
             ages.add(found.stored_at, found.nbytes)
@@ -375,7 +373,7 @@ def _choice(
         too_many = at < last or (at == last and excess > 0)
         if at == last:
             excess -= found.nbytes
-        return everything or too_many or found.stored_at < before
+        return too_many or found.stored_at < before
 
     return goes
 

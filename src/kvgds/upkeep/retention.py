@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvgds.errors import ConfigError
@@ -33,6 +35,13 @@ class Rule(NamedTuple):
     keep_bytes: int | None = None
     older_than_s: float | None = None
     namespace: str | None = None
+
+    @property
+    def before(self) -> float:
+        """What was last used before this goes however much room there is, seconds since 1970."""
+        if self.older_than_s is not None:
+            return time.time() - self.older_than_s
+        return math.inf if self.keep_bytes is None else -math.inf
 
     def check(self) -> None:
         """Raise ConfigError unless it says what goes, in numbers that can be."""
