@@ -239,10 +239,10 @@ def index_held(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rows_kept(root: Path) -> Iterator[None]:
-    """A slab directory's index from which no block can be removed meanwhile: "no"."""
+def rows_kept(root: Path, table: str = "block") -> Iterator[None]:
+    """A slab directory's index from which none of these can be removed meanwhile: "no"."""
+    stay = f"CREATE TRIGGER stay BEFORE DELETE ON {table} BEGIN SELECT raise(ABORT, 'no'); END"
     with contextlib.closing(sqlite3.connect(root / "index.db")) as database:
-        stay = "CREATE TRIGGER stay BEFORE DELETE ON block BEGIN SELECT raise(ABORT, 'no'); END"
         database.execute(stay)
         yield
         database.execute("DROP TRIGGER stay")

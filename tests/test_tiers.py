@@ -543,15 +543,21 @@ async def test_a_replaced_block_stays_gone(tmp_path: Path) -> None:
         assert await engine.prefix([b"other"]) == 1
 
 
+async def replaced(engine: Watched) -> bytes:
+    """Store a block and, of another size, what takes its place: that."""
+    assert await engine.store(b"key", content(b"old", SIZE))
+    new = content(b"new", 2 * SIZE)
+    assert await engine.store(b"key", new)
+    await until(engine.tier_idle)
+    return new
+
+
 async def test_a_block_whose_removal_fails_does_not_come_back(tmp_path: Path) -> None:
     """Another of its key has taken its place: that stays the one, and counts once."""
     root = tmp_path / "kv"
     async with opened(root) as engine:
-        assert await engine.store(b"key", content(b"old", SIZE))
         with rows_kept(root):
-            new = content(b"new", 2 * SIZE)
-            assert await engine.store(b"key", new)
-            await until(engine.tier_idle)
+            new = await replaced(engine)
             memory = bytearray(2 * SIZE)
             assert await engine.load(b"key", memory)
             assert memory == new
@@ -568,11 +574,8 @@ async def test_what_was_replaced_and_could_not_be_removed_is_deleted_as_well(
     """It would be back after a restart."""
     root = tmp_path / "kv"
     async with opened(root) as engine:
-        assert await engine.store(b"key", content(b"old", SIZE))
         with rows_kept(root):
-            new = content(b"new", 2 * SIZE)
-            assert await engine.store(b"key", new)
-            await until(engine.tier_idle)
+            new = await replaced(engine)
             with pytest.raises(TransferError, match=": no"):
                 await engine.delete(b"key")
             memory = bytearray(2 * SIZE)
@@ -588,10 +591,8 @@ async def test_what_was_replaced_and_evicted_in_vain_is_deleted_as_well(tmp_path
     """An index from which nothing can be removed seldom fails once alone."""
     root, tier = tmp_path / "kv", {"capacity_bytes": 2 * 64 * (PAGE + SIZE)}
     async with opened(root, tier=tier) as engine:
-        assert await engine.store(b"key", content(b"old", SIZE))
         with rows_kept(root):
-            assert await engine.store(b"key", content(b"new", 2 * SIZE))
-            await until(engine.tier_idle)
+            await replaced(engine)
             items = [(b"%d" % i, content(i, SIZE)) for i in range(2 * 64)]
             outcomes = await engine.store_many(items)
             assert any(": no" in str(each.error) for each in outcomes)
@@ -805,17 +806,11 @@ async def test_a_slab_that_can_not_be_given_up_is_as_it_was(tmp_path: Path) -> N
     root = tmp_path / "kv"
     engine = await large_slabs(root)
     try:
-        database = sqlite3.connect(root / "index.db")
-        with contextlib.closing(database), database:
-            database.execute(
-                "CREATE TRIGGER no BEFORE DELETE ON slab BEGIN SELECT raise(ABORT, 'no'); END"
-            )
-        before = engine.statistics().tiers[0]
-        with pytest.raises(TransferError, match="index"):
-            await engine.store(b"big", bytes(MIB))
-        assert engine.statistics().tiers[0] == before
-        with contextlib.closing(sqlite3.connect(root / "index.db")) as database, database:
-            database.execute("DROP TRIGGER no")
+        with rows_kept(root, "slab"):
+            before = engine.statistics().tiers[0]
+            with pytest.raises(TransferError, match="index"):
+                await engine.store(b"big", bytes(MIB))
+            assert engine.statistics().tiers[0] == before
         keys = [b"%d" % i for i in range(ROWS)]
         assert await engine.prefix(keys) == ROWS
         for key in (keys[0], keys[-1]):
